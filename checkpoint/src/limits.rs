@@ -1,0 +1,41 @@
+//! Every bound of the protocol in one place.
+
+use crate::time::Duration;
+
+/// Bytes in a page of guest memory.
+pub const PAGE_BYTES: usize = 4096;
+/// Bytes in a block of the disk comparison and of the changed-block map.
+pub const BLOCK_BYTES: usize = 64 * 1024;
+/// Largest message body on the wire, in bytes.
+pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+/// Largest Ethernet frame taken from a guest or a peer, in bytes (no offloads: 1,514 and two VLAN tags; room for jumbo).
+pub const FRAME_BYTES_MAX: usize = 9_216;
+/// Frames that the primary's guest sent and that wait for release, in bytes.
+pub const HELD_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Frames that the secondary's guest sent and that wait for the primary's, in bytes.
+pub const PENDING_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Flows that the comparator and the sequence translator know at a time.
+pub const FLOWS_MAX: usize = 65_536;
+/// Inputs forwarded to the secondary and not yet confirmed; more make the primary stop reading its TAP.
+pub const INPUTS_UNCONFIRMED_MAX: u64 = 4_096;
+/// The secondary's own disk writes since the last commit, in bytes; near it, it asks for a checkpoint.
+pub const OVERLAY_BYTES_MAX: u64 = 256 * 1024 * 1024;
+/// The primary's disk writes of one epoch, in bytes; near it, a checkpoint is taken.
+pub const EPOCH_WRITES_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// A frame of either side that waits longer than this for its equal triggers a checkpoint.
+pub const UNMATCHED_MAX: Duration = Duration::from_millis(200);
+/// An epoch is never older than this.
+pub const EPOCH_AGE_MAX: Duration = Duration::from_millis(1_000);
+/// A silent peer is declared lost after this, unless the user sets another limit.
+pub const TAKEOVER_LIMIT_DEFAULT: Duration = Duration::from_millis(300);
+
+/// Share of the takeover limit after which a side that hears nothing releases nothing more (numerator, denominator).
+pub const FENCE_SHARE: (u64, u64) = (2, 3);
+/// Heartbeats sent within one takeover limit.
+pub const HEARTBEATS_PER_LIMIT: u64 = 8;
+
+const _: () = assert!(FENCE_SHARE.0 < FENCE_SHARE.1, "the fence must close before the other side may take over");
+const _: () = assert!(FRAME_BYTES_MAX < BODY_BYTES_MAX);
+const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES));
+const _: () = assert!(BLOCK_BYTES < BODY_BYTES_MAX);

@@ -1,0 +1,315 @@
+//! What the two hosts say to each other.
+//!
+//! Two TCP connections, both opened by the primary: *control* (handshake, heartbeats, goodbye) and
+//! *data* (everything else, in order). Every message is a fixed header and a body, each with its own
+//! checksum. Nothing a peer sends is trusted to be well-formed.
+//!
+//! Protocol versions: 1 — the first.
+
+use bytes::Bytes;
+use rkyv::{Archive, Deserialize, Serialize};
+
+use crate::epoch::{Epoch, Generation, InputNumber, Tag};
+
+/// The protocol version that this build speaks. Both sides must speak the same.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// One message of either connection.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Message {
+    /// Primary, first on the control connection: who I am and what machine I bring.
+    Hello(Hello),
+    /// Secondary's answer: we fit.
+    Welcome(Welcome),
+    /// Either: we do not fit; the connection ends.
+    Refuse(Refusal),
+    /// Primary, first on the data connection: this belongs to the session of that `Welcome`.
+    Attach(Session),
+    /// Either, control: I live. Sent every eighth of the takeover limit.
+    Heartbeat,
+    /// Either, control: I end in order; this is no failure.
+    Goodbye(GoodbyeReason),
+
+    /// Primary: the witness's term for this pairing; the initial sync begins. Epochs count from `epoch`.
+    Begin(Tag),
+    /// Secondary, during the initial sync: hashes of its disk's blocks, in order, from `first` on.
+    BlockHashes(BlockHashes),
+    /// Primary, during the initial sync: a block that differed. Written at once.
+    SyncBlock(DiskWrite),
+
+    /// Primary: a frame its device put on the guest's receive ring.
+    Input(Input),
+    /// Primary: a disk write of its guest.
+    Write(DiskWrite),
+    /// Primary: encoded page frames of a checkpoint (or of the initial sync, which is applied at once).
+    Pages(PageBatch),
+    /// Primary: the devices' and vCPUs' state at the stop.
+    DeviceState(DeviceState),
+    /// Primary: translation offsets and learned addresses at the stop, encoded by the proxy.
+    NetworkState(NetworkState),
+    /// Primary: the checkpoint is complete if all of this holds.
+    End(EndMark),
+
+    /// Secondary: a frame its guest sent.
+    Output(Output),
+    /// Secondary: every input up to this number is held by this host.
+    Confirm(Tag, InputNumber),
+    /// Secondary: one of my queues is near its limit; take a checkpoint.
+    Want(Tag),
+    /// Secondary: the checkpoint that ends this epoch is committed. Irrevocable.
+    Acknowledge(Tag),
+    /// Secondary: that checkpoint is loaded and its VM runs again.
+    Loaded(Tag),
+    /// Secondary: that checkpoint's disk writes are durable here.
+    Committed(Tag),
+}
+
+/// Random number that ties a data connection to its control connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Archive, Serialize, Deserialize)]
+pub struct Session(pub u128);
+
+/// The machine as both hosts must build it.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct MachineShape {
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Number of virtual CPUs.
+    pub vcpus: u32,
+    /// The devices in bus order, each `name` or `name=parameter` (`net=52:54:00:00:00:01`).
+    pub devices: Vec<String>,
+    /// Size of the disk image in bytes.
+    pub disk_bytes: u64,
+    /// Identity of the CPU features that the guest sees (digest of its CPUID), to be equal on both.
+    pub cpu: u64,
+}
+
+/// The primary's opening.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Hello {
+    /// Name of the pair; both hosts must be set to the same.
+    pub pair: String,
+    /// Name of this host.
+    pub node: String,
+    /// The machine.
+    pub shape: MachineShape,
+    /// Last generation this side ran in.
+    pub generation: u64,
+    /// Last epoch it knows to be committed in that generation.
+    pub committed: u64,
+    /// The takeover limit it is set to, in milliseconds; both must agree.
+    pub takeover_limit_ms: u64,
+    /// Whether a witness is configured; both must agree.
+    pub witness: bool,
+}
+
+/// The secondary's answer.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Name of the secondary host.
+    pub node: String,
+    /// To be repeated on the data connection.
+    pub session: Session,
+    /// Last generation this side held a complete state of, 0 if none.
+    pub generation: u64,
+    /// Last committed epoch of that generation.
+    pub committed: u64,
+}
+
+/// Why a peer is turned away. Each says what to change.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Archive, Serialize, Deserialize)]
+pub enum Refusal {
+    /// The protocol versions differ.
+    #[error("the peer speaks protocol version {theirs}, this host {ours}: run the same tandem release on both")]
+    Version {
+        /// The refuser's version.
+        ours: u16,
+        /// The version that was refused.
+        theirs: u16,
+    },
+    /// Another pair's name.
+    #[error("the peer belongs to pair '{theirs}', this host to '{ours}': check --pair and --peer")]
+    Pair {
+        /// The refuser's pair.
+        ours: String,
+        /// The pair that was refused.
+        theirs: String,
+    },
+    /// A setting that must be equal is not.
+    #[error("{what} differs: primary has {primary}, secondary has {secondary}: make them equal")]
+    Differs {
+        /// The setting.
+        what: String,
+        /// The primary's value.
+        primary: String,
+        /// The secondary's value.
+        secondary: String,
+    },
+    /// The secondary already follows a primary.
+    #[error("this secondary already follows {0}")]
+    Busy(String),
+    /// The peer is of an older generation than this host's image.
+    #[error("this host has seen generation {ours}, the peer only {theirs}: the peer's disk is older; start it as secondary instead")]
+    OlderGeneration {
+        /// The refuser's generation.
+        ours: u64,
+        /// The peer's generation.
+        theirs: u64,
+    },
+    /// Bytes that are not this protocol.
+    #[error("the peer sent something that is not the tandem protocol ({0})")]
+    Protocol(String),
+}
+
+/// Why a side ends in order.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Archive, Serialize, Deserialize)]
+pub enum GoodbyeReason {
+    /// The operator stopped it.
+    #[error("stopped by its operator")]
+    Operator,
+    /// The guest powered itself off.
+    #[error("the guest powered off")]
+    PowerOff,
+    /// It can't go on; the text says why.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A run of block hashes of the secondary's disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockHashes {
+    /// Generation and epoch of the sync.
+    pub tag: Tag,
+    /// Index of the first block.
+    pub first: u64,
+    /// One hash a block of `limits::BLOCK_BYTES`, the last block may be short.
+    pub hashes: Vec<[u8; 16]>,
+}
+
+/// Bytes written to the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskWrite {
+    /// Epoch in which the guest wrote.
+    pub tag: Tag,
+    /// First byte on the disk.
+    pub offset: u64,
+    /// The bytes.
+    pub data: Bytes,
+}
+
+/// A frame that reached the primary's guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// Epoch in which the primary's device consumed it.
+    pub tag: Tag,
+    /// Its number.
+    pub number: InputNumber,
+    /// The Ethernet frame.
+    pub frame: Bytes,
+}
+
+/// A frame that the secondary's guest sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Epoch in which the secondary's guest sent it.
+    pub tag: Tag,
+    /// The Ethernet frame, in the clients' sequence space.
+    pub frame: Bytes,
+}
+
+/// Encoded pages, see `pages`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageBatch {
+    /// Epoch that the pages end.
+    pub tag: Tag,
+    /// Number of pages encoded.
+    pub count: u32,
+    /// The encoded pages.
+    pub encoded: Bytes,
+}
+
+/// One device's saved state, opaque here.
+#[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Section {
+    /// The device.
+    pub name: String,
+    /// Version of its format.
+    pub version: u32,
+    /// The state.
+    pub bytes: Vec<u8>,
+}
+
+/// All devices' state at the stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceState {
+    /// Epoch that it ends.
+    pub tag: Tag,
+    /// One section a device.
+    pub sections: Vec<Section>,
+}
+
+/// The network's state at the stop, encoded by `proxy`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkState {
+    /// Epoch that it ends.
+    pub tag: Tag,
+    /// Opaque here.
+    pub encoded: Bytes,
+}
+
+/// What a complete checkpoint consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndMark {
+    /// Epoch that it ends.
+    pub tag: Tag,
+    /// The epoch whose committed state the pages are relative to; `None` when they are the whole of memory.
+    pub base: Option<Epoch>,
+    /// Pages sent for it since the previous end mark (or since `Begin`).
+    pub pages: u64,
+    /// Digest of all page batches in order: crc32 of their encoded bytes, continued from batch to batch.
+    pub pages_digest: u32,
+    /// Disk writes tagged with it.
+    pub writes: u64,
+    /// crc32 of those writes' offsets (little endian) and data, in order.
+    pub writes_digest: u32,
+    /// Sections of device state.
+    pub sections: u32,
+    /// Number of the last input the guest had consumed at the stop; later ones belong to the next epoch.
+    pub input: InputNumber,
+    /// Seed of the entropy device for the next epoch.
+    pub entropy: [u8; 32],
+}
+
+impl Message {
+    /// Returns the generation and epoch that the message carries, if its kind has them.
+    #[must_use]
+    pub fn tag(&self) -> Option<Tag> {
+        match self {
+            Self::Hello(_)
+            | Self::Welcome(_)
+            | Self::Refuse(_)
+            | Self::Attach(_)
+            | Self::Heartbeat
+            | Self::Goodbye(_) => None,
+            Self::Begin(tag)
+            | Self::Confirm(tag, _)
+            | Self::Want(tag)
+            | Self::Acknowledge(tag)
+            | Self::Loaded(tag)
+            | Self::Committed(tag) => Some(*tag),
+            Self::BlockHashes(hashes) => Some(hashes.tag),
+            Self::SyncBlock(write) | Self::Write(write) => Some(write.tag),
+            Self::Input(input) => Some(input.tag),
+            Self::Pages(batch) => Some(batch.tag),
+            Self::DeviceState(state) => Some(state.tag),
+            Self::NetworkState(state) => Some(state.tag),
+            Self::End(mark) => Some(mark.tag),
+            Self::Output(output) => Some(output.tag),
+        }
+    }
+
+    /// Returns the generation that the message carries, if its kind has one.
+    #[must_use]
+    pub fn generation(&self) -> Option<Generation> {
+        self.tag().map(|tag| tag.generation)
+    }
+}

@@ -1,0 +1,3 @@
+//! What both roles' shells share: connections to the peer, the clock, the sentinel, the status report.
+
+#![forbid(unsafe_code)]

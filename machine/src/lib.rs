@@ -1,0 +1,1 @@
+//! One virtual machine on KVM that can be paused, saved and restored.

@@ -1,0 +1,5 @@
+//! The tandem program.
+
+#![forbid(unsafe_code)]
+
+fn main() {}
