@@ -1,1 +1,38 @@
 //! One virtual machine on KVM that can be paused, saved and restored.
+//!
+//! ```text
+//!   shells ──► trait Vm ──► KvmVm ─┬─ vcpu      the vCPU's thread, its registers saved and loaded
+//!                                  ├─ memory    guest RAM on a memfd, and which pages were written
+//!                                  ├─ clock     the guest's clock page
+//!                                  ├─ doorbell  where an idle guest waits
+//!                                  └─ devices   virtio-mmio: net, block, console, entropy
+//! ```
+//!
+//! The shells `primary` and `secondary` drive it through [`Vm`]. It knows nothing of checkpoints,
+//! peers or epochs: it stops, says what it is, becomes what it is told to be, and runs. The two
+//! traits by which it reaches the outside, the block and the network back end, belong to it and are
+//! implemented by its users.
+//!
+//! This crate and `guest` are the only ones with `unsafe` code.
+
+#[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64")))]
+compile_error!("Tandem runs on x86-64 Linux only");
+
+pub mod devices;
+pub mod doorbell;
+pub mod memory;
+pub mod pageset;
+pub mod sentinel;
+pub mod state;
+pub mod tap;
+
+pub use doorbell::Interrupt;
+pub use memory::{GuestRam, Mapping, Memory, MemoryError, PAGE_BYTES};
+pub use pageset::PageSet;
+pub use state::{MachineState, Section, StateError};
+
+/// Turns a 64-bit count or index into one for slices; both have 64 bits here.
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, see the check above")]
+pub(crate) const fn index(number: u64) -> usize {
+    number as usize
+}

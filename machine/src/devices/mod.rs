@@ -1,0 +1,1 @@
+//! The devices of the machine, all behind the virtio-mmio transport.

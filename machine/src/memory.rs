@@ -1,0 +1,443 @@
+//! Guest RAM on a memfd, and the pages of it that this process wrote.
+//!
+//! The memfd holds the *committed image*. A [`Mapping::Shared`] machine writes straight into it. A
+//! [`Mapping::Private`] machine, the secondary's, copies a page when it first writes it, so that
+//! the memfd keeps the last committed content: [`GuestRam::revert`] forgets the copies, and
+//! [`GuestRam::write_committed`] replaces what lies under them. A page that the guest has only read
+//! shows a later write to the memfd at once, so the guest must be stopped for both.
+//!
+//! RAM pages are numbered without gaps: first the low part, then the part above the device window.
+//! The writes of the devices and of the machine itself go through [`Memory`], whose bitmap notes
+//! them; those of the guest are in KVM's log. Only both together are the dirty pages.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use guest::abi::{HIGH_MEMORY, LOW_MEMORY_END_MAX};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::Advice;
+use thiserror::Error;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::{PageSet, index};
+
+/// Bytes of a page.
+pub const PAGE_BYTES: usize = 4096;
+/// Memory comes in pieces of this many bytes.
+pub const MEMORY_STEP: u64 = 2 << 20;
+/// The smallest machine: the guest's image and a little heap.
+pub const MEMORY_MIN: u64 = 8 << 20;
+/// The largest machine: its page tables must fit below the guest's image.
+pub const MEMORY_MAX: u64 = 64 << 30;
+
+const PAGE: u64 = PAGE_BYTES as u64;
+
+/// Guest memory as devices see it; every write through it is noted in its bitmap.
+pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+
+/// Whose writes reach the committed image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// The guest writes the image itself.
+    Shared,
+    /// The guest writes copies; the image stays as it was committed.
+    Private,
+}
+
+/// What can go wrong with guest memory.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// No machine has this size.
+    #[error(
+        "a machine can't have {bytes} bytes of memory: choose a multiple of 2 MiB from {} MiB to {} GiB",
+        MEMORY_MIN >> 20,
+        MEMORY_MAX >> 30
+    )]
+    Size {
+        /// The size asked for.
+        bytes: u64,
+    },
+    /// The host gives no memory file.
+    #[error("the host gives no memory file of {bytes} bytes: free memory, or give the machine less")]
+    Create {
+        /// The size asked for.
+        bytes: u64,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The memory file can't be mapped.
+    #[error("the machine's memory can't be mapped: free memory, or give the machine less")]
+    Map(#[source] MmapRegionError),
+    /// The machine has no such page.
+    #[error("page {page} is past the end of the machine's {pages} pages")]
+    NoPage {
+        /// The page asked for.
+        page: u64,
+        /// The pages there are.
+        pages: u64,
+    },
+    /// The host can't read or write the committed image.
+    #[error("the committed memory image can't be accessed")]
+    Image(#[source] io::Error),
+    /// The host can't drop the guest's copies of pages.
+    #[error("the guest's own copies of memory pages can't be dropped")]
+    Revert(#[source] io::Error),
+}
+
+/// The RAM of one machine.
+#[derive(Debug)]
+pub struct GuestRam {
+    memory: Memory,
+    image: Arc<File>,
+    mapping: Mapping,
+    low_bytes: u64,
+    bytes: u64,
+}
+
+impl GuestRam {
+    /// Makes the RAM of a machine with `bytes` of it, all zero.
+    pub fn new(bytes: u64, mapping: Mapping) -> Result<Self, MemoryError> {
+        if !bytes.is_multiple_of(MEMORY_STEP) || !(MEMORY_MIN..=MEMORY_MAX).contains(&bytes) {
+            return Err(MemoryError::Size { bytes });
+        }
+        let image = Arc::new(memory_file(bytes).map_err(|source| MemoryError::Create { bytes, source })?);
+        let low_bytes = bytes.min(LOW_MEMORY_END_MAX);
+        let mut regions = vec![map(&image, 0, low_bytes, 0, mapping)?];
+        if bytes > low_bytes {
+            regions.push(map(&image, low_bytes, bytes - low_bytes, HIGH_MEMORY, mapping)?);
+        }
+        let memory = Memory::from_regions(regions).expect("two regions far apart, in order");
+        Ok(Self {
+            memory,
+            image,
+            mapping,
+            low_bytes,
+            bytes,
+        })
+    }
+
+    /// Returns the memory for devices.
+    #[must_use]
+    pub const fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Returns whose writes reach the committed image.
+    #[must_use]
+    pub const fn mapping(&self) -> Mapping {
+        self.mapping
+    }
+
+    /// Returns the size in bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Returns the number of pages.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.bytes / PAGE
+    }
+
+    /// Returns where the low part ends (exclusive), as a guest-physical address.
+    #[must_use]
+    pub const fn low_end(&self) -> u64 {
+        self.low_bytes
+    }
+
+    /// Returns where the high part ends (exclusive); its start if there is none.
+    #[must_use]
+    pub const fn high_end(&self) -> u64 {
+        HIGH_MEMORY + (self.bytes - self.low_bytes)
+    }
+
+    /// Copies a page as the guest sees it. The guest may run; then the copy may be torn, and the page
+    /// is dirty again.
+    pub fn read_page(&self, page: u64, content: &mut [u8; PAGE_BYTES]) -> Result<(), MemoryError> {
+        let address = self.page_address(page)?;
+        self.memory
+            .read_slice(content, address)
+            .expect("every RAM page is mapped");
+        Ok(())
+    }
+
+    /// Copies a page of the committed image.
+    pub fn read_committed(&self, page: u64, content: &mut [u8; PAGE_BYTES]) -> Result<(), MemoryError> {
+        self.check_pages(page, 1)?;
+        self.image
+            .read_exact_at(content, page * PAGE)
+            .map_err(MemoryError::Image)
+    }
+
+    /// Replaces a page of the committed image.
+    pub fn write_committed(&self, page: u64, content: &[u8; PAGE_BYTES]) -> Result<(), MemoryError> {
+        self.write_committed_run(page, content)
+    }
+
+    /// Replaces pages of the committed image that follow each other, from `first` on.
+    ///
+    /// # Panics
+    /// If `content` is not made of whole pages.
+    pub fn write_committed_run(&self, first: u64, content: &[u8]) -> Result<(), MemoryError> {
+        assert!(
+            content.len().is_multiple_of(PAGE_BYTES),
+            "the image is written in whole pages"
+        );
+        self.check_pages(first, content.len() as u64 / PAGE)?;
+        self.image
+            .write_all_at(content, first * PAGE)
+            .map_err(MemoryError::Image)
+    }
+
+    /// Drops the guest's own copies of `pages`, so that it sees the committed image there. A shared
+    /// machine has no copies, and nothing happens. The guest must be stopped.
+    pub fn revert(&self, pages: &PageSet) -> Result<(), MemoryError> {
+        if self.mapping == Mapping::Shared {
+            return Ok(());
+        }
+        let low_pages = self.low_bytes / PAGE;
+        for run in pages.runs() {
+            self.drop_copies(run.start, run.end.min(low_pages))?;
+            self.drop_copies(run.start.max(low_pages), run.end)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the guest-physical address of a RAM page.
+    pub fn page_address(&self, page: u64) -> Result<GuestAddress, MemoryError> {
+        self.check_pages(page, 1)?;
+        let offset = page * PAGE;
+        Ok(GuestAddress(if offset < self.low_bytes {
+            offset
+        } else {
+            offset - self.low_bytes + HIGH_MEMORY
+        }))
+    }
+
+    /// Returns the RAM page that holds a guest-physical address, if it is RAM.
+    #[must_use]
+    pub fn page_at(&self, address: u64) -> Option<u64> {
+        if address < self.low_bytes {
+            Some(address / PAGE)
+        } else {
+            let high = address.checked_sub(HIGH_MEMORY)?;
+            (high < self.bytes - self.low_bytes).then_some((high + self.low_bytes) / PAGE)
+        }
+    }
+
+    /// Moves the pages that were written through [`Self::memory`] since the last call into `pages`.
+    pub(crate) fn take_written(&self, pages: &mut PageSet) {
+        let mut first = 0;
+        for region in self.memory.iter() {
+            for word in (**region).bitmap().get_and_reset() {
+                if word != 0 {
+                    pages.union_word(first, word);
+                }
+                first += 64;
+            }
+        }
+    }
+
+    /// Lists the parts as (guest-physical address, host address, bytes, first page).
+    pub(crate) fn parts(&self) -> impl Iterator<Item = RamPart> + '_ {
+        self.memory.iter().scan(0, |first_page, region| {
+            let part = RamPart {
+                address: vm_memory::GuestMemoryRegion::start_addr(region).0,
+                host: region.as_ptr(),
+                bytes: region.size() as u64,
+                first_page: *first_page,
+            };
+            *first_page += part.bytes / PAGE;
+            Some(part)
+        })
+    }
+
+    fn check_pages(&self, first: u64, count: u64) -> Result<(), MemoryError> {
+        let pages = self.pages();
+        match first.checked_add(count) {
+            Some(end) if end <= pages => Ok(()),
+            _ => Err(MemoryError::NoPage {
+                page: first.saturating_add(count).saturating_sub(1),
+                pages,
+            }),
+        }
+    }
+
+    /// Drops the copies of the pages `start..end`, all of one part of the RAM.
+    fn drop_copies(&self, start: u64, end: u64) -> Result<(), MemoryError> {
+        if start >= end {
+            return Ok(());
+        }
+        self.check_pages(start, end - start)?;
+        let part = self
+            .parts()
+            .take_while(|part| part.first_page <= start)
+            .last()
+            .expect("the first part begins with page 0");
+        let offset = index((start - part.first_page) * PAGE);
+        let host = part.host.wrapping_add(offset).cast();
+        // SAFETY: the range lies inside one mapping of this machine (checked above), which lives as long
+        // as `self`. Guest memory is only ever accessed by volatile copies, never by reference.
+        unsafe { rustix::mm::madvise(host, index((end - start) * PAGE), Advice::LinuxDontNeed) }
+            .map_err(|error| MemoryError::Revert(error.into()))
+    }
+}
+
+/// One of the two parts of RAM.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RamPart {
+    pub(crate) address: u64,
+    pub(crate) host: *mut u8,
+    pub(crate) bytes: u64,
+    pub(crate) first_page: u64,
+}
+
+/// Makes a memory file that never changes its size, so that no access to a mapping of it can fail.
+fn memory_file(bytes: u64) -> io::Result<File> {
+    let file = File::from(rustix::fs::memfd_create(
+        "tandem-guest",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )?);
+    file.set_len(bytes)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+fn map(
+    image: &Arc<File>,
+    offset: u64,
+    bytes: u64,
+    address: u64,
+    mapping: Mapping,
+) -> Result<GuestRegionMmap<AtomicBitmap>, MemoryError> {
+    let sharing = match mapping {
+        Mapping::Shared => libc::MAP_SHARED,
+        Mapping::Private => libc::MAP_PRIVATE,
+    };
+    let page_bytes = std::num::NonZeroUsize::new(PAGE_BYTES).expect("a page is not empty");
+    let region = MmapRegionBuilder::new_with_bitmap(index(bytes), AtomicBitmap::new(index(bytes), page_bytes))
+        .with_file_offset(FileOffset::from_arc(Arc::clone(image), offset))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(sharing | libc::MAP_NORESERVE)
+        .build()
+        .map_err(MemoryError::Map)?;
+    Ok(GuestRegionMmap::new(region, GuestAddress(address)).expect("RAM ends far below 2^64"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: u64 = MEMORY_MIN;
+
+    fn page_of(byte: u8) -> [u8; PAGE_BYTES] {
+        [byte; PAGE_BYTES]
+    }
+
+    fn seen(ram: &GuestRam, page: u64) -> u8 {
+        let mut content = page_of(0xee);
+        ram.read_page(page, &mut content).unwrap();
+        content[0]
+    }
+
+    fn committed(ram: &GuestRam, page: u64) -> u8 {
+        let mut content = page_of(0xee);
+        ram.read_committed(page, &mut content).unwrap();
+        content[0]
+    }
+
+    #[test]
+    fn refuses_sizes_no_machine_has() {
+        for bytes in [0, 4096, SMALL + 4096, MEMORY_MAX + MEMORY_STEP, u64::MAX] {
+            assert!(
+                matches!(GuestRam::new(bytes, Mapping::Shared), Err(MemoryError::Size { .. })),
+                "{bytes}"
+            );
+        }
+    }
+
+    #[test]
+    fn pages_are_numbered_across_the_device_window() {
+        let ram = GuestRam::new(LOW_MEMORY_END_MAX + MEMORY_STEP, Mapping::Private).unwrap();
+        let low = LOW_MEMORY_END_MAX / PAGE;
+        assert_eq!(ram.pages(), low + 512);
+        assert_eq!(ram.page_address(low - 1).unwrap().0, LOW_MEMORY_END_MAX - PAGE);
+        assert_eq!(ram.page_address(low).unwrap().0, HIGH_MEMORY);
+        assert!(ram.page_address(low + 512).is_err());
+        assert_eq!(ram.page_at(HIGH_MEMORY + 5), Some(low));
+        assert_eq!(ram.page_at(LOW_MEMORY_END_MAX), None);
+        assert_eq!(ram.page_at(HIGH_MEMORY + MEMORY_STEP), None);
+
+        ram.write_committed(low + 1, &page_of(7)).unwrap();
+        assert_eq!(
+            ram.memory().read_obj::<u8>(GuestAddress(HIGH_MEMORY + PAGE)).unwrap(),
+            7
+        );
+        ram.memory().write_obj(9_u8, GuestAddress(HIGH_MEMORY + PAGE)).unwrap();
+        let mut dirty = PageSet::new(ram.pages());
+        ram.take_written(&mut dirty);
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [low + 1]);
+        ram.memory()
+            .write_obj(9_u8, GuestAddress(LOW_MEMORY_END_MAX - 1))
+            .unwrap();
+        dirty.insert(low - 1);
+        dirty.insert(low);
+        ram.revert(&dirty).unwrap();
+        assert_eq!(
+            seen(&ram, low + 1),
+            7,
+            "a revert over the end of the low part reaches the high part"
+        );
+    }
+
+    #[test]
+    fn private_writes_stay_out_of_the_image_until_reverted() {
+        let ram = GuestRam::new(SMALL, Mapping::Private).unwrap();
+        ram.write_committed(3, &page_of(1)).unwrap();
+        assert_eq!(seen(&ram, 3), 1, "a page not written shows the image");
+        ram.memory().write_slice(&page_of(2), GuestAddress(3 * PAGE)).unwrap();
+        assert_eq!((seen(&ram, 3), committed(&ram, 3)), (2, 1));
+        ram.write_committed(3, &page_of(4)).unwrap();
+        assert_eq!(seen(&ram, 3), 2, "the guest's own copy hides the image");
+        let mut dirty = PageSet::new(ram.pages());
+        ram.take_written(&mut dirty);
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [3]);
+        ram.revert(&dirty).unwrap();
+        assert_eq!(seen(&ram, 3), 4);
+    }
+
+    #[test]
+    fn shared_writes_are_the_image() {
+        let ram = GuestRam::new(SMALL, Mapping::Shared).unwrap();
+        ram.memory().write_slice(&page_of(2), GuestAddress(3 * PAGE)).unwrap();
+        assert_eq!(committed(&ram, 3), 2);
+        ram.revert(&PageSet::full(ram.pages())).unwrap();
+        assert_eq!(seen(&ram, 3), 2);
+    }
+
+    #[test]
+    fn pages_past_the_end_are_errors() {
+        let ram = GuestRam::new(SMALL, Mapping::Shared).unwrap();
+        let mut content = page_of(0);
+        for page in [ram.pages(), u64::MAX] {
+            assert!(matches!(
+                ram.read_page(page, &mut content),
+                Err(MemoryError::NoPage { .. })
+            ));
+            assert!(matches!(
+                ram.read_committed(page, &mut content),
+                Err(MemoryError::NoPage { .. })
+            ));
+            assert!(matches!(
+                ram.write_committed(page, &content),
+                Err(MemoryError::NoPage { .. })
+            ));
+        }
+    }
+}

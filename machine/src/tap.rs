@@ -1,0 +1,1 @@
+//! A TAP device of the host.
