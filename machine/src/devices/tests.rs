@@ -1,0 +1,1 @@
+//! Tests of the devices with a driver's view of their queues.

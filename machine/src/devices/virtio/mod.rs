@@ -1,0 +1,164 @@
+//! What all virtio devices share: the trait behind the transport, and the turn a worker takes.
+
+pub mod mmio;
+mod persist;
+pub(crate) mod queue;
+mod registers;
+mod worker;
+
+use std::any::Any;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+
+use self::queue::{QueueError, Ring};
+use crate::devices::Interrupt;
+use crate::memory::Memory;
+
+/// Entries of every queue, at most.
+pub const QUEUE_SIZE_MAX: u16 = 256;
+/// How long a device may take to come to rest.
+pub const FREEZE_LIMIT: Duration = Duration::from_secs(10);
+/// Feature bit: the device follows version 1 of the standard.
+pub(crate) const VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+/// Why a device can't be made, frozen or changed.
+#[derive(Debug, Error)]
+pub enum DeviceError {
+    /// The host refused a descriptor or a thread.
+    #[error("the {device} device can't start its worker: the host refused {what}; raise its limits (ulimit -n, -u)")]
+    Start {
+        /// Which device.
+        device: String,
+        /// What was refused.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A request did not end in time.
+    #[error(
+        "the {device} device did not come to rest within {FREEZE_LIMIT:?}: its back end hangs in a request; \
+         check the disk or terminal behind it"
+    )]
+    Stuck {
+        /// Which device.
+        device: String,
+    },
+    /// A disk is to be replaced by one of another size.
+    #[error(
+        "the {device} device has {has} bytes and can't go on with a disk of {offered}: use an image of the same size"
+    )]
+    Size {
+        /// Which device.
+        device: String,
+        /// The size the guest knows.
+        has: u64,
+        /// The new disk's size.
+        offered: u64,
+    },
+}
+
+/// One kind of device, behind the transport. Driven by the worker, under the worker's lock.
+pub(crate) trait Device: Any + Send {
+    /// The kind of device by the standard's number.
+    fn kind(&self) -> u32;
+    /// The features offered, [`VERSION_1`] aside.
+    fn features(&self) -> u64 {
+        0
+    }
+    /// The number of queues.
+    fn queues(&self) -> usize;
+    /// The device's configuration space.
+    fn config(&self) -> Vec<u8>;
+    /// Tells what the driver has accepted, before the first turn.
+    fn activate(&mut self, _features: u64) {}
+    /// Looks at all queues in their order and does a bounded part of what is there.
+    fn turn(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<Turn, QueueError>;
+    /// Descriptors that become readable when the outside has something for the guest.
+    fn readiness(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+    /// State of its own, beyond the queues.
+    fn state(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    /// Says which field of such state is wrong.
+    fn check(&self, state: &[u8]) -> Result<(), &'static str> {
+        if state.is_empty() {
+            Ok(())
+        } else {
+            Err("the device's own state")
+        }
+    }
+    /// Takes over state that `check` has accepted.
+    fn restore(&mut self, _state: &[u8]) {}
+}
+
+/// What a device needs for a turn.
+pub(crate) struct Work<'a> {
+    /// Guest memory.
+    pub(crate) ram: &'a Memory,
+    /// How the guest learns of used buffers.
+    pub(crate) signal: &'a Signal,
+    stop: &'a AtomicBool,
+}
+
+impl Work<'_> {
+    /// Says whether the device is to come to rest: no further request is to begin.
+    pub(crate) fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
+/// How a turn has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Turn {
+    /// There is, or may be, more to do at once.
+    pub(crate) more: bool,
+    /// The next turn is also due when a [`Device::readiness`] descriptor is readable.
+    pub(crate) watch: bool,
+}
+
+/// The interrupt status register and the line behind it.
+pub(crate) struct Signal {
+    status: AtomicU32,
+    line: Arc<dyn Interrupt>,
+}
+
+impl Signal {
+    /// Reports used buffers to the guest.
+    pub(crate) fn used(&self) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn changed(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    fn raise(&self, bits: u32) {
+        self.status.fetch_or(bits, Ordering::AcqRel);
+        self.line.trigger();
+    }
+}
+
+/// Counts complaints about one thing, so that a guest can't flood the log: the 1st, 2nd, 4th, 8th … is due.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints(u64);
+
+impl Complaints {
+    /// Counts one more and says how many there are if it is worth a line.
+    pub(crate) fn due(&mut self) -> Option<u64> {
+        self.0 += 1;
+        self.0.is_power_of_two().then_some(self.0)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

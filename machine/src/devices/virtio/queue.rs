@@ -1,0 +1,228 @@
+//! A guest's queue, with every rule checked that the device relies on.
+//!
+//! `virtio-queue` reads the rings; this file turns what it yields into a [`Chain`] whose pieces all lie
+//! in guest memory, in the right order and complete. Bounded by the queue's size, whatever the guest
+//! writes. Buffers are used in the order in which they were offered, one after the other, so that
+//! between two requests `next_avail` equals `next_used` and nothing is in flight.
+
+use std::sync::atomic::Ordering;
+
+use thiserror::Error;
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
+
+use crate::memory::Memory;
+
+/// How a guest has broken the rules of its queue.
+#[derive(Debug, Error)]
+pub(crate) enum QueueError {
+    #[error("its rings can't be used")]
+    Ring(#[source] virtio_queue::Error),
+    #[error("the ring says that buffers are there, and has none")]
+    Vanished,
+    #[error("a descriptor chain loops, or goes on outside its table")]
+    Endless,
+    #[error("a buffer at {address:#x} of {bytes} bytes is not in guest memory")]
+    Outside { address: u64, bytes: u32 },
+    #[error("{0}")]
+    Layout(&'static str),
+    #[error("guest memory can't be accessed")]
+    Memory(#[source] GuestMemoryError),
+}
+
+/// One queue in use.
+pub(crate) struct Ring {
+    queue: Queue,
+    /// Whether the driver was told to send notifications; `None`: what guest memory says is unknown.
+    listening: Option<bool>,
+}
+
+impl Ring {
+    /// Takes over a queue in this state; its addresses must be in guest memory.
+    pub(crate) fn new(state: QueueState, ram: &Memory) -> Result<Self, QueueError> {
+        let queue = Queue::try_from(state).map_err(QueueError::Ring)?;
+        if state.ready && !queue.is_valid(ram) {
+            return Err(QueueError::Layout("a ring is not in guest memory"));
+        }
+        Ok(Self { queue, listening: None })
+    }
+
+    pub(crate) fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+
+    /// Takes the next chain. The driver need not notify from now on until [`Ring::listen`].
+    pub(crate) fn pop(&mut self, ram: &Memory) -> Result<Option<Chain>, QueueError> {
+        if !self.queue.ready() {
+            return Ok(None);
+        }
+        let offered = self
+            .queue
+            .avail_idx(ram, Ordering::Acquire)
+            .map_err(QueueError::Ring)?
+            .0;
+        if offered == self.queue.next_avail() {
+            return Ok(None);
+        }
+        if self.listening != Some(false) {
+            self.queue.disable_notification(ram).map_err(QueueError::Ring)?;
+            self.listening = Some(false);
+        }
+        let limit = usize::from(self.queue.size());
+        let chain = self
+            .queue
+            .iter(ram)
+            .map_err(QueueError::Ring)?
+            .next()
+            .ok_or(QueueError::Vanished)?;
+        Chain::collect(chain, limit, ram).map(Some)
+    }
+
+    /// Puts the chain that was taken last back.
+    pub(crate) fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives `chain` back to the driver with `written` bytes in its writable part.
+    pub(crate) fn complete(&mut self, ram: &Memory, chain: &Chain, written: u32) -> Result<(), QueueError> {
+        self.queue.add_used(ram, chain.head, written).map_err(QueueError::Ring)
+    }
+
+    /// Asks the driver for notifications; `true` if there is something to take already.
+    pub(crate) fn listen(&mut self, ram: &Memory) -> Result<bool, QueueError> {
+        if !self.queue.ready() {
+            return Ok(false);
+        }
+        if self.listening != Some(true) {
+            self.listening = Some(true);
+            return self.queue.enable_notification(ram).map_err(QueueError::Ring);
+        }
+        let offered = self
+            .queue
+            .avail_idx(ram, Ordering::Acquire)
+            .map_err(QueueError::Ring)?
+            .0;
+        Ok(offered != self.queue.next_avail())
+    }
+}
+
+/// A request of the driver: what the device may read, and what it may write.
+#[derive(Debug, Default)]
+pub(crate) struct Chain {
+    head: u16,
+    readable: Part,
+    writable: Part,
+}
+
+#[derive(Debug, Default)]
+struct Part {
+    pieces: Vec<(GuestAddress, u32)>,
+    bytes: u32,
+}
+
+impl Chain {
+    fn collect(
+        mut chain: virtio_queue::DescriptorChain<&Memory>,
+        limit: usize,
+        ram: &Memory,
+    ) -> Result<Self, QueueError> {
+        let mut collected = Self {
+            head: chain.head_index(),
+            ..Self::default()
+        };
+        // The iterator ends silently at a descriptor it can't follow; then the last one had a successor.
+        let mut complete = false;
+        let mut count = 0;
+        for descriptor in chain.by_ref() {
+            count += 1;
+            if count > limit {
+                return Err(QueueError::Endless);
+            }
+            complete = !descriptor.has_next();
+            let bytes = descriptor.len();
+            let part = if descriptor.is_write_only() {
+                &mut collected.writable
+            } else if collected.writable.pieces.is_empty() {
+                &mut collected.readable
+            } else {
+                return Err(QueueError::Layout("a chain has a readable buffer after a writable one"));
+            };
+            if bytes == 0 {
+                continue;
+            }
+            let outside = QueueError::Outside {
+                address: descriptor.addr().0,
+                bytes,
+            };
+            let access = if descriptor.is_write_only() {
+                Permissions::Write
+            } else {
+                Permissions::Read
+            };
+            if !GuestMemory::check_range(ram, descriptor.addr(), crate::index(bytes.into()), access) {
+                return Err(outside);
+            }
+            part.bytes = part.bytes.checked_add(bytes).ok_or(outside)?;
+            part.pieces.push((descriptor.addr(), bytes));
+        }
+        if complete {
+            Ok(collected)
+        } else {
+            Err(QueueError::Endless)
+        }
+    }
+
+    /// The bytes the device may read.
+    pub(crate) const fn readable(&self) -> u32 {
+        self.readable.bytes
+    }
+
+    /// The bytes the device may write.
+    pub(crate) const fn writable(&self) -> u32 {
+        self.writable.bytes
+    }
+
+    /// Fills `data` from `offset` in the readable part.
+    pub(crate) fn read(&self, ram: &Memory, offset: u32, data: &mut [u8]) -> Result<(), QueueError> {
+        self.readable.each(offset, data.len(), |address, range| {
+            ram.read_slice(&mut data[range], address).map_err(QueueError::Memory)
+        })
+    }
+
+    /// Writes `data` at `offset` in the writable part. Marks the pages in guest memory's bitmap.
+    pub(crate) fn write(&self, ram: &Memory, offset: u32, data: &[u8]) -> Result<(), QueueError> {
+        self.writable.each(offset, data.len(), |address, range| {
+            ram.write_slice(&data[range], address).map_err(QueueError::Memory)
+        })
+    }
+}
+
+impl Part {
+    /// Calls `access` with each stretch of guest memory for `length` bytes from `offset`, and its place in them.
+    fn each(
+        &self,
+        offset: u32,
+        length: usize,
+        mut access: impl FnMut(GuestAddress, std::ops::Range<usize>) -> Result<(), QueueError>,
+    ) -> Result<(), QueueError> {
+        let mut skip = u64::from(offset);
+        let mut done = 0;
+        for &(address, bytes) in &self.pieces {
+            if done == length {
+                break;
+            }
+            let bytes = u64::from(bytes);
+            if skip >= bytes {
+                skip -= bytes;
+                continue;
+            }
+            let take = crate::index(bytes - skip).min(length - done);
+            // The whole piece was found to lie in guest memory, so the sum can't overflow.
+            access(GuestAddress(address.0 + skip), done..done + take)?;
+            done += take;
+            skip = 0;
+        }
+        assert_eq!(done, length, "a device stays within the chain it was given");
+        Ok(())
+    }
+}
