@@ -1,0 +1,451 @@
+//! Which blocks of the disk changed since both sides last had the same content.
+//!
+//! The primary marks every write. When it stops for checkpoint *n* it closes *n*; what it marks later belongs to
+//! *n + 1*. Only `Committed(n)`, which the secondary sends once its journal is durable, clears *n*. If the epoch is
+//! abandoned, its blocks join the running one. After a break the union of everything left is what a returning
+//! peer needs, and no more.
+//!
+//! A block is [`BLOCK_BYTES`] long. The map costs 128 bytes for each 64 MiB of disk that has a mark.
+//!
+//! Driven by the primary's protocol core. The stored form is for an orderly stop: it is removed when it is read,
+//! because after a crash a map on disk would miss the last marks.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use checkpoint::limits::BLOCK_BYTES;
+use checkpoint::{Epoch, Generation, Tag};
+
+use crate::beside;
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+const WORDS: usize = 16;
+const GROUP_BLOCKS: u64 = WORDS as u64 * 64;
+/// Closed epochs kept apart; beyond that the two oldest are joined, which clears blocks later but never too early.
+const EPOCHS_MAX: usize = 16;
+const MAGIC: [u8; 8] = *b"TandemC1";
+const HEAD: usize = 40;
+const GROUP_RECORD: usize = 8 + WORDS * 8;
+
+/// A set of block numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BlockSet {
+    groups: BTreeMap<u64, [u64; WORDS]>,
+}
+
+impl BlockSet {
+    /// Adds a block; tells whether it was new.
+    pub fn insert(&mut self, block: u64) -> bool {
+        let (word, bit) = place(block);
+        let word = &mut self.groups.entry(block / GROUP_BLOCKS).or_insert([0; WORDS])[word];
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
+    }
+
+    /// Tells whether the block is in the set.
+    #[must_use]
+    pub fn contains(&self, block: u64) -> bool {
+        let (word, bit) = place(block);
+        self.groups
+            .get(&(block / GROUP_BLOCKS))
+            .is_some_and(|words| words[word] & bit != 0)
+    }
+
+    /// Adds all of `other`.
+    pub fn union(&mut self, other: &Self) {
+        for (group, words) in &other.groups {
+            let own = self.groups.entry(*group).or_insert([0; WORDS]);
+            for (own, word) in own.iter_mut().zip(words) {
+                *own |= word;
+            }
+        }
+    }
+
+    /// Returns how many blocks are in the set.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.groups
+            .values()
+            .flatten()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// Tells whether the set is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// Returns the blocks in ascending order.
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        self.groups.iter().flat_map(|(group, words)| {
+            words.iter().zip(0_u64..).flat_map(move |(word, index)| {
+                (0..64_u64)
+                    .filter(move |bit| word & (1 << bit) != 0)
+                    .map(move |bit| group * GROUP_BLOCKS + index * 64 + bit)
+            })
+        })
+    }
+}
+
+/// The blocks changed since the last common state, by epoch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangedBlocks {
+    size: u64,
+    since: Tag,
+    closed: VecDeque<(Tag, BlockSet)>,
+    running: BlockSet,
+}
+
+/// Why a stored map is not used. The cure is always the same: without it the whole disk is compared.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangedError {
+    /// Not a map, torn or changed.
+    #[error("{path} is damaged ({what}); delete it, the disks will then be compared as a whole")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// The file could not be read, written or removed.
+    #[error("cannot access {path}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl ChangedBlocks {
+    /// Starts with nothing changed: both sides have the same content of `size` bytes as of `since`.
+    #[must_use]
+    pub fn new(size: u64, since: Tag) -> Self {
+        Self {
+            size,
+            since,
+            closed: VecDeque::new(),
+            running: BlockSet::default(),
+        }
+    }
+
+    /// Returns the last state that both sides are known to hold.
+    #[must_use]
+    pub fn since(&self) -> Tag {
+        self.since
+    }
+
+    /// Returns the size of the disk in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Notes a write in the running epoch.
+    ///
+    /// # Panics
+    /// If the range is outside the disk: the block device has checked it.
+    pub fn mark(&mut self, offset: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let last = offset.checked_add(len - 1).filter(|last| *last < self.size);
+        let last = last.expect("a write that the block device let through is within the disk");
+        for block in offset / BLOCK..=last / BLOCK {
+            self.running.insert(block);
+        }
+    }
+
+    /// Ends the running epoch, at the stop of its checkpoint.
+    ///
+    /// # Panics
+    /// If epochs do not come in ascending order.
+    pub fn close(&mut self, tag: Tag) {
+        let last = self.closed.back().map_or(self.since, |(last, _)| *last);
+        assert!(tag > last, "epoch {tag} closed after {last}");
+        self.closed.push_back((tag, std::mem::take(&mut self.running)));
+        if self.closed.len() > EPOCHS_MAX {
+            let (_, oldest) = self.closed.pop_front().expect("more than one");
+            self.closed.front_mut().expect("more than one").1.union(&oldest);
+        }
+    }
+
+    /// Forgets the blocks of all epochs up to `tag`: the secondary's disk holds them durably.
+    pub fn clear_committed(&mut self, tag: Tag) {
+        while self.closed.front().is_some_and(|(closed, _)| *closed <= tag) {
+            (self.since, _) = self.closed.pop_front().expect("just seen");
+        }
+    }
+
+    /// Moves every closed and uncommitted epoch back into the running one: their checkpoints were abandoned.
+    pub fn reopen(&mut self) {
+        for (_, blocks) in self.closed.drain(..) {
+            self.running.union(&blocks);
+        }
+    }
+
+    /// Returns every block changed since the last common state.
+    #[must_use]
+    pub fn all_blocks(&self) -> BlockSet {
+        let mut all = self.running.clone();
+        for (_, blocks) in &self.closed {
+            all.union(blocks);
+        }
+        all
+    }
+
+    /// Returns the map as bytes; closed epochs count as abandoned.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let all = self.all_blocks();
+        let mut bytes = Vec::with_capacity(HEAD + all.groups.len() * GROUP_RECORD + 4);
+        bytes.extend_from_slice(&MAGIC);
+        for field in [
+            self.size,
+            self.since.generation.0,
+            self.since.epoch.0,
+            all.groups.len() as u64,
+        ] {
+            bytes.extend_from_slice(&field.to_le_bytes());
+        }
+        for (group, words) in &all.groups {
+            bytes.extend_from_slice(&group.to_le_bytes());
+            words
+                .iter()
+                .for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+        }
+        bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+        bytes
+    }
+
+    /// Reads [`to_bytes`](Self::to_bytes) back for a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// What is wrong with the bytes.
+    pub fn from_bytes(bytes: &[u8], size: u64) -> Result<Self, &'static str> {
+        let (body, checksum) = bytes.split_last_chunk::<4>().ok_or("too short")?;
+        if body.len() < HEAD || body[..8] != MAGIC {
+            return Err("not a map of changed blocks");
+        }
+        if *checksum != crc32fast::hash(body).to_le_bytes() {
+            return Err("its checksum does not hold");
+        }
+        let mut numbers = body[8..]
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|number| u64::from_le_bytes(*number));
+        let mut next = || numbers.next().ok_or("too short");
+        if next()? != size {
+            return Err("it belongs to a disk of another size");
+        }
+        let since = Tag {
+            generation: Generation(next()?),
+            epoch: Epoch(next()?),
+        };
+        let count = next()?;
+        if count.checked_mul(GROUP_RECORD as u64) != Some((body.len() - HEAD) as u64) {
+            return Err("its length is wrong");
+        }
+        let mut running = BlockSet::default();
+        for _ in 0..count {
+            let group = next()?;
+            let mut words = [0; WORDS];
+            for word in &mut words {
+                *word = next()?;
+            }
+            if group > size / BLOCK / GROUP_BLOCKS || words == [0; WORDS] {
+                return Err("a block beyond the end of the disk");
+            }
+            running.groups.insert(group, words);
+        }
+        if running.groups.last_key_value().is_some() && running.iter().last() >= Some(size.div_ceil(BLOCK)) {
+            return Err("a block beyond the end of the disk");
+        }
+        Ok(Self {
+            size,
+            since,
+            closed: VecDeque::new(),
+            running,
+        })
+    }
+
+    /// Returns where the map of an image is stored.
+    #[must_use]
+    pub fn path_for(image: &Path) -> PathBuf {
+        beside::with_suffix(image, ".changed")
+    }
+
+    /// Stores the map durably, at an orderly stop.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn store(&self, path: &Path) -> Result<(), ChangedError> {
+        beside::replace(path, &self.to_bytes()).map_err(|source| ChangedError::Io {
+            path: path.into(),
+            source,
+        })
+    }
+
+    /// Reads a stored map and removes it durably, before anything is written to the image again.
+    ///
+    /// # Errors
+    /// If the file cannot be read or removed, or is damaged; a damaged one stays where it is.
+    pub fn take(path: &Path, size: u64) -> Result<Option<Self>, ChangedError> {
+        let io_error = |source| ChangedError::Io {
+            path: path.into(),
+            source,
+        };
+        let groups = size / BLOCK / GROUP_BLOCKS + 1;
+        let limit = HEAD as u64 + groups * GROUP_RECORD as u64 + 4;
+        let Some(bytes) = beside::read(path, limit).map_err(io_error)? else {
+            return Ok(None);
+        };
+        let map = Self::from_bytes(&bytes, size).map_err(|what| ChangedError::Damaged {
+            path: path.into(),
+            what,
+        })?;
+        std::fs::remove_file(path).map_err(io_error)?;
+        beside::sync_parent(path).map_err(io_error)?;
+        Ok(Some(map))
+    }
+}
+
+fn place(block: u64) -> (usize, u64) {
+    let within = block % GROUP_BLOCKS;
+    (crate::sectors::to_usize(within / 64), 1 << (within % 64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SIZE: u64 = 200 * 1024 * 1024 + 512;
+
+    fn tag(epoch: u64) -> Tag {
+        Tag {
+            generation: Generation(3),
+            epoch: Epoch(epoch),
+        }
+    }
+
+    fn blocks(map: &ChangedBlocks) -> Vec<u64> {
+        map.all_blocks().iter().collect()
+    }
+
+    #[test]
+    fn only_committed_epochs_are_forgotten() {
+        let mut map = ChangedBlocks::new(SIZE, tag(0));
+        map.mark(0, 512);
+        map.close(tag(1));
+        map.mark(BLOCK - 512, 1024);
+        map.close(tag(2));
+        map.mark(SIZE - 512, 512);
+        map.clear_committed(tag(1));
+        assert_eq!(
+            blocks(&map),
+            [0, 1, SIZE / BLOCK],
+            "block 0 was written again in epoch 2"
+        );
+        assert_eq!(map.since(), tag(1));
+        map.clear_committed(tag(2));
+        assert_eq!(blocks(&map), [SIZE / BLOCK]);
+        assert_eq!(map.since(), tag(2));
+    }
+
+    #[test]
+    fn an_abandoned_epoch_joins_the_running_one() {
+        let mut map = ChangedBlocks::new(SIZE, tag(0));
+        map.mark(5 * BLOCK, 1);
+        map.close(tag(1));
+        map.reopen();
+        map.clear_committed(tag(1));
+        assert_eq!(
+            blocks(&map),
+            [5],
+            "a late Committed(1) of an abandoned epoch clears nothing"
+        );
+        map.close(tag(2));
+        map.clear_committed(tag(2));
+        assert!(map.all_blocks().is_empty());
+    }
+
+    #[test]
+    fn many_uncommitted_epochs_stay_bounded_and_are_never_cleared_early() {
+        let mut map = ChangedBlocks::new(SIZE, tag(0));
+        for epoch in 1..=40 {
+            map.mark(epoch * BLOCK, 1);
+            map.close(tag(epoch));
+        }
+        assert_eq!(map.closed.len(), EPOCHS_MAX);
+        map.clear_committed(tag(10));
+        assert_eq!(map.all_blocks().len(), 40);
+        map.clear_committed(tag(40));
+        assert!(map.all_blocks().is_empty());
+    }
+
+    #[test]
+    fn case_40_a_stored_map_is_taken_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = ChangedBlocks::path_for(&dir.path().join("disk.img"));
+        let mut map = ChangedBlocks::new(SIZE, tag(9));
+        map.mark(7 * BLOCK, BLOCK * 3);
+        map.store(&path).unwrap();
+        assert_eq!(ChangedBlocks::take(&path, SIZE).unwrap(), Some(map));
+        assert_eq!(ChangedBlocks::take(&path, SIZE).unwrap(), None);
+    }
+
+    #[test]
+    fn a_torn_map_is_refused_at_every_length_and_bit() {
+        let mut map = ChangedBlocks::new(SIZE, tag(9));
+        map.mark(0, SIZE);
+        let bytes = map.to_bytes();
+        assert_eq!(ChangedBlocks::from_bytes(&bytes, SIZE), Ok(map));
+        for len in 0..bytes.len() {
+            ChangedBlocks::from_bytes(&bytes[..len], SIZE).unwrap_err();
+        }
+        for at in 0..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 0x10;
+            ChangedBlocks::from_bytes(&bytes, SIZE).unwrap_err();
+        }
+        ChangedBlocks::from_bytes(&bytes, SIZE + 512).unwrap_err();
+    }
+
+    #[test]
+    fn a_forged_map_with_a_good_checksum_is_refused() {
+        for (count, group, word) in [(1, 1_000_000_u64, 1_u64), (u64::MAX, 0, 1), (1, 3, 1 << 63), (1, 0, 0)] {
+            let mut bytes = MAGIC.to_vec();
+            for field in [SIZE, 1, 1, count, group] {
+                bytes.extend_from_slice(&field.to_le_bytes());
+            }
+            for _ in 0..WORDS {
+                bytes.extend_from_slice(&word.to_le_bytes());
+            }
+            bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+            ChangedBlocks::from_bytes(&bytes, SIZE).unwrap_err();
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_set_is_a_set(numbers in prop::collection::btree_set(0_u64..5000, 0..200), more in prop::collection::btree_set(0_u64..5000, 0..200)) {
+            let make = |numbers: &std::collections::BTreeSet<u64>| {
+                let mut set = BlockSet::default();
+                numbers.iter().for_each(|number| assert!(set.insert(*number)));
+                set
+            };
+            let mut set = make(&numbers);
+            prop_assert!(set.iter().eq(numbers.iter().copied()));
+            prop_assert_eq!(set.len(), numbers.len() as u64);
+            set.union(&make(&more));
+            prop_assert!(set.iter().eq(numbers.union(&more).copied()));
+            prop_assert!(more.iter().all(|number| set.contains(*number)));
+        }
+    }
+}
