@@ -18,18 +18,32 @@
 #[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64")))]
 compile_error!("Tandem runs on x86-64 Linux only");
 
+pub mod boot;
+mod bus;
+mod clock;
 pub mod devices;
+mod dirty;
 pub mod doorbell;
+mod kvm;
+mod kvm_vm;
 pub mod memory;
 pub mod pageset;
 pub mod sentinel;
 pub mod state;
 pub mod tap;
+mod vcpu;
+mod vm;
 
+pub use boot::BootError;
 pub use doorbell::Interrupt;
+pub use kvm::{HostError, cpu_identity, host_check};
+pub use kvm_vm::{BuildError, KvmVm, MachineConfig};
 pub use memory::{GuestRam, Mapping, Memory, MemoryError, PAGE_BYTES};
 pub use pageset::PageSet;
 pub use state::{MachineState, Section, StateError};
+pub use vcpu::state::RegisterError;
+pub use vcpu::{PowerEvent, PowerHook};
+pub use vm::{Vm, VmError};
 
 /// Turns a 64-bit count or index into one for slices; both have 64 bits here.
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, see the check above")]

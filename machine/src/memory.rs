@@ -89,8 +89,8 @@ pub enum MemoryError {
     Revert(#[source] io::Error),
 }
 
-/// The RAM of one machine.
-#[derive(Debug)]
+/// The RAM of one machine; clones are handles on the same RAM.
+#[derive(Clone, Debug)]
 pub struct GuestRam {
     memory: Memory,
     image: Arc<File>,

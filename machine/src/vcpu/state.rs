@@ -1,0 +1,235 @@
+//! The registers of a vCPU, saved and loaded.
+//!
+//! They are byte strings in KVM's own layout, one for each group, and a list of MSRs. Loading goes in
+//! the order KVM needs and stops at the first thing that KVM refuses, naming it; a vCPU that has
+//! been loaded in part must never run. [`Scratch`] is a vCPU that never runs, on which all of it is
+//! tried first.
+
+use std::io;
+
+use kvm_bindings::{
+    CpuId, Msrs, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use thiserror::Error;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::kvm::{Host, HostError};
+use crate::state::{Reader, StateError, Writer};
+
+/// MSRs in one saved state, at most; hosts have between 40 and 200.
+const MSRS_MAX: usize = 1024;
+
+/// MSRs that say where the time stamp counter is. The guest's clock page does that, so they stay as they are.
+const TIME_MSRS: [u32; 3] = [0x10, 0x3b, 0x6e0];
+
+/// Why registers can't be saved or loaded.
+#[derive(Debug, Error)]
+pub enum RegisterError {
+    /// KVM doesn't tell them.
+    #[error("KVM can't save {register}")]
+    Save {
+        /// Which of them.
+        register: &'static str,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM doesn't take them.
+    #[error("this host's KVM refuses the saved {register}: the two hosts' processors or kernels differ too much")]
+    Refused {
+        /// Which of them.
+        register: &'static str,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// KVM doesn't take a model-specific register.
+    #[error(
+        "this host's KVM refuses the saved MSR {index:#x} = {value:#x}: the two hosts' processors or kernels differ too much"
+    )]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// The value refused.
+        value: u64,
+    },
+}
+
+/// All registers of a vCPU.
+pub(crate) struct Registers {
+    pub(crate) regs: kvm_regs,
+    pub(crate) sregs: kvm_sregs,
+    pub(crate) xsave: Box<kvm_xsave>,
+    pub(crate) xcrs: kvm_xcrs,
+    pub(crate) debug: kvm_debugregs,
+    pub(crate) events: kvm_vcpu_events,
+    pub(crate) run_state: kvm_mp_state,
+    pub(crate) msrs: Vec<kvm_msr_entry>,
+}
+
+fn save<T, E: Into<io::Error>>(register: &'static str, result: Result<T, E>) -> Result<T, RegisterError> {
+    result.map_err(|error| RegisterError::Save {
+        register,
+        source: error.into(),
+    })
+}
+
+fn load<E: Into<io::Error>>(register: &'static str, result: Result<(), E>) -> Result<(), RegisterError> {
+    result.map_err(|error| RegisterError::Refused {
+        register,
+        source: error.into(),
+    })
+}
+
+impl Registers {
+    /// Saves the registers of a vCPU that is not running and has completed its last exit.
+    pub(crate) fn save(vcpu: &VcpuFd, msrs: &MsrList) -> Result<Self, RegisterError> {
+        Ok(Self {
+            regs: save("general registers", vcpu.get_regs())?,
+            sregs: save("special registers", vcpu.get_sregs())?,
+            xsave: Box::new(save("XSAVE state", vcpu.get_xsave())?),
+            xcrs: save("XCR registers", vcpu.get_xcrs())?,
+            debug: save("debug registers", vcpu.get_debug_regs())?,
+            events: save("pending events", vcpu.get_vcpu_events())?,
+            run_state: save("run state", vcpu.get_mp_state())?,
+            msrs: msrs.read(vcpu)?,
+        })
+    }
+
+    /// Loads the registers into a vCPU that is not running.
+    pub(crate) fn load(&self, vcpu: &VcpuFd) -> Result<(), RegisterError> {
+        load("general registers", vcpu.set_regs(&self.regs))?;
+        load("special registers", vcpu.set_sregs(&self.sregs))?;
+        load("XCR registers", vcpu.set_xcrs(&self.xcrs))?;
+        // SAFETY: KVM reads the 4096 bytes of the structure; no dynamically enabled feature, which would
+        // need more, is ever asked for.
+        load("XSAVE state", unsafe { vcpu.set_xsave(&self.xsave) })?;
+        write_msrs(vcpu, &self.msrs)?;
+        load("run state", vcpu.set_mp_state(self.run_state))?;
+        load("pending events", vcpu.set_vcpu_events(&self.events))?;
+        load("debug registers", vcpu.set_debug_regs(&self.debug))
+    }
+
+    /// Appends the registers to a section.
+    pub(crate) fn encode(&self, to: &mut Writer) {
+        to.bytes(self.regs.as_bytes())
+            .bytes(self.sregs.as_bytes())
+            .bytes(self.xsave.as_bytes());
+        to.bytes(self.xcrs.as_bytes())
+            .bytes(self.debug.as_bytes())
+            .bytes(self.events.as_bytes());
+        to.bytes(self.run_state.as_bytes());
+        to.u32(u32::try_from(self.msrs.len()).expect("KVM lists few MSRs"));
+        for msr in &self.msrs {
+            to.u32(msr.index).u64(msr.data);
+        }
+    }
+
+    /// Reads the registers from a section.
+    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, StateError> {
+        let registers = Self {
+            regs: group(from, "general registers")?,
+            sregs: group(from, "special registers")?,
+            xsave: Box::new(group(from, "XSAVE state")?),
+            xcrs: group(from, "XCR registers")?,
+            debug: group(from, "debug registers")?,
+            events: group(from, "pending events")?,
+            run_state: group(from, "run state")?,
+            msrs: Vec::new(),
+        };
+        let count = crate::index(from.u32("the number of MSRs")?.into());
+        if count > MSRS_MAX {
+            return Err(from.value("the number of MSRs"));
+        }
+        let msr = |from: &mut Reader<'_>| {
+            Ok(kvm_msr_entry {
+                index: from.u32("an MSR")?,
+                data: from.u64("an MSR")?,
+                ..Default::default()
+            })
+        };
+        let msrs = (0..count).map(|_| msr(from)).collect::<Result<_, StateError>>()?;
+        Ok(Self { msrs, ..registers })
+    }
+}
+
+fn group<T: FromBytes + IntoBytes + Immutable>(from: &mut Reader<'_>, register: &'static str) -> Result<T, StateError> {
+    let bytes = from.bytes(register, size_of::<T>())?;
+    T::read_from_bytes(bytes).map_err(|_| from.value(register))
+}
+
+/// The MSRs that this host can both save and load.
+#[derive(Clone, Debug)]
+pub(crate) struct MsrList(Vec<u32>);
+
+impl MsrList {
+    /// Finds them by trying each on a vCPU that never runs.
+    fn probe(host: &Host, vcpu: &VcpuFd) -> Result<Self, HostError> {
+        let usable = |index: &u32| {
+            !TIME_MSRS.contains(index) && read_msrs(vcpu, &[*index]).is_some_and(|msr| write_msrs(vcpu, &msr).is_ok())
+        };
+        Ok(Self(host.msr_indexes()?.into_iter().filter(usable).collect()))
+    }
+
+    fn read(&self, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, RegisterError> {
+        read_msrs(vcpu, &self.0).ok_or_else(|| RegisterError::Save {
+            register: "model-specific registers",
+            source: io::ErrorKind::Unsupported.into(),
+        })
+    }
+}
+
+fn read_msrs(vcpu: &VcpuFd, indexes: &[u32]) -> Option<Vec<kvm_msr_entry>> {
+    let entries: Vec<_> = indexes
+        .iter()
+        .map(|index| kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        })
+        .collect();
+    let mut msrs = Msrs::from_entries(&entries).ok()?;
+    let read = vcpu.get_msrs(&mut msrs).ok()?;
+    (read == entries.len()).then(|| msrs.as_slice().to_vec())
+}
+
+fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), RegisterError> {
+    let refused = |source: io::Error| RegisterError::Refused {
+        register: "model-specific registers",
+        source,
+    };
+    let msrs = Msrs::from_entries(entries).map_err(|_| refused(io::ErrorKind::InvalidInput.into()))?;
+    let written = vcpu.set_msrs(&msrs).map_err(|error| refused(error.into()))?;
+    match entries.get(written) {
+        Some(entry) => Err(RegisterError::Msr {
+            index: entry.index,
+            value: entry.data,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// A vCPU that never runs. What KVM could refuse is tried here while the machine runs.
+pub(crate) struct Scratch {
+    vcpu: VcpuFd,
+    /// Keeps the vCPU's VM.
+    _vm: VmFd,
+}
+
+impl Scratch {
+    pub(crate) fn new(host: &Host, cpuid: &CpuId) -> Result<Self, HostError> {
+        let vm = host.create_vm()?;
+        let vcpu = host.create_vcpu(&vm, cpuid)?;
+        Ok(Self { vcpu, _vm: vm })
+    }
+
+    /// Finds the MSRs that this host can both save and load.
+    pub(crate) fn msrs(&self, host: &Host) -> Result<MsrList, HostError> {
+        MsrList::probe(host, &self.vcpu)
+    }
+
+    /// Loads the registers. After an error this vCPU is spoilt for further trials.
+    pub(crate) fn try_load(&self, registers: &Registers) -> Result<(), RegisterError> {
+        registers.load(&self.vcpu)
+    }
+}
