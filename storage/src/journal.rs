@@ -390,3 +390,6 @@ fn le_u64(bytes: &[u8]) -> u64 {
     value.copy_from_slice(bytes);
     u64::from_le_bytes(value)
 }
+
+#[cfg(test)]
+mod tests;

@@ -557,3 +557,6 @@ impl Done {
 fn near(bytes: u64, limit: u64) -> bool {
     bytes >= limit / 4 * 3
 }
+
+#[cfg(test)]
+mod tests;

@@ -291,9 +291,12 @@ impl Image for SimImage {
             return Ok(());
         }
         let mut faults = self.disk.lock();
+        let was_off = faults.off;
         if let Err(off) = faults.operation() {
-            // What was being written when the power failed may have reached the medium, in part.
-            state.write(to_usize(offset), data);
+            if !was_off {
+                // What was being written when the power failed may have reached the medium, in part.
+                state.write(to_usize(offset), data);
+            }
             return Err(off);
         }
         state.back(offset, data.len() as u64, &mut faults)?;

@@ -363,14 +363,19 @@ mod tests {
             let threads: Vec<_> = names.iter().map(contend).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        for term in 0..20 {
-            let winners: Vec<usize> = (0..names.len())
-                .filter(|node| claims[*node][term] == Claim::Won)
-                .collect();
-            assert_eq!(winners.len(), 1, "term {}: {winners:?}", term + 1);
-            let winner = &names[winners[0]];
-            for node in (0..names.len()).filter(|node| *node != winners[0]) {
-                assert_eq!(claims[node][term], Claim::LostTo(winner.clone()));
+        for term in 1..=20 {
+            let answers: Vec<&Claim> = claims.iter().map(|of_node: &Vec<Claim>| &of_node[term - 1]).collect();
+            let winner = answers
+                .iter()
+                .position(|answer| **answer == Claim::Won)
+                .expect("someone wins");
+            for (node, answer) in answers.into_iter().enumerate() {
+                let expected = if node == winner {
+                    Claim::Won
+                } else {
+                    Claim::LostTo(names[winner].clone())
+                };
+                assert_eq!(*answer, expected, "term {term}, node {node}");
             }
         }
         assert!(
