@@ -8,6 +8,24 @@ pub const PAGE_BYTES: usize = 4096;
 pub const BLOCK_BYTES: usize = 64 * 1024;
 /// Largest message body on the wire, in bytes.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+/// Largest device or network state on the wire, in bytes: registers of every vCPU, addresses of every flow.
+pub const STATE_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Longest name of a pair or node, in bytes.
+pub const NAME_BYTES_MAX: usize = 64;
+/// Longest text that explains a refusal or a goodbye, in bytes.
+pub const TEXT_BYTES_MAX: usize = 1024;
+/// Devices of a machine.
+pub const DEVICES_MAX: usize = 64;
+/// Longest device description in a machine's shape, in bytes.
+pub const DEVICE_NAME_BYTES_MAX: usize = 256;
+/// Sections of a machine's saved state.
+pub const SECTIONS_MAX: usize = 1024;
+/// Longest name of a section, in bytes.
+pub const SECTION_NAME_BYTES_MAX: usize = 64;
+/// Virtual CPUs of a machine.
+pub const VCPUS_MAX: u32 = 1024;
+/// Largest guest memory, in bytes.
+pub const MEMORY_BYTES_MAX: u64 = 16 << 40;
 /// Largest Ethernet frame taken from a guest or a peer, in bytes (no offloads: 1,514 and two VLAN tags; room for jumbo).
 pub const FRAME_BYTES_MAX: usize = 9_216;
 /// Frames that the primary's guest sent and that wait for release, in bytes.
@@ -30,12 +48,19 @@ pub const EPOCH_AGE_MAX: Duration = Duration::from_millis(1_000);
 /// A silent peer is declared lost after this, unless the user sets another limit.
 pub const TAKEOVER_LIMIT_DEFAULT: Duration = Duration::from_millis(300);
 
+/// The shortest takeover limit that can be set; below it, an ordinary scheduling delay is a death.
+pub const TAKEOVER_LIMIT_MIN: Duration = Duration::from_millis(20);
+/// The longest takeover limit that can be set.
+pub const TAKEOVER_LIMIT_MAX: Duration = Duration::from_millis(600_000);
 /// Share of the takeover limit after which a side that hears nothing releases nothing more (numerator, denominator).
 pub const FENCE_SHARE: (u64, u64) = (2, 3);
 /// Heartbeats sent within one takeover limit.
 pub const HEARTBEATS_PER_LIMIT: u64 = 8;
 
-const _: () = assert!(FENCE_SHARE.0 < FENCE_SHARE.1, "the fence must close before the other side may take over");
+const _: () = assert!(
+    FENCE_SHARE.0 < FENCE_SHARE.1,
+    "the fence must close before the other side may take over"
+);
 const _: () = assert!(FRAME_BYTES_MAX < BODY_BYTES_MAX);
 const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES));
 const _: () = assert!(BLOCK_BYTES < BODY_BYTES_MAX);

@@ -6,8 +6,18 @@
 //!
 //! Protocol versions: 1 — the first.
 
+pub mod codec;
+pub mod decoder;
+pub mod header;
+mod reasons;
+
 use bytes::Bytes;
 use rkyv::{Archive, Deserialize, Serialize};
+
+pub use codec::{Encoded, WireError, decode, encode, encode_into};
+pub use decoder::Decoder;
+pub use header::{HEADER_BYTES, Header};
+pub use reasons::{GoodbyeReason, Refusal};
 
 use crate::epoch::{Epoch, Generation, InputNumber, Tag};
 
@@ -113,65 +123,6 @@ pub struct Welcome {
     pub generation: u64,
     /// Last committed epoch of that generation.
     pub committed: u64,
-}
-
-/// Why a peer is turned away. Each says what to change.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Archive, Serialize, Deserialize)]
-pub enum Refusal {
-    /// The protocol versions differ.
-    #[error("the peer speaks protocol version {theirs}, this host {ours}: run the same tandem release on both")]
-    Version {
-        /// The refuser's version.
-        ours: u16,
-        /// The version that was refused.
-        theirs: u16,
-    },
-    /// Another pair's name.
-    #[error("the peer belongs to pair '{theirs}', this host to '{ours}': check --pair and --peer")]
-    Pair {
-        /// The refuser's pair.
-        ours: String,
-        /// The pair that was refused.
-        theirs: String,
-    },
-    /// A setting that must be equal is not.
-    #[error("{what} differs: primary has {primary}, secondary has {secondary}: make them equal")]
-    Differs {
-        /// The setting.
-        what: String,
-        /// The primary's value.
-        primary: String,
-        /// The secondary's value.
-        secondary: String,
-    },
-    /// The secondary already follows a primary.
-    #[error("this secondary already follows {0}")]
-    Busy(String),
-    /// The peer is of an older generation than this host's image.
-    #[error("this host has seen generation {ours}, the peer only {theirs}: the peer's disk is older; start it as secondary instead")]
-    OlderGeneration {
-        /// The refuser's generation.
-        ours: u64,
-        /// The peer's generation.
-        theirs: u64,
-    },
-    /// Bytes that are not this protocol.
-    #[error("the peer sent something that is not the tandem protocol ({0})")]
-    Protocol(String),
-}
-
-/// Why a side ends in order.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Archive, Serialize, Deserialize)]
-pub enum GoodbyeReason {
-    /// The operator stopped it.
-    #[error("stopped by its operator")]
-    Operator,
-    /// The guest powered itself off.
-    #[error("the guest powered off")]
-    PowerOff,
-    /// It can't go on; the text says why.
-    #[error("{0}")]
-    Failed(String),
 }
 
 /// A run of block hashes of the secondary's disk.
@@ -312,4 +263,101 @@ impl Message {
     pub fn generation(&self) -> Option<Generation> {
         self.tag().map(|tag| tag.generation)
     }
+}
+
+/// One message of each kind.
+#[cfg(test)]
+pub(crate) fn wire_samples() -> Vec<Message> {
+    let tag = Tag {
+        generation: Generation(3),
+        epoch: Epoch(41),
+    };
+    let bytes = Bytes::from_static(b"some bytes");
+    let write = DiskWrite {
+        tag,
+        offset: 65_536,
+        data: bytes.clone(),
+    };
+    let shape = MachineShape {
+        memory_bytes: 256 << 20,
+        vcpus: 2,
+        devices: vec!["serial".into(), "net=52:54:00:00:00:01".into()],
+        disk_bytes: 1 << 30,
+        cpu: 77,
+    };
+    let hello = Hello {
+        pair: "shop".into(),
+        node: "a".into(),
+        shape,
+        generation: 3,
+        committed: 40,
+        takeover_limit_ms: 300,
+        witness: true,
+    };
+    let mark = EndMark {
+        tag,
+        base: Some(Epoch(40)),
+        pages: 5,
+        pages_digest: 6,
+        writes: 7,
+        writes_digest: 8,
+        sections: 9,
+        input: InputNumber(10),
+        entropy: [11; 32],
+    };
+    let section = Section {
+        name: "vcpu0".into(),
+        version: 1,
+        bytes: vec![1, 2, 3],
+    };
+    vec![
+        Message::Hello(hello),
+        Message::Welcome(Welcome {
+            node: "b".into(),
+            session: Session(12),
+            generation: 3,
+            committed: 40,
+        }),
+        Message::Refuse(Refusal::Differs {
+            what: "vcpus".into(),
+            primary: "2".into(),
+            secondary: "4".into(),
+        }),
+        Message::Attach(Session(12)),
+        Message::Heartbeat,
+        Message::Goodbye(GoodbyeReason::Failed("disk full".into())),
+        Message::Begin(tag),
+        Message::BlockHashes(BlockHashes {
+            tag,
+            first: 16,
+            hashes: vec![[1; 16], [2; 16]],
+        }),
+        Message::SyncBlock(write.clone()),
+        Message::Input(Input {
+            tag,
+            number: InputNumber(10),
+            frame: bytes.clone(),
+        }),
+        Message::Write(write),
+        Message::Pages(PageBatch {
+            tag,
+            count: 2,
+            encoded: bytes.clone(),
+        }),
+        Message::DeviceState(DeviceState {
+            tag,
+            sections: vec![section.clone(), section],
+        }),
+        Message::NetworkState(NetworkState {
+            tag,
+            encoded: bytes.clone(),
+        }),
+        Message::End(mark),
+        Message::Output(Output { tag, frame: bytes }),
+        Message::Confirm(tag, InputNumber(10)),
+        Message::Want(tag),
+        Message::Acknowledge(tag),
+        Message::Loaded(tag),
+        Message::Committed(tag),
+    ]
 }

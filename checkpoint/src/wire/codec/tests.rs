@@ -1,0 +1,361 @@
+//! Round trips, damage and garbage.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::*;
+use crate::epoch::Generation;
+use crate::wire::decoder::Decoder;
+use crate::wire::{MachineShape, wire_samples};
+
+fn tags() -> impl Strategy<Value = Tag> {
+    (any::<u64>(), any::<u64>()).prop_map(|(g, e)| Tag {
+        generation: Generation(g),
+        epoch: Epoch(e),
+    })
+}
+
+fn bytes(most: usize) -> impl Strategy<Value = Bytes> {
+    vec(any::<u8>(), 0..=most).prop_map(Bytes::from)
+}
+
+fn name() -> &'static str {
+    "[a-zA-Z0-9äß=:. -]{0,30}"
+}
+
+fn hellos() -> impl Strategy<Value = Hello> {
+    let shape = (
+        0..1u64 << 50,
+        any::<u32>(),
+        vec(name(), 0..6),
+        any::<u64>(),
+        any::<u64>(),
+    )
+        .prop_map(|(pages, vcpus, devices, disk_bytes, cpu)| MachineShape {
+            memory_bytes: pages * 4096,
+            vcpus,
+            devices,
+            disk_bytes,
+            cpu,
+        });
+    (
+        name(),
+        name(),
+        shape,
+        any::<u64>(),
+        any::<u64>(),
+        any::<u64>(),
+        any::<bool>(),
+    )
+        .prop_map(
+            |(pair, node, shape, generation, committed, takeover_limit_ms, witness)| Hello {
+                pair,
+                node,
+                shape,
+                generation,
+                committed,
+                takeover_limit_ms,
+                witness,
+            },
+        )
+}
+
+fn refusals() -> impl Strategy<Value = Refusal> {
+    prop_oneof![
+        (any::<u16>(), any::<u16>()).prop_map(|(ours, theirs)| Refusal::Version { ours, theirs }),
+        (name(), name()).prop_map(|(ours, theirs)| Refusal::Pair { ours, theirs }),
+        name().prop_map(Refusal::SameNode),
+        (name(), name(), name()).prop_map(|(what, primary, secondary)| Refusal::Differs {
+            what,
+            primary,
+            secondary
+        }),
+        name().prop_map(Refusal::Busy),
+        (any::<u64>(), any::<u64>()).prop_map(|(ours, theirs)| Refusal::OlderGeneration { ours, theirs }),
+        name().prop_map(Refusal::Protocol),
+    ]
+}
+
+fn marks() -> impl Strategy<Value = EndMark> {
+    let sums = (any::<u64>(), any::<u32>(), any::<u64>(), any::<u32>());
+    (
+        tags(),
+        any::<Option<u64>>(),
+        sums,
+        any::<u32>(),
+        any::<u64>(),
+        any::<[u8; 32]>(),
+    )
+        .prop_map(
+            |(tag, base, (pages, pages_digest, writes, writes_digest), sections, input, entropy)| EndMark {
+                tag,
+                base: base.map(Epoch),
+                pages,
+                pages_digest,
+                writes,
+                writes_digest,
+                sections,
+                input: InputNumber(input),
+                entropy,
+            },
+        )
+}
+
+fn writes() -> impl Strategy<Value = DiskWrite> {
+    (tags(), 0..1u64 << 60, bytes(5000)).prop_map(|(tag, offset, data)| DiskWrite { tag, offset, data })
+}
+
+fn sections() -> impl Strategy<Value = Vec<Section>> {
+    let section = (name(), any::<u32>(), vec(any::<u8>(), 0..200)).prop_map(|(name, version, bytes)| Section {
+        name,
+        version,
+        bytes,
+    });
+    vec(section, 0..5)
+}
+
+pub(crate) fn messages() -> impl Strategy<Value = Message> {
+    let control = prop_oneof![
+        hellos().prop_map(Message::Hello),
+        (name(), any::<u128>(), any::<u64>(), any::<u64>()).prop_map(|(node, session, generation, committed)| {
+            Message::Welcome(Welcome {
+                node,
+                session: Session(session),
+                generation,
+                committed,
+            })
+        }),
+        refusals().prop_map(Message::Refuse),
+        any::<u128>().prop_map(|session| Message::Attach(Session(session))),
+        Just(Message::Heartbeat),
+        Just(Message::Goodbye(GoodbyeReason::Operator)),
+        Just(Message::Goodbye(GoodbyeReason::PowerOff)),
+        name().prop_map(|why| Message::Goodbye(GoodbyeReason::Failed(why))),
+    ];
+    let primary = prop_oneof![
+        tags().prop_map(Message::Begin),
+        (tags(), 0..1u64 << 40, vec(any::<[u8; 16]>(), 0..40))
+            .prop_map(|(tag, first, hashes)| Message::BlockHashes(BlockHashes { tag, first, hashes })),
+        writes().prop_map(Message::SyncBlock),
+        writes().prop_map(Message::Write),
+        (tags(), any::<u64>(), bytes(1600)).prop_map(|(tag, number, frame)| Message::Input(Input {
+            tag,
+            number: InputNumber(number),
+            frame
+        })),
+        (tags(), any::<u8>(), bytes(20_000)).prop_map(|(tag, count, encoded)| {
+            let count = u32::from(count).min(u32::try_from(encoded.len()).unwrap());
+            Message::Pages(PageBatch { tag, count, encoded })
+        }),
+        (tags(), sections()).prop_map(|(tag, sections)| Message::DeviceState(DeviceState { tag, sections })),
+        (tags(), bytes(3000)).prop_map(|(tag, encoded)| Message::NetworkState(NetworkState { tag, encoded })),
+        marks().prop_map(Message::End),
+    ];
+    let secondary = prop_oneof![
+        (tags(), bytes(1600)).prop_map(|(tag, frame)| Message::Output(Output { tag, frame })),
+        (tags(), any::<u64>()).prop_map(|(tag, number)| Message::Confirm(tag, InputNumber(number))),
+        tags().prop_map(Message::Want),
+        tags().prop_map(Message::Acknowledge),
+        tags().prop_map(Message::Loaded),
+        tags().prop_map(Message::Committed),
+    ];
+    prop_oneof![control, primary, secondary]
+}
+
+fn to_vec(message: &Message) -> Vec<u8> {
+    let mut out = Vec::new();
+    encode_into(message, &mut out);
+    out
+}
+
+/// Reads one message as an asynchronous reader does: header, then body.
+fn read_one(bytes: &[u8]) -> Result<Message, WireError> {
+    let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
+        return Err(WireError::Length {
+            kind: "header",
+            bytes: bytes.len(),
+        });
+    };
+    decode(&Header::parse(header)?, Bytes::copy_from_slice(body))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn messages_come_back_as_they_were(message in messages()) {
+        let bytes = to_vec(&message);
+        prop_assert_eq!(encode(&message).len(), bytes.len());
+        prop_assert_eq!(read_one(&bytes), Ok(message));
+    }
+
+    #[test]
+    fn pieces_of_any_size_make_the_same_messages(
+        sent in vec(messages(), 1..8),
+        sizes in vec(1usize..9000, 1..20),
+    ) {
+        let bytes: Vec<u8> = sent.iter().flat_map(to_vec).collect();
+        let (mut decoder, mut received, mut rest) = (Decoder::new(), Vec::new(), &bytes[..]);
+        for size in sizes.iter().cycle() {
+            let (piece, later) = rest.split_at(rest.len().min(*size));
+            decoder.push(piece);
+            while let Some(message) = decoder.next().unwrap() {
+                received.push(message);
+            }
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        prop_assert!(!decoder.is_within_message());
+        prop_assert_eq!(received, sent);
+    }
+
+    #[test]
+    fn a_flipped_bit_is_always_detected(message in messages(), at in any::<prop::sample::Index>()) {
+        let mut bytes = to_vec(&message);
+        let bit = at.index(bytes.len() * 8);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        prop_assert!(read_one(&bytes).is_err());
+    }
+}
+
+#[test]
+fn truncation_at_every_byte_is_no_message() {
+    for message in wire_samples() {
+        let bytes = to_vec(&message);
+        for length in 0..bytes.len() {
+            assert!(read_one(&bytes[..length]).is_err(), "{message:?} cut to {length}");
+            let mut decoder = Decoder::new();
+            decoder.push(&bytes[..length]);
+            assert_eq!(decoder.next(), Ok(None));
+            assert_eq!(decoder.is_within_message(), length > 0);
+        }
+    }
+}
+
+#[test]
+fn archives_damaged_behind_a_good_checksum_do_no_harm() {
+    // A hostile peer computes its checksums well; only the archive's own validation is left.
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    let archives: Vec<_> = wire_samples()
+        .into_iter()
+        .filter(|m| !encode(m).body.is_empty())
+        .collect();
+    for round in 0..100_000 {
+        let encoded = encode(&archives[round % archives.len()]);
+        let header = Header::parse(&encoded.header).unwrap();
+        let mut body = encoded.body.to_vec();
+        for _ in 0..=random() % 4 {
+            let at = usize::try_from(random() % body.len() as u64).unwrap();
+            body[at] = random().to_le_bytes()[0];
+        }
+        body.truncate(usize::try_from(random() % (body.len() as u64 * 2)).unwrap());
+        let header = Header {
+            body_bytes: u32::try_from(body.len()).unwrap(),
+            body_crc: crc32fast::hash(&body),
+            ..header
+        };
+        // Any answer will do that is one.
+        if let Ok(message) = decode(&header, Bytes::from(body)) {
+            let _ = encode(&message);
+        }
+    }
+}
+
+#[test]
+fn garbage_is_an_error_and_keeps_no_memory() {
+    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+    for _ in 0..100_000 {
+        let mut piece = [0; 64];
+        for byte in &mut piece {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            *byte = (seed >> 33).to_le_bytes()[0];
+        }
+        let mut decoder = Decoder::new();
+        decoder.push(&piece);
+        let error = decoder.next().unwrap_err();
+        decoder.push(&piece);
+        assert_eq!(decoder.buffered(), 0, "a lost stream is not collected");
+        assert_eq!(decoder.next(), Err(error));
+    }
+}
+
+#[test]
+fn another_version_is_answered_with_a_refusal_that_names_both() {
+    let refusal = WireError::Version { theirs: 7 }.refusal();
+    assert_eq!(
+        refusal,
+        Refusal::Version {
+            ours: PROTOCOL_VERSION,
+            theirs: 7
+        }
+    );
+    assert!(matches!(WireError::HeaderChecksum.refusal(), Refusal::Protocol(_)));
+}
+
+#[test]
+fn texts_are_cut_at_a_character_and_freed_of_controls() {
+    assert_eq!(cut_text("aä\u{1b}[2J", 2), "a");
+    assert_eq!(cut_text("aä\u{1b}[2J", 64), "aä [2J");
+    // A control character of two bytes becomes a space of one, never the other way round.
+    assert_eq!(cut_text("\u{85}\u{85}", 4), "  ");
+    let long = Message::Goodbye(GoodbyeReason::Failed("x\n".repeat(TEXT_BYTES_MAX)));
+    let Ok(Message::Goodbye(GoodbyeReason::Failed(why))) = read_one(&to_vec(&long)) else {
+        panic!("cut, not refused")
+    };
+    assert_eq!(why.len(), TEXT_BYTES_MAX);
+}
+
+#[test]
+fn texts_with_terminal_escapes_are_refused() {
+    let body = archive(&GoodbyeReason::Failed("\u{1b}]0;x".into()));
+    let header = Header {
+        kind: Kind::Goodbye,
+        tag: Tag::default(),
+        number: 0,
+        count: 0,
+        body_bytes: u32::try_from(body.len()).unwrap(),
+        body_crc: crc32fast::hash(&body),
+    };
+    assert_eq!(
+        decode(&header, body),
+        Err(WireError::Field {
+            kind: "Goodbye",
+            what: "a text"
+        })
+    );
+}
+
+#[test]
+#[should_panic(expected = "over its bound")]
+fn an_own_message_over_its_bound_is_a_fault() {
+    let _ = encode(&Message::Output(Output {
+        tag: Tag::default(),
+        frame: Bytes::from(vec![0; 10_000]),
+    }));
+}
+
+#[test]
+fn a_disk_write_past_the_end_of_all_files_is_refused() {
+    let write = DiskWrite {
+        tag: Tag::default(),
+        offset: u64::MAX - 2,
+        data: Bytes::from_static(b"abc"),
+    };
+    assert_eq!(
+        read_one(&to_vec(&Message::Write(write))),
+        Err(WireError::Field {
+            kind: "Write",
+            what: "an offset"
+        })
+    );
+}
