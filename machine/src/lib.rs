@@ -27,6 +27,7 @@ pub mod doorbell;
 mod kvm;
 mod kvm_vm;
 pub mod memory;
+pub mod netns;
 pub mod pageset;
 pub mod sentinel;
 pub mod state;
