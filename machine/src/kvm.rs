@@ -3,6 +3,7 @@
 //! Nothing here is assumed of a host: capabilities, CPUID leaves and the list of MSRs are read. Two
 //! kinds of KVM matter, that of the hardware and the paravirtual one of many cloud machines.
 
+use std::ffi::CStr;
 use std::io;
 
 use kvm_bindings::{
@@ -89,7 +90,11 @@ pub(crate) struct Host {
 impl Host {
     /// Opens /dev/kvm and looks at what it offers.
     pub(crate) fn open() -> Result<Self, HostError> {
-        let kvm = Kvm::new().map_err(|error| match error.errno() {
+        Self::open_at(c"/dev/kvm")
+    }
+
+    fn open_at(path: &CStr) -> Result<Self, HostError> {
+        let kvm = Kvm::new_with_path(path).map_err(|error| match error.errno() {
             libc::ENOENT | libc::ENODEV | libc::ENXIO => HostError::NoKvm,
             libc::EACCES | libc::EPERM => HostError::NoPermission,
             _ => HostError::Open(error.into()),
@@ -260,5 +265,26 @@ fn ioctl_status(status: i32, call: &'static str) -> Result<(), HostError> {
             call,
             source: io::Error::last_os_error(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::error::Error;
+
+    #[test]
+    fn says_what_is_wrong_with_the_host() {
+        assert!(matches!(
+            Host::open_at(c"/dev/tandem-has-no-such-file"),
+            Err(HostError::NoKvm)
+        ));
+        assert!(matches!(
+            Host::open_at(c"/dev/null"),
+            Err(HostError::ApiVersion { found: -1 })
+        ));
+        assert!(HostError::NoKvm.to_string().contains("kvm_intel"), "the cure is named");
+        let refused = refused::<io::Error>("create a VM")(io::ErrorKind::OutOfMemory.into());
+        assert!(refused.source().is_some(), "the cause is kept");
     }
 }

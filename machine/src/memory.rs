@@ -12,11 +12,12 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use guest::abi::{HIGH_MEMORY, LOW_MEMORY_END_MAX};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::Advice;
 use thiserror::Error;
 use vm_memory::bitmap::AtomicBitmap;
@@ -209,6 +210,30 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Gives the image's memory back to the host under those of `pages` that the guest has copies of, and
+    /// returns their number. The guest may run. Only for a machine that nothing reverts any more: after
+    /// this the image is no committed state.
+    pub fn give_back_image(&self, pages: Range<u64>) -> Result<u64, MemoryError> {
+        self.check_pages(pages.start, pages.end.saturating_sub(pages.start))?;
+        if self.mapping == Mapping::Shared {
+            return Ok(0);
+        }
+        let mut copied = PageSet::new(self.pages());
+        for part in self.parts() {
+            let end = part.first_page + part.bytes / PAGE;
+            let wanted = pages.start.max(part.first_page)..pages.end.min(end);
+            if !wanted.is_empty() {
+                find_copies(&part, wanted, &mut copied).map_err(MemoryError::Image)?;
+            }
+        }
+        for run in copied.runs() {
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&self.image, hole, run.start * PAGE, (run.end - run.start) * PAGE)
+                .map_err(|error| MemoryError::Image(error.into()))?;
+        }
+        Ok(copied.len())
+    }
+
     /// Returns the guest-physical address of a RAM page.
     pub fn page_address(&self, page: u64) -> Result<GuestAddress, MemoryError> {
         self.check_pages(page, 1)?;
@@ -296,6 +321,23 @@ pub(crate) struct RamPart {
     pub(crate) host: *mut u8,
     pub(crate) bytes: u64,
     pub(crate) first_page: u64,
+}
+
+/// Adds those of `pages`, which lie in `part`, that are private copies. A copy stays one until it is
+/// dropped, so the guest may go on making more.
+fn find_copies(part: &RamPart, pages: Range<u64>, copied: &mut PageSet) -> io::Result<()> {
+    const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+    const OF_A_FILE: u64 = 1 << 61;
+    let first = part.host as u64 / PAGE + (pages.start - part.first_page);
+    let mut entries = vec![0; index((pages.end - pages.start) * 8)];
+    File::open("/proc/self/pagemap")?.read_exact_at(&mut entries, first * 8)?;
+    for (entry, page) in entries.as_chunks::<8>().0.iter().zip(pages) {
+        let entry = u64::from_ne_bytes(*entry);
+        if entry & PRESENT_OR_SWAPPED != 0 && entry & OF_A_FILE == 0 {
+            copied.insert(page);
+        }
+    }
+    Ok(())
 }
 
 /// Makes a memory file that never changes its size, so that no access to a mapping of it can fail.
@@ -410,6 +452,32 @@ mod tests {
         assert_eq!(dirty.iter().collect::<Vec<_>>(), [3]);
         ram.revert(&dirty).unwrap();
         assert_eq!(seen(&ram, 3), 4);
+    }
+
+    #[test]
+    fn image_is_given_back_only_under_copies() {
+        use std::os::unix::fs::MetadataExt;
+        let ram = GuestRam::new(SMALL, Mapping::Private).unwrap();
+        for page in 0..100 {
+            ram.write_committed(page, &page_of(1)).unwrap();
+        }
+        for page in 0..40 {
+            ram.memory()
+                .write_slice(&page_of(2), GuestAddress(page * PAGE))
+                .unwrap();
+        }
+        for page in 40..60 {
+            assert_eq!(seen(&ram, page), 1, "only read");
+        }
+        let held = || ram.image.metadata().unwrap().blocks() / 8;
+        assert_eq!(held(), 100);
+        assert_eq!(ram.give_back_image(0..30).unwrap(), 30);
+        assert_eq!(ram.give_back_image(20..ram.pages()).unwrap(), 20);
+        assert_eq!(held(), 60);
+        for page in 0..100 {
+            assert_eq!(seen(&ram, page), if page < 40 { 2 } else { 1 }, "page {page}");
+        }
+        assert!(ram.give_back_image(0..ram.pages() + 1).is_err());
     }
 
     #[test]

@@ -185,7 +185,7 @@ mod tests {
             assert_eq!(set.len(), pages);
             assert_eq!(set.iter().collect::<Vec<_>>(), (0..pages).collect::<Vec<_>>());
             let runs: Vec<_> = set.runs().collect();
-            assert_eq!(runs, if pages == 0 { vec![] } else { Vec::from_iter([0..pages]) });
+            assert_eq!(runs, Vec::from_iter((pages > 0).then_some(0..pages)));
         }
     }
 

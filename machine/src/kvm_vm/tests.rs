@@ -662,6 +662,27 @@ fn crash_is_reported_and_a_restore_cures_it() {
 }
 
 #[test]
+fn guests_see_the_same_cpu_whichever_processor_is_asked() {
+    if kvm_is_missing() {
+        return;
+    }
+    let on = |processor| {
+        let mut set = rustix::thread::CpuSet::new();
+        set.set(processor);
+        thread::spawn(move || {
+            // A container may forbid it; then the same processor is asked twice.
+            let _ = rustix::thread::sched_setaffinity(None, &set);
+            crate::cpu_identity().unwrap()
+        })
+    };
+    let identities: Vec<_> = (0..4).map(on).map(|asked| asked.join().unwrap()).collect();
+    assert!(
+        identities.iter().all(|identity| *identity == identities[0]),
+        "{identities:x?}"
+    );
+}
+
+#[test]
 fn idle_guest_stops_saves_and_goes_on_quickly() {
     if kvm_is_missing() {
         return;
