@@ -1,0 +1,451 @@
+//! What a role tells about itself: `tandem status`, as JSON and for humans.
+//!
+//! Filled by the role's loop, carried by `control`, printed by the command line. The names are an
+//! interface: scripts read them. Nothing here measures or decides anything.
+
+use std::fmt::{self, Display, Write};
+
+use serde::{Deserialize, Serialize};
+
+/// Everything that one role tells.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Name of the pair.
+    pub pair: String,
+    /// Name of this host.
+    pub node: String,
+    /// `primary` or `secondary`.
+    pub role: String,
+    /// Where the role is in its life.
+    pub state: State,
+    /// The witness's term it runs in.
+    pub generation: u64,
+    /// The epoch that is open.
+    pub epoch: u64,
+    /// The other host.
+    pub peer: Peer,
+    /// Time since the last commit; none before the first.
+    pub last_checkpoint_age_ms: Option<u64>,
+    /// Checkpoints committed since this process started.
+    pub checkpoints: Checkpoints,
+    /// The last one committed.
+    pub last_checkpoint: Option<LastCheckpoint>,
+    /// How often the two guests' outputs differed.
+    pub divergences: u64,
+    /// What waits where.
+    pub queues: Queues,
+    /// Rates over the last second.
+    pub rates: Rates,
+    /// Frames dropped because their release came too late.
+    pub released_late: u64,
+    /// Why the role is in this state, if that needs telling.
+    pub reason: Option<String>,
+    /// What is wrong and does not stop the VM.
+    pub alarms: Vec<String>,
+    /// Time since the state last changed.
+    pub since_ms: u64,
+    /// The process.
+    pub pid: u32,
+}
+
+/// Where a role is in its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Has no peer yet.
+    #[default]
+    Starting,
+    /// Memory and disk go to the secondary; not protected yet.
+    Syncing,
+    /// Both run; either may be lost.
+    Protected,
+    /// Protected, and a checkpoint is under way.
+    Checkpointing,
+    /// The peer is lost and the witness has not answered: stopped, no output.
+    Contending,
+    /// The secondary becomes the one that runs.
+    Promoting,
+    /// Runs without a peer.
+    Alone,
+    /// The contest is lost: stopped for good.
+    Fenced,
+    /// The run is over.
+    Ended,
+}
+
+/// The other host, as this one sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its name, once it has told it.
+    pub node: Option<String>,
+    /// Its address, or the one that this host listens on.
+    pub addr: String,
+    /// Whether both connections stand.
+    pub connected: bool,
+}
+
+/// Checkpoints committed, by what triggered them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoints {
+    /// All of them.
+    pub total: u64,
+    /// The first of a pairing.
+    pub sync: u64,
+    /// The outputs differed.
+    pub mismatch: u64,
+    /// A frame waited too long for its equal.
+    pub unmatched: u64,
+    /// A queue came near its limit.
+    pub limit: u64,
+    /// The epoch reached its maximum age.
+    pub age: u64,
+    /// The operator asked.
+    pub admin: u64,
+}
+
+/// One committed checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastCheckpoint {
+    /// Pages it carried.
+    pub pages: u64,
+    /// Bytes it sent.
+    pub bytes: u64,
+    /// Time that the guest stood still.
+    pub pause_us: u64,
+    /// Time from the stop to the commit.
+    pub commit_us: u64,
+}
+
+/// What waits where. A queue near its limit triggers a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queues {
+    /// Frames of the primary's guest that wait for release.
+    pub held_frames: u64,
+    /// Their bytes.
+    pub held_bytes: u64,
+    /// Frames of the secondary's guest that wait for the primary's.
+    pub pending_frames: u64,
+    /// Their bytes.
+    pub pending_bytes: u64,
+    /// Inputs forwarded and not confirmed.
+    pub inputs_unconfirmed: u64,
+    /// Bytes that wait to be sent to the peer.
+    pub link_queued_bytes: u64,
+    /// The secondary's own disk writes since the last commit.
+    pub overlay_bytes: u64,
+    /// Pages of the checkpoint that arrives.
+    pub staged_bytes: u64,
+    /// Disk writes that the peer has not acknowledged.
+    pub writes_unacknowledged_bytes: u64,
+}
+
+/// Rates over the last second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Frames that reached the guest.
+    pub inputs_per_s: f64,
+    /// Frames released to the clients.
+    pub outputs_per_s: f64,
+    /// Pages shipped or staged.
+    pub pages_per_s: f64,
+    /// Bytes of pages shipped or staged.
+    pub bytes_per_s: f64,
+}
+
+impl State {
+    /// Returns the name as it is written in the JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Syncing => "syncing",
+            Self::Protected => "protected",
+            Self::Checkpointing => "checkpointing",
+            Self::Contending => "contending",
+            Self::Promoting => "promoting",
+            Self::Alone => "alone",
+            Self::Fenced => "fenced",
+            Self::Ended => "ended",
+        }
+    }
+
+    /// Returns the state of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        const ALL: [State; 9] = [
+            State::Starting,
+            State::Syncing,
+            State::Protected,
+            State::Checkpointing,
+            State::Contending,
+            State::Promoting,
+            State::Alone,
+            State::Fenced,
+            State::Ended,
+        ];
+        ALL.into_iter().find(|state| state.name() == name)
+    }
+
+    /// Tells whether the loss of either host is survived in this state.
+    #[must_use]
+    pub fn is_protected(self) -> bool {
+        matches!(self, Self::Protected | Self::Checkpointing)
+    }
+}
+
+impl Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Display for Status {
+    /// Writes the report for humans: one aligned line a subject, without a newline at the end.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut lines = Lines::default();
+        lines.add("pair", &printable(&self.pair));
+        lines.add(
+            "node",
+            &format!(
+                "{} ({}, pid {})",
+                printable(&self.node),
+                printable(&self.role),
+                self.pid
+            ),
+        );
+        lines.add("state", &format!("{} for {}", self.state, span_ms(self.since_ms)));
+        if let Some(reason) = &self.reason {
+            lines.add("reason", &printable(reason));
+        }
+        lines.add("peer", &self.peer.to_string());
+        lines.add("generation", &self.generation.to_string());
+        lines.add("epoch", &self.epoch.to_string());
+        lines.add("checkpoints", &self.checkpoints.to_string());
+        lines.add("last", &self.last());
+        lines.add("divergences", &self.divergences.to_string());
+        lines.add("output", &self.queues.output());
+        lines.add("input", &format!("{} unconfirmed", self.queues.inputs_unconfirmed));
+        lines.add("disk", &self.queues.disk());
+        lines.add("link", &self.queues.link());
+        lines.add("rates", &self.rates.to_string());
+        if self.released_late > 0 {
+            lines.add("dropped", &format!("{} frames, released too late", self.released_late));
+        }
+        for alarm in &self.alarms {
+            lines.add("ALARM", &printable(alarm));
+        }
+        f.write_str(lines.0.trim_end())
+    }
+}
+
+impl Status {
+    fn last(&self) -> String {
+        let age = self
+            .last_checkpoint_age_ms
+            .map_or_else(|| "never".to_owned(), |ms| format!("{} ago", span_ms(ms)));
+        let Some(last) = self.last_checkpoint else {
+            return age;
+        };
+        format!(
+            "{age}: {} pages, {}, paused {}, committed after {}",
+            last.pages,
+            size(last.bytes),
+            span_us(last.pause_us),
+            span_us(last.commit_us)
+        )
+    }
+}
+
+impl Queues {
+    fn output(&self) -> String {
+        format!(
+            "{} frames held ({}), {} of the secondary's pending ({})",
+            self.held_frames,
+            size(self.held_bytes),
+            self.pending_frames,
+            size(self.pending_bytes)
+        )
+    }
+
+    fn disk(&self) -> String {
+        format!(
+            "{} in the overlay, {} of writes unacknowledged",
+            size(self.overlay_bytes),
+            size(self.writes_unacknowledged_bytes)
+        )
+    }
+
+    fn link(&self) -> String {
+        format!(
+            "{} queued, {} staged",
+            size(self.link_queued_bytes),
+            size(self.staged_bytes)
+        )
+    }
+}
+
+impl Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let node = self.node.as_deref().map_or_else(|| "unknown".to_owned(), printable);
+        let connected = if self.connected { "connected" } else { "not connected" };
+        write!(f, "{node} at {}, {connected}", printable(&self.addr))
+    }
+}
+
+impl Display for Checkpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.total)?;
+        let by = [
+            ("sync", self.sync),
+            ("mismatch", self.mismatch),
+            ("unmatched", self.unmatched),
+            ("limit", self.limit),
+            ("age", self.age),
+            ("admin", self.admin),
+        ];
+        let told: Vec<_> = by
+            .iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(name, n)| format!("{n} {name}"))
+            .collect();
+        if told.is_empty() {
+            Ok(())
+        } else {
+            write!(f, " ({})", told.join(", "))
+        }
+    }
+}
+
+impl Display for Rates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:.0} inputs/s, {:.0} outputs/s, {:.0} pages/s, {:.1} MiB/s",
+            self.inputs_per_s,
+            self.outputs_per_s,
+            self.pages_per_s,
+            self.bytes_per_s / (1024.0 * 1024.0)
+        )
+    }
+}
+
+#[derive(Default)]
+struct Lines(String);
+
+impl Lines {
+    fn add(&mut self, name: &str, value: &str) {
+        writeln!(self.0, "{name:<12} {value}").expect("a string takes everything");
+    }
+}
+
+/// Makes a text from elsewhere harmless to a terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+fn size(bytes: u64) -> String {
+    const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match UNITS.iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) => format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit),
+        None => format!("{bytes} B"),
+    }
+}
+
+fn span_ms(ms: u64) -> String {
+    match ms {
+        0..1_000 => format!("{ms} ms"),
+        1_000..120_000 => format!("{}.{} s", ms / 1_000, ms % 1_000 / 100),
+        120_000..7_200_000 => format!("{} min", ms / 60_000),
+        _ => format!("{} h {} min", ms / 3_600_000, ms % 3_600_000 / 60_000),
+    }
+}
+
+fn span_us(us: u64) -> String {
+    if us < 10_000 {
+        format!("{us} µs")
+    } else {
+        span_ms(us / 1_000)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Status {
+        Status {
+            pair: "shop".into(),
+            node: "a".into(),
+            role: "primary".into(),
+            state: State::Checkpointing,
+            generation: 3,
+            epoch: 712,
+            peer: Peer {
+                node: Some("b".into()),
+                addr: "10.0.0.2:4242".into(),
+                connected: true,
+            },
+            last_checkpoint_age_ms: Some(412),
+            checkpoints: Checkpoints {
+                total: 9,
+                sync: 1,
+                mismatch: 8,
+                ..Checkpoints::default()
+            },
+            last_checkpoint: Some(LastCheckpoint {
+                pages: 10,
+                bytes: 41_000,
+                pause_us: 900,
+                commit_us: 12_000,
+            }),
+            since_ms: 61_000,
+            pid: 77,
+            ..Status::default()
+        }
+    }
+
+    #[test]
+    fn json_names_the_states_in_lower_case_and_reads_back() {
+        let text = serde_json::to_string(&example()).unwrap();
+        assert!(text.contains(r#""state":"checkpointing""#), "{text}");
+        assert!(text.contains(r#""last_checkpoint_age_ms":412"#), "{text}");
+        assert_eq!(serde_json::from_str::<Status>(&text).unwrap(), example());
+    }
+
+    #[test]
+    fn every_state_is_found_by_the_name_that_the_json_has() {
+        for name in [
+            "starting",
+            "syncing",
+            "protected",
+            "checkpointing",
+            "contending",
+            "promoting",
+            "alone",
+            "fenced",
+            "ended",
+        ] {
+            let state = State::named(name).unwrap();
+            assert_eq!(serde_json::to_value(state).unwrap(), name);
+        }
+        assert_eq!(State::named("Protected"), None);
+    }
+
+    #[test]
+    fn the_text_for_humans_is_aligned_and_harmless_to_a_terminal() {
+        let mut status = example();
+        status.peer.node = Some("\x1b[2Jevil".into());
+        status.alarms.push("the witness\ndoes not answer".into());
+        let text = status.to_string();
+        assert!(!text.contains('\x1b'), "{text}");
+        assert!(
+            text.lines().all(|line| line.len() > 13 && line.as_bytes()[12] == b' '),
+            "{text}"
+        );
+        assert!(text.contains("checkpoints  9 (1 sync, 8 mismatch)"), "{text}");
+        assert!(text.contains("last         412 ms ago: 10 pages, 40.0 KiB, paused 900 µs, committed after 12 ms"));
+        assert_eq!(text.lines().filter(|line| line.starts_with("ALARM")).count(), 1);
+    }
+}
