@@ -1,0 +1,168 @@
+//! Dirty pages, checks and restores of the whole machine.
+
+use super::guests::pages;
+use super::*;
+
+#[test]
+fn dirty_pages_are_those_of_the_guest_and_of_the_machine() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut machine = booted(pages());
+    let boot = machine.vm.take_dirty().unwrap();
+    for address in [BOOT_INFO, CLOCK_PAGE, IMAGE_BASE, guest::abi::PAGE_TABLES] {
+        assert!(boot.contains(address / PAGE), "the machine wrote {address:#x} itself");
+    }
+    assert!(machine.vm.take_dirty().unwrap().is_empty());
+
+    // KVM also reports a page when the guest touches it for the first time, so it goes round once before.
+    let written: Vec<u64> = (0..10).map(|number| DATA_PAGE + number * 3).collect();
+    machine.vm.resume().unwrap();
+    machine.settle();
+    let first = machine.vm.take_dirty().unwrap();
+    assert!(written.iter().all(|page| first.contains(*page)));
+    machine.vm.doorbell.trigger();
+    machine.settle();
+    assert_eq!(
+        machine.vm.take_dirty().unwrap().iter().collect::<Vec<_>>(),
+        written,
+        "only the guest's pages"
+    );
+    assert!(
+        machine.vm.take_dirty().unwrap().is_empty(),
+        "an idle guest writes nothing"
+    );
+
+    // One page that only the machine writes, and one that both write.
+    machine
+        .vm
+        .ram
+        .memory()
+        .write_obj(1_u8, GuestAddress(DATA + PAGE))
+        .unwrap();
+    machine.vm.ram.memory().write_obj(1_u8, GuestAddress(DATA)).unwrap();
+    machine.vm.doorbell.trigger();
+    machine.settle();
+    let mut both = written.clone();
+    both.insert(1, DATA_PAGE + 1);
+    let dirty = machine.vm.take_dirty().unwrap();
+    assert_eq!(dirty.iter().collect::<Vec<_>>(), both);
+    assert_eq!(machine.word(DATA + 8), 3, "the guest was woken once each time");
+
+    machine.vm.put_back_dirty(&dirty);
+    machine
+        .vm
+        .ram
+        .memory()
+        .write_obj(1_u8, GuestAddress(DATA + 2 * PAGE))
+        .unwrap();
+    both.insert(2, DATA_PAGE + 2);
+    assert_eq!(machine.vm.take_dirty().unwrap().iter().collect::<Vec<_>>(), both);
+    assert!(machine.vm.take_dirty().unwrap().is_empty());
+    machine.vm.pause().unwrap();
+    machine.vm.reseed([1; 32]);
+    assert_eq!(machine.vm.take_dirty().unwrap().iter().collect::<Vec<_>>(), [CLOCK]);
+}
+
+#[test]
+fn private_machine_goes_back_to_the_committed_image() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut primary = booted(pages());
+    primary.vm.resume().unwrap();
+    primary.settle();
+    primary.vm.pause().unwrap();
+    let mut secondary = empty(Mapping::Private);
+    primary.copy_to(&mut secondary);
+    assert_eq!(secondary.word(DATA + 8), 1);
+    for round in 1..4 {
+        secondary.run_until(|machine| machine.word(DATA + 8 + 27 * PAGE) == 2);
+        let mut page = [0; PAGE_BYTES];
+        secondary.vm.ram.read_committed(DATA_PAGE, &mut page).unwrap();
+        assert_eq!(
+            page[8], 1,
+            "what it does on its own does not reach the image, round {round}"
+        );
+        primary.copy_to(&mut secondary);
+        assert_eq!(secondary.word(DATA + 8), 1, "it is back where the primary stopped");
+    }
+}
+
+#[test]
+fn check_names_what_this_host_would_refuse() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut machine = booted(pages());
+    machine.vm.resume().unwrap();
+    machine.settle();
+    machine.vm.pause().unwrap();
+    let good = machine.vm.save().unwrap();
+    machine.vm.resume().unwrap();
+    machine.vm.check(&good).unwrap();
+
+    let spoil = |change: &dyn Fn(&mut CpuState)| {
+        let mut state = good.clone();
+        let mut reader = Reader::new(&good.0[0], VCPU_VERSION).unwrap();
+        let mut cpu = CpuState::decode(&mut reader).unwrap();
+        change(&mut cpu);
+        let mut writer = Writer::new();
+        cpu.encode(&mut writer);
+        state.0[0] = writer.finish(VCPU, VCPU_VERSION);
+        state
+    };
+    let cases: [(&str, MachineState); 6] = [
+        ("special registers", spoil(&|cpu| cpu.registers.sregs.cr4 |= 1 << 63)),
+        ("special registers", spoil(&|cpu| cpu.registers.sregs.efer = 0)),
+        ("debug registers", spoil(&|cpu| cpu.registers.debug.dr7 = u64::MAX)),
+        ("XCR registers", spoil(&|cpu| cpu.registers.xcrs.xcrs[0].value = 2)),
+        ("XSAVE state", spoil(&|cpu| cpu.registers.xsave.region[129] = 1 << 30)),
+        (
+            "MSR 0xc0000082",
+            spoil(&|cpu| {
+                cpu.registers
+                    .msrs
+                    .iter_mut()
+                    .find(|msr| msr.index == 0xc000_0082)
+                    .unwrap()
+                    .data = 1 << 62;
+            }),
+        ),
+    ];
+    for (name, state) in &cases {
+        let error = machine.vm.check(state).expect_err(name);
+        let VmError::Registers(error) = error else {
+            panic!("{name}: {error}")
+        };
+        assert!(error.to_string().contains(name), "{error}");
+        machine.vm.check(&good).expect("a failed trial leaves nothing behind");
+    }
+
+    let mut missing = good.clone();
+    missing.0.remove(2);
+    assert!(matches!(
+        machine.vm.check(&missing),
+        Err(VmError::State(StateError::Missing { .. }))
+    ));
+    let mut twice = good.clone();
+    twice.0.push(twice.0[1].clone());
+    assert!(matches!(
+        machine.vm.check(&twice),
+        Err(VmError::State(StateError::Unexpected { .. }))
+    ));
+    for (section, length) in (0..good.0.len()).flat_map(|section| [0, 1, 40].map(|length| (section, length))) {
+        let mut short = good.clone();
+        short.0[section].bytes.truncate(length);
+        if short != good {
+            assert!(machine.vm.check(&short).is_err(), "section {section} cut to {length}");
+        }
+    }
+
+    machine.vm.pause().unwrap();
+    machine.vm.restore(&cases[0].1).unwrap_err();
+    assert!(
+        matches!(machine.vm.resume(), Err(VmError::Poisoned)),
+        "after a failed restore it never runs"
+    );
+}
