@@ -17,7 +17,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use guest::abi::{HIGH_MEMORY, LOW_MEMORY_END_MAX};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
 use rustix::mm::Advice;
 use thiserror::Error;
 use vm_memory::bitmap::AtomicBitmap;
@@ -210,6 +211,23 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Lists the pages that have ever been written; all others are zero, and to read them would only
+    /// allocate them. What the guest writes meanwhile may be missing, but is in its dirty log.
+    pub fn populated(&self) -> Result<PageSet, MemoryError> {
+        let all = 0..self.pages();
+        let mut pages = match self.mapping {
+            Mapping::Shared => PageSet::new(all.end),
+            Mapping::Private => self.copies(&all).map_err(MemoryError::Image)?,
+        };
+        let mut at = 0;
+        while let Some(start) = self.seek(SeekFrom::Data(at))? {
+            let end = self.seek(SeekFrom::Hole(start))?.unwrap_or(self.bytes);
+            pages.extend(start / PAGE..end.div_ceil(PAGE));
+            at = end;
+        }
+        Ok(pages)
+    }
+
     /// Gives the image's memory back to the host under those of `pages` that the guest has copies of, and
     /// returns their number. The guest may run. Only for a machine that nothing reverts any more: after
     /// this the image is no committed state.
@@ -218,14 +236,7 @@ impl GuestRam {
         if self.mapping == Mapping::Shared {
             return Ok(0);
         }
-        let mut copied = PageSet::new(self.pages());
-        for part in self.parts() {
-            let end = part.first_page + part.bytes / PAGE;
-            let wanted = pages.start.max(part.first_page)..pages.end.min(end);
-            if !wanted.is_empty() {
-                find_copies(&part, wanted, &mut copied).map_err(MemoryError::Image)?;
-            }
-        }
+        let copied = self.copies(&pages).map_err(MemoryError::Image)?;
         for run in copied.runs() {
             let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             rustix::fs::fallocate(&self.image, hole, run.start * PAGE, (run.end - run.start) * PAGE)
@@ -281,6 +292,28 @@ impl GuestRam {
             *first_page += part.bytes / PAGE;
             Some(part)
         })
+    }
+
+    /// Finds where the image's next data or hole begins, if there is one.
+    fn seek(&self, to: SeekFrom) -> Result<Option<u64>, MemoryError> {
+        match rustix::fs::seek(&self.image, to) {
+            Ok(offset) => Ok(Some(offset)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(MemoryError::Image(error.into())),
+        }
+    }
+
+    /// Finds those of `pages` that the guest has copies of.
+    fn copies(&self, pages: &Range<u64>) -> io::Result<PageSet> {
+        let mut copied = PageSet::new(self.pages());
+        for part in self.parts() {
+            let end = part.first_page + part.bytes / PAGE;
+            let wanted = pages.start.max(part.first_page)..pages.end.min(end);
+            if !wanted.is_empty() {
+                find_copies(&part, wanted, &mut copied)?;
+            }
+        }
+        Ok(copied)
     }
 
     fn check_pages(&self, first: u64, count: u64) -> Result<(), MemoryError> {
@@ -452,6 +485,21 @@ mod tests {
         assert_eq!(dirty.iter().collect::<Vec<_>>(), [3]);
         ram.revert(&dirty).unwrap();
         assert_eq!(seen(&ram, 3), 4);
+    }
+
+    #[test]
+    fn populated_pages_are_those_of_the_image_and_the_copies() {
+        for mapping in [Mapping::Shared, Mapping::Private] {
+            let ram = GuestRam::new(SMALL, mapping).unwrap();
+            assert!(ram.populated().unwrap().is_empty());
+            for page in [0, 7, 8, ram.pages() - 1] {
+                ram.write_committed(page, &page_of(1)).unwrap();
+            }
+            ram.memory().write_obj(1_u8, GuestAddress(8 * PAGE)).unwrap();
+            ram.give_back_image(0..ram.pages()).unwrap();
+            let pages: Vec<_> = ram.populated().unwrap().iter().collect();
+            assert_eq!(pages, [0, 7, 8, ram.pages() - 1], "{mapping:?}");
+        }
     }
 
     #[test]

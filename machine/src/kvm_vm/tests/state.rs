@@ -166,3 +166,43 @@ fn check_names_what_this_host_would_refuse() {
         "after a failed restore it never runs"
     );
 }
+
+#[test]
+fn what_the_check_accepts_the_restore_accepts() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut machine = booted(pages());
+    machine.vm.resume().unwrap();
+    machine.settle();
+    machine.vm.pause().unwrap();
+    let good = machine.vm.save().unwrap();
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = |below: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        usize::try_from(random >> 16).unwrap() % below
+    };
+    let mut accepted = 0;
+    for _ in 0..400 {
+        let mut state = good.clone();
+        let section = &mut state.0[next(good.0.len())].bytes;
+        for _ in 0..=next(3) {
+            let at = next(section.len());
+            section[at] ^= 1 << next(8);
+        }
+        if machine.vm.check(&state).is_ok() {
+            accepted += 1;
+            machine.vm.restore(&state).unwrap();
+        }
+    }
+    assert!(
+        (1..400).contains(&accepted),
+        "some changes are harmless, some are not: {accepted}"
+    );
+    machine.vm.restore(&good).unwrap();
+    machine.vm.resume().unwrap();
+    machine.settle();
+    assert_eq!(machine.word(DATA + 8), 2, "nothing of it is left");
+}
