@@ -1,1 +1,8 @@
-//! Tests of the devices with a driver's view of their queues.
+//! Tests of the devices, seen by a driver that works through registers and rings.
+
+mod block;
+mod driver;
+mod hostile;
+mod net;
+mod streams;
+mod transport;

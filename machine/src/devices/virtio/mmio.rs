@@ -9,6 +9,7 @@
 //! Never touches guest memory itself; the worker does, and only while it is not frozen.
 
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use virtio_bindings::virtio_mmio::{
@@ -136,13 +137,7 @@ impl VirtioMmio {
     ///
     /// After an error the worker comes to rest as soon as its request ends; freeze again or thaw.
     pub fn freeze(&self) -> Result<(), DeviceError> {
-        if self.shared().freeze(FREEZE_LIMIT) {
-            Ok(())
-        } else {
-            Err(DeviceError::Stuck {
-                device: self.name().to_owned(),
-            })
-        }
+        self.freeze_within(FREEZE_LIMIT)
     }
 
     /// Lets the device go on; it looks at all its queues first.
@@ -217,8 +212,24 @@ impl VirtioMmio {
         self.reset_locked(&mut self.registers());
     }
 
+    pub(crate) fn freeze_within(&self, limit: Duration) -> Result<(), DeviceError> {
+        if self.shared().freeze(limit) {
+            Ok(())
+        } else {
+            Err(DeviceError::Stuck {
+                device: self.name().to_owned(),
+            })
+        }
+    }
+
     pub(crate) fn change<D: Device, R>(&self, change: impl FnOnce(&mut D) -> R) -> R {
         self.shared().change(change)
+    }
+
+    /// Lets the frozen device do all it can on the caller's thread; returns the number of turns.
+    #[cfg(test)]
+    pub(crate) fn settle(&self) -> usize {
+        self.shared().settle()
     }
 
     fn shared(&self) -> &Shared {

@@ -227,6 +227,16 @@ impl Shared {
         self.signal.changed();
     }
 
+    /// Takes turns on the caller's thread until there is nothing left to do; returns their number.
+    #[cfg(test)]
+    pub(super) fn settle(&self) -> usize {
+        assert!(self.at_rest(), "only one thread takes turns");
+        self.stop.store(false, Ordering::Release);
+        let turns = 1 + std::iter::from_fn(|| self.turn().then_some(())).take(10_000).count();
+        self.stop.store(true, Ordering::Release);
+        turns
+    }
+
     fn run(&self) {
         let mut events = vec![EpollEvent::default(); self.kicks.len() + 2];
         let mut more = false;

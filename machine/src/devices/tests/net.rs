@@ -1,0 +1,354 @@
+//! The network card, alone and handed over between two cards under load.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use rustix::event::EventfdFlags;
+
+use super::driver::{
+    DriverQueue, PAGE, Piece, QUEUE_SIZE, bell, get, put, ram, read32, start, wait_for, written_pages,
+};
+use crate::devices::net::{Backend, Net};
+use crate::memory::Memory;
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// A network in memory: what was transmitted, what is to be received, what was delivered.
+#[derive(Clone)]
+struct Wire(Arc<Inner>);
+
+struct Inner {
+    sent: Mutex<Vec<Vec<u8>>>,
+    waiting: Mutex<VecDeque<Bytes>>,
+    delivered: Mutex<Vec<Bytes>>,
+    ready: OwnedFd,
+}
+
+impl Wire {
+    fn new() -> Self {
+        let ready = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
+        Self(Arc::new(Inner {
+            sent: Mutex::default(),
+            waiting: Mutex::default(),
+            delivered: Mutex::default(),
+            ready,
+        }))
+    }
+
+    fn push(&self, frame: Vec<u8>) {
+        self.0.waiting.lock().unwrap().push_back(frame.into());
+        rustix::io::write(&self.0.ready, &1u64.to_ne_bytes()).unwrap();
+    }
+
+    fn sent(&self) -> Vec<Vec<u8>> {
+        self.0.sent.lock().unwrap().clone()
+    }
+
+    fn delivered(&self) -> usize {
+        self.0.delivered.lock().unwrap().len()
+    }
+}
+
+impl Backend for Wire {
+    fn transmit(&mut self, frame: &[u8]) {
+        self.0.sent.lock().unwrap().push(frame.to_vec());
+    }
+
+    fn receive(&mut self) -> Option<Bytes> {
+        let mut waiting = self.0.waiting.lock().unwrap();
+        if waiting.is_empty() {
+            let _ = rustix::io::read(&self.0.ready, &mut [0; 8]);
+        }
+        waiting.pop_front()
+    }
+
+    fn delivered(&mut self, frame: Bytes) {
+        self.0.delivered.lock().unwrap().push(frame);
+    }
+
+    fn readiness(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.0.ready.as_fd()]
+    }
+}
+
+fn card(ram: &Memory, wire: &Wire) -> Net {
+    Net::new("net", MAC, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
+}
+
+fn frame(number: u32) -> Vec<u8> {
+    let mut frame = vec![0x5a; 60];
+    frame[14..18].copy_from_slice(&number.to_le_bytes());
+    frame
+}
+
+fn number_of(frame: &[u8]) -> u32 {
+    u32::from_le_bytes(frame[14..18].try_into().unwrap())
+}
+
+/// A header for transmission, and the frame behind it.
+fn with_header(frame: &[u8]) -> Vec<u8> {
+    [&[0; 12], frame].concat()
+}
+
+#[test]
+fn shows_its_address() {
+    let ram = ram();
+    let net = card(&ram, &Wire::new());
+    let mut mac = [0; 8];
+    net.mmio().read(0x100, &mut mac);
+    assert_eq!(mac, [2, 0, 0, 0, 0, 1, 0, 0]);
+    assert_eq!(read32(net.mmio(), 8), 1);
+    assert_eq!(read32(net.mmio(), 0x10), 1 << 5);
+}
+
+#[test]
+fn transmits_from_several_pieces_and_drops_what_is_no_frame() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = card(&ram, &wire);
+    let (receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    put(&ram, 0x8000, &with_header(&frame(1)));
+    transmit.offer(&[
+        Piece::Read(0x8000, 5),
+        Piece::Read(0x8005, 7),
+        Piece::Read(0x800c, 0),
+        Piece::Read(0x800c, 60),
+    ]);
+    transmit.offer(&[Piece::Read(0x8000, 12 + 13)]);
+    transmit.offer(&[Piece::Read(0x8000, 12 + 9023)]);
+    transmit.offer(&[Piece::Read(0x8000, 12 + 60)]);
+    transmit.notify(net.mmio());
+    for _ in 0..4 {
+        assert_eq!(transmit.wait_used().1, 0);
+    }
+    assert_eq!(wire.sent(), [frame(1), frame(1)]);
+}
+
+#[test]
+fn frames_wait_outside_until_the_guest_has_a_buffer() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = card(&ram, &wire);
+    let (mut receive, transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    for number in 0..3 {
+        wire.push(frame(number));
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!((wire.delivered(), receive.used_idx()), (0, 0));
+    for number in 0..3 {
+        receive.offer(&[Piece::Write(0x8000, 12), Piece::Write(0x9000, 1514)]);
+        receive.notify(net.mmio());
+        assert_eq!(receive.wait_used().1, 72);
+        assert_eq!(get(&ram, 0x8000, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        assert_eq!(get(&ram, 0x9000, 60), frame(number));
+    }
+    wait_for("the report", || (wire.delivered() == 3).then_some(()));
+}
+
+#[test]
+fn a_frame_too_long_for_the_buffer_is_lost_and_the_buffer_is_not() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = card(&ram, &wire);
+    let (mut receive, transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    let head = receive.offer(&[Piece::Write(0x8000, 12 + 60)]).unwrap();
+    receive.notify(net.mmio());
+    wire.push(vec![1; 61]);
+    wire.push(frame(9));
+    assert_eq!(receive.wait_used(), (head, 72));
+    assert_eq!(number_of(&get(&ram, 0x800c, 60)), 9);
+    wait_for("the report", || (wire.delivered() == 1).then_some(()));
+}
+
+#[test]
+fn pages_that_only_the_device_wrote_are_marked() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = card(&ram, &wire);
+    let (mut receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    receive.offer(&[Piece::Write(0x20_000 - 20, 1526)]);
+    put(&ram, 0x30_000, &with_header(&frame(1)));
+    transmit.offer(&[Piece::Read(0x30_000, 72)]);
+    written_pages(&ram);
+    wire.push(frame(2));
+    receive.notify(net.mmio());
+    transmit.notify(net.mmio());
+    receive.wait_used();
+    transmit.wait_used();
+    net.mmio().freeze().unwrap();
+    let expected = [receive.used_page(), transmit.used_page(), 0x1f, 0x20];
+    assert_eq!(written_pages(&ram), expected);
+}
+
+#[test]
+fn frozen_means_that_nothing_moves() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = card(&ram, &wire);
+    let (mut receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    net.mmio().freeze().unwrap();
+    written_pages(&ram);
+    wire.push(frame(1));
+    put(&ram, 0x8000, &with_header(&frame(2)));
+    receive.offer(&[Piece::Write(0x9000, 1526)]);
+    transmit.offer(&[Piece::Read(0x8000, 72)]);
+    let before = get(&ram, 0, super::driver::RAM_BYTES);
+    receive.notify(net.mmio());
+    transmit.notify(net.mmio());
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(get(&ram, 0, super::driver::RAM_BYTES), before);
+    assert_eq!((wire.sent().len(), wire.delivered()), (0, 0));
+    net.mmio().thaw();
+    receive.wait_used();
+    transmit.wait_used();
+}
+
+#[test]
+fn another_network_behind_the_card_gets_its_frames() {
+    let ram = ram();
+    let (old, new) = (Wire::new(), Wire::new());
+    let net = card(&ram, &old);
+    let (mut receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    for _ in 0..4 {
+        receive.offer(&[Piece::Write(0x9000, 1526)]);
+    }
+    receive.notify(net.mmio());
+    old.push(frame(1));
+    receive.wait_used();
+    net.mmio().freeze().unwrap();
+    put(&ram, 0x8000, &with_header(&frame(3)));
+    transmit.offer(&[Piece::Read(0x8000, 72)]);
+    transmit.notify(net.mmio());
+    old.push(frame(2));
+    new.push(frame(4));
+    drop(net.set_backend(Box::new(new.clone())));
+    net.mmio().thaw();
+    receive.wait_used();
+    assert_eq!(number_of(&get(&ram, 0x900c, 60)), 4);
+    transmit.wait_used();
+    assert_eq!((old.sent(), new.sent()), (vec![], vec![frame(3)]));
+    // The new one's descriptor is watched too, not only looked at after the thaw.
+    std::thread::sleep(Duration::from_millis(10));
+    new.push(frame(5));
+    receive.wait_used();
+    assert_eq!((old.delivered(), new.delivered()), (1, 2));
+}
+
+/// The driver's half of the load test: sends and receives `FRAMES` frames each way, in order.
+fn drive(ram: &Memory, cards: [&Net; 2], queues: [DriverQueue<'_>; 2]) {
+    let [mut receive, mut transmit] = queues;
+    let slot = |base: u64, head: u16| base + u64::from(head) * 2048;
+    let begin = Instant::now();
+    let (mut received, mut offered, mut completed) = (0, 0, 0);
+    let mut places = [0; QUEUE_SIZE as usize];
+    let mut spare: Vec<u64> = (0..QUEUE_SIZE).map(|index| slot(0x40_000, index)).collect();
+    let mut send_spare: Vec<u64> = (0..QUEUE_SIZE).map(|index| slot(0x80_000, index)).collect();
+    let mut send_places = [0; QUEUE_SIZE as usize];
+    while received < FRAMES || completed < FRAMES {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "{received} received, {completed} sent"
+        );
+        while let Some(place) = spare.pop() {
+            let head = receive.offer(&[Piece::Write(place, 2048)]).unwrap();
+            places[usize::from(head)] = place;
+        }
+        while offered < FRAMES
+            && let Some(place) = send_spare.pop()
+        {
+            put(ram, place, &with_header(&frame(offered)));
+            let head = transmit.offer(&[Piece::Read(place, 72)]).unwrap();
+            send_places[usize::from(head)] = place;
+            offered += 1;
+        }
+        // Which card is the machine's just now is not the driver's business.
+        for card in cards {
+            receive.notify(card.mmio());
+            transmit.notify(card.mmio());
+        }
+        while let Some((head, bytes)) = receive.take() {
+            let place = places[usize::from(head)];
+            assert_eq!(bytes, 72);
+            assert_eq!(
+                number_of(&get(ram, place + 12, 60)),
+                received,
+                "received in order, once"
+            );
+            received += 1;
+            spare.push(place);
+        }
+        while let Some((head, _)) = transmit.take() {
+            send_spare.push(send_places[usize::from(head)]);
+            completed += 1;
+        }
+        std::thread::yield_now();
+    }
+}
+
+const FRAMES: u32 = 5000;
+
+#[test]
+fn no_frame_is_lost_or_doubled_while_the_card_moves_to_and_fro_under_load() {
+    let ram = ram();
+    let wire = Wire::new();
+    let cards = [card(&ram, &wire), card(&ram, &wire)];
+    let queues = [DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1)];
+    start(cards[0].mmio(), &[&queues[0], &queues[1]]);
+    cards[1].mmio().freeze().unwrap();
+    let done = AtomicBool::new(false);
+    let moves = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0..FRAMES {
+                wire.push(frame(number));
+                if number % 64 == 0 {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+            }
+        });
+        let mover = scope.spawn(|| {
+            let mut moves = 0;
+            while !done.load(Ordering::SeqCst) {
+                let (from, to) = (&cards[moves % 2], &cards[(moves + 1) % 2]);
+                from.mmio().freeze().unwrap();
+                let section = from.mmio().state();
+                let before = (wire.delivered(), wire.sent().len());
+                std::thread::sleep(Duration::from_micros(100));
+                assert_eq!(from.mmio().state(), section);
+                assert_eq!((wire.delivered(), wire.sent().len()), before);
+                to.mmio().restore(&section).unwrap();
+                to.mmio().thaw();
+                moves += 1;
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            moves
+        });
+        drive(&ram, [&cards[0], &cards[1]], queues);
+        done.store(true, Ordering::SeqCst);
+        mover.join().unwrap()
+    });
+    assert!(moves > 3, "{moves}");
+    assert!(
+        wire.sent().iter().map(|frame| number_of(frame)).eq(0..FRAMES),
+        "sent in order, once"
+    );
+    let delivered = wire.0.delivered.lock().unwrap();
+    assert!(
+        delivered.iter().map(|frame| number_of(frame)).eq(0..FRAMES),
+        "reported in order, once"
+    );
+    assert!(
+        written_pages(&ram)
+            .iter()
+            .all(|page| *page < super::driver::RAM_BYTES as u64 / PAGE)
+    );
+}
