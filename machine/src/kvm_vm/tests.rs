@@ -76,9 +76,13 @@ fn kvm_is_missing() -> bool {
 }
 
 fn empty(mapping: Mapping) -> Machine {
+    sized(mapping, MEMORY_MIN)
+}
+
+fn sized(mapping: Mapping, memory_bytes: u64) -> Machine {
     let (report, ends) = mpsc::channel();
     let config = MachineConfig {
-        memory_bytes: MEMORY_MIN,
+        memory_bytes,
         mapping,
         mac: [2, 0, 0, 0, 0, 1],
         console: Box::new(io::sink()),

@@ -113,6 +113,18 @@ global_asm!(
     "mov dword ptr [rax], 1",
     "2: jmp 2b",
     "guest_hostile_end:",
+    // Writes above the device window; then power off.
+    "guest_high:",
+    "mov eax, 1",
+    "shl rax, 32",
+    "mov [rax + 0x5008], rax",
+    "mov ebx, 0x400000",
+    "mov rcx, [rax + 0x5008]",
+    "mov [rbx], rcx",
+    "mov eax, 0xd0100008",
+    "mov dword ptr [rax], 1",
+    "2: jmp 2b",
+    "guest_high_end:",
     // Faults, without a handler.
     "guest_fault:",
     "ud2",
@@ -139,6 +151,7 @@ guests! {
     guest_pages guest_pages_end pages
     guest_tick guest_tick_end tick
     guest_hostile guest_hostile_end hostile
+    guest_high guest_high_end high
     guest_fault guest_fault_end fault
 }
 

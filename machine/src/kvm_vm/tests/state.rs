@@ -1,6 +1,6 @@
 //! Dirty pages, checks and restores of the whole machine.
 
-use super::guests::pages;
+use super::guests::{elf, high, pages};
 use super::*;
 
 #[test]
@@ -205,4 +205,33 @@ fn what_the_check_accepts_the_restore_accepts() {
     machine.vm.resume().unwrap();
     machine.settle();
     assert_eq!(machine.word(DATA + 8), 2, "nothing of it is left");
+}
+
+#[test]
+fn memory_above_the_device_window_is_memory_too() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut machine = sized(Mapping::Shared, guest::abi::LOW_MEMORY_END_MAX + (8 << 20));
+    machine.vm.boot(&elf(high()), "").unwrap();
+    machine.vm.take_dirty().unwrap();
+    machine.vm.resume().unwrap();
+    assert_eq!(machine.end(), PowerEvent::Off);
+    machine.vm.pause().unwrap();
+    assert_eq!(machine.word(DATA), 1 << 32);
+    let dirty = machine.vm.take_dirty().unwrap();
+    let page = guest::abi::LOW_MEMORY_END_MAX / PAGE + 5;
+    assert!(
+        dirty.contains(page) && dirty.contains(DATA_PAGE),
+        "{:?}",
+        dirty.runs().collect::<Vec<_>>()
+    );
+    assert!(dirty.len() < 8);
+    let mut content = [0; PAGE_BYTES];
+    machine.vm.ram.read_page(page, &mut content).unwrap();
+    assert_eq!(content[8..16], (1_u64 << 32).to_le_bytes());
+    assert!(
+        machine.vm.ram.populated().unwrap().len() < 100,
+        "what nobody touched costs nothing"
+    );
 }
