@@ -1,8 +1,27 @@
 //! What both roles' shells share: connections to the peer, the clock, the sentinel, the status report.
+//!
+//! ```text
+//!   role's loop ─┬─ connect / listener ──► peer ──► connection ──► TCP     the pair's two connections
+//!                ├─ sentinel                                              tells the peer of this process's death
+//!                ├─ control, status                                       what the operator asks and is told
+//!                └─ clock, entropy                                        what the pure machines are given
+//! ```
+//!
+//! Everything here carries and bounds; nothing here decides what a message, a silence or a command means.
 
 #![forbid(unsafe_code)]
 
 pub mod clock;
+pub mod connect;
+pub mod connection;
 pub mod control;
+pub mod entropy;
+pub mod listener;
+pub mod peer;
 pub mod sentinel;
 pub mod status;
+
+pub use connect::{ConnectError, connect};
+pub use listener::{ListenError, Listener};
+pub use peer::{BulkSender, CloseCause, Closed, Established, Events, Link, LinkEvent, Which};
+pub use sentinel::Sentinel;

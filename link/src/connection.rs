@@ -1,0 +1,386 @@
+//! One TCP connection that carries messages: framing in both directions, bounded and in order.
+//!
+//! [`Incoming`] reads what has arrived, and gives every complete message up to the end of the stream.
+//! [`Outgoing`] takes messages without blocking and writes all that is queued in few system calls.
+//! Neither knows what a message means. The peer is not trusted: a length beyond the bound, a wrong
+//! checksum or an unknown kind ends the connection and costs no more memory than one message.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Buf, Bytes, BytesMut};
+use checkpoint::wire::{Encoded, HEADER_BYTES, Header, Message, WireError, decode, encode};
+use checkpoint::{Duration, Instant};
+use rustix::net::sockopt;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use crate::clock;
+
+/// What is read from the kernel at a time, if it has so much.
+const READ_BYTES: usize = 64 * 1024;
+/// A body of at least this many bytes is handed on where it was read; a smaller one is copied out of its surroundings.
+const BODY_SHARED_MIN: usize = 16 * 1024;
+/// Pieces handed to the kernel in one call.
+const PIECES_MAX: usize = 64;
+/// A body up to this size is put into one piece with its header.
+const PIECE_JOINED_MAX: usize = 2 * 1024;
+/// Messages up to this size are written by the sender itself when the connection is idle.
+const IMMEDIATE_BYTES_MAX: usize = 64 * 1024;
+/// A connection is idle when its last write is this long ago; what comes sooner is gathered by the writing task.
+const IDLE_MIN: Duration = Duration::from_micros(50);
+/// The kernel's buffers for one connection, in bytes, where it lets us ask for them.
+const KERNEL_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum CloseCause {
+    /// The peer, or its kernel, ended the stream.
+    #[error("the peer closed the connection")]
+    Eof,
+    /// The connection broke.
+    #[error("the connection broke")]
+    Broken(#[source] io::Error),
+    /// The peer sent what no tandem sends.
+    #[error("the peer sent something that is not the tandem protocol")]
+    Garbage(#[source] WireError),
+}
+
+/// Sets what every connection of a pair wants from the kernel.
+pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    // Without the right to exceed the host's limit, the kernel's own growing buffers are larger than what may be set.
+    let _ = sockopt::set_socket_send_buffer_size_force(stream, KERNEL_BUFFER_BYTES);
+    let _ = sockopt::set_socket_recv_buffer_size_force(stream, KERNEL_BUFFER_BYTES);
+    Ok(())
+}
+
+/// When the peer was last heard on any of its connections.
+#[derive(Debug, Default)]
+pub(crate) struct Heard(AtomicU64);
+
+impl Heard {
+    pub(crate) fn note(&self) {
+        self.0.fetch_max(clock::now().0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn last(&self) -> Instant {
+        Instant(self.0.load(Ordering::Relaxed))
+    }
+}
+
+/// The reading half of a connection.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    stream: Arc<TcpStream>,
+    buffer: BytesMut,
+    heard: Option<Arc<Heard>>,
+}
+
+impl Incoming {
+    pub(crate) fn new(stream: Arc<TcpStream>) -> Self {
+        Self {
+            stream,
+            buffer: BytesMut::new(),
+            heard: None,
+        }
+    }
+
+    /// From now on notes in `heard` when something arrives.
+    pub(crate) fn note_in(&mut self, heard: Arc<Heard>) {
+        heard.note();
+        self.heard = Some(heard);
+    }
+
+    pub(crate) fn stream(&self) -> &Arc<TcpStream> {
+        &self.stream
+    }
+
+    /// Returns the next message and its size. Nothing is lost if the wait is given up.
+    pub(crate) async fn next(&mut self) -> Result<(Message, usize), CloseCause> {
+        let header = loop {
+            if let Some(bytes) = self.buffer.first_chunk::<HEADER_BYTES>() {
+                break Header::parse(bytes).map_err(CloseCause::Garbage)?;
+            }
+            self.fill(HEADER_BYTES).await?;
+        };
+        // The header has bounded it.
+        let body_bytes = header.body_len();
+        self.fill(HEADER_BYTES + body_bytes).await?;
+        self.buffer.advance(HEADER_BYTES);
+        let body = if body_bytes < BODY_SHARED_MIN {
+            let body = Bytes::copy_from_slice(&self.buffer[..body_bytes]);
+            self.buffer.advance(body_bytes);
+            body
+        } else {
+            self.buffer.split_to(body_bytes).freeze()
+        };
+        let message = decode(&header, body).map_err(CloseCause::Garbage)?;
+        Ok((message, HEADER_BYTES + body_bytes))
+    }
+
+    /// Throws away everything up to the end of the stream.
+    pub(crate) async fn discard(&mut self) {
+        loop {
+            self.buffer.clear();
+            if self.fill(1).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Reads until the buffer has `wanted` bytes.
+    async fn fill(&mut self, wanted: usize) -> Result<(), CloseCause> {
+        while self.buffer.len() < wanted {
+            self.buffer.reserve(READ_BYTES.max(wanted - self.buffer.len()));
+            self.stream.readable().await.map_err(CloseCause::Broken)?;
+            match self.stream.try_read_buf(&mut self.buffer) {
+                Ok(0) => return Err(CloseCause::Eof),
+                Ok(_) => self.heard.iter().for_each(|heard| heard.note()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(CloseCause::Broken(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The writing half of a connection.
+///
+/// Senders put messages into a queue. Whoever holds `writing` moves them to the socket: the sender itself when
+/// the connection is idle, which saves the way through another thread; else the task that runs [`Self::write`].
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    stream: Arc<TcpStream>,
+    queue: Mutex<Queue>,
+    /// Bytes queued or being written.
+    bytes: AtomicUsize,
+    room: Condvar,
+    writing: Mutex<Writing>,
+    work: Notify,
+    drained: Notify,
+    last_write: AtomicU64,
+    broken: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    pieces: VecDeque<Bytes>,
+    ended: bool,
+}
+
+#[derive(Debug, Default)]
+struct Writing {
+    pieces: VecDeque<Bytes>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// Everything queued is with the kernel.
+    Empty,
+    /// The kernel takes no more for now.
+    Full,
+}
+
+/// Nothing can be sent any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the connection to the peer is closed")]
+pub struct Closed;
+
+impl Outgoing {
+    pub(crate) fn new(stream: Arc<TcpStream>) -> Self {
+        Self {
+            stream,
+            queue: Mutex::default(),
+            bytes: AtomicUsize::new(0),
+            room: Condvar::new(),
+            writing: Mutex::default(),
+            work: Notify::new(),
+            drained: Notify::new(),
+            last_write: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
+        }
+    }
+
+    /// Returns the bytes not yet handed to the kernel.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Queues a message; writes it at once if nothing else is under way. Never blocks.
+    pub(crate) fn send(&self, message: &Message) {
+        let pieces = pieces(message);
+        self.push(pieces, self.queue());
+    }
+
+    /// Queues a message once fewer than `queued_bytes_max` bytes wait before it. Blocks the calling thread.
+    pub(crate) fn blocking_send(&self, message: &Message, queued_bytes_max: usize) -> Result<(), Closed> {
+        let pieces = pieces(message);
+        let mut queue = self.queue();
+        while !queue.ended && self.queued_bytes() >= queued_bytes_max {
+            queue = self.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        if queue.ended {
+            return Err(Closed);
+        }
+        self.push(pieces, queue);
+        Ok(())
+    }
+
+    /// Writes what is queued, and what will be, until the connection breaks or is given up.
+    pub(crate) async fn write(&self) {
+        loop {
+            if let Err(error) = self.flush().await {
+                // The reader sees the end too, after everything that the peer had sent before.
+                tracing::debug!(%error, "can't write to the peer any more");
+                return self.give_up();
+            }
+            if self.queue().ended {
+                return;
+            }
+            self.work.notified().await;
+        }
+    }
+
+    /// Writes what is queued.
+    pub(crate) async fn flush(&self) -> io::Result<()> {
+        loop {
+            let progress = self.pump(&mut lock(&self.writing))?;
+            if progress == Progress::Empty {
+                return Ok(());
+            }
+            self.stream.writable().await?;
+        }
+    }
+
+    /// Waits until everything queued is with the kernel, or never will be.
+    pub(crate) async fn drained(&self) {
+        loop {
+            let drained = self.drained.notified();
+            if self.queued_bytes() == 0 || self.broken.load(Ordering::Relaxed) {
+                return;
+            }
+            drained.await;
+        }
+    }
+
+    /// Takes no more messages, forgets those that wait, and lets go of blocked senders.
+    pub(crate) fn give_up(&self) {
+        self.broken.store(true, Ordering::Relaxed);
+        let mut queue = self.queue();
+        queue.ended = true;
+        queue.pieces.clear();
+        self.bytes.store(0, Ordering::Relaxed);
+        drop(queue);
+        self.room.notify_all();
+        self.drained.notify_waiters();
+        self.work.notify_one();
+    }
+
+    fn push(&self, pieces: [Bytes; 2], mut queue: MutexGuard<'_, Queue>) {
+        if queue.ended {
+            return;
+        }
+        let before = self.queued_bytes();
+        let mut added = 0;
+        for piece in pieces.into_iter().filter(|piece| !piece.is_empty()) {
+            added += piece.len();
+            queue.pieces.push_back(piece);
+        }
+        self.bytes.fetch_add(added, Ordering::Relaxed);
+        drop(queue);
+        if !(before == 0 && added <= IMMEDIATE_BYTES_MAX && self.is_idle() && self.write_now()) {
+            self.work.notify_one();
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        clock::now().since(Instant(self.last_write.load(Ordering::Relaxed))) >= IDLE_MIN
+    }
+
+    /// Writes from the calling thread; false if the task has to look after what is queued.
+    fn write_now(&self) -> bool {
+        let Ok(mut writing) = self.writing.try_lock() else {
+            return false;
+        };
+        matches!(self.pump(&mut writing), Ok(Progress::Empty))
+    }
+
+    /// Moves what is queued to the kernel, in order, until nothing is left or the kernel takes no more.
+    fn pump(&self, writing: &mut Writing) -> io::Result<Progress> {
+        loop {
+            if writing.pieces.is_empty() {
+                let mut queue = self.queue();
+                if queue.pieces.is_empty() {
+                    return Ok(Progress::Empty);
+                }
+                std::mem::swap(&mut writing.pieces, &mut queue.pieces);
+            }
+            let slices: Vec<_> = writing
+                .pieces
+                .iter()
+                .take(PIECES_MAX)
+                .map(|piece| IoSlice::new(piece))
+                .collect();
+            match self.stream.try_write_vectored(&slices) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    drop(slices);
+                    writing.advance(written);
+                    self.wrote(written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Progress::Full),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn wrote(&self, written: usize) {
+        self.last_write.store(clock::now().0, Ordering::Relaxed);
+        // Under the queue's lock, so that a blocked sender can't miss the news.
+        let queue = self.queue();
+        let before = self.bytes.load(Ordering::Relaxed);
+        self.bytes.store(before.saturating_sub(written), Ordering::Relaxed);
+        drop(queue);
+        self.room.notify_all();
+        if before == written {
+            self.drained.notify_waiters();
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        lock(&self.queue)
+    }
+}
+
+impl Writing {
+    fn advance(&mut self, mut written: usize) {
+        while let Some(piece) = self.pieces.front_mut() {
+            if written < piece.len() {
+                piece.advance(written);
+                return;
+            }
+            written -= piece.len();
+            self.pieces.pop_front();
+        }
+        assert_eq!(written, 0, "the kernel takes no more than it is given");
+    }
+}
+
+fn pieces(message: &Message) -> [Bytes; 2] {
+    let Encoded { header, body } = encode(message);
+    if body.len() > PIECE_JOINED_MAX {
+        return [Bytes::copy_from_slice(&header), body];
+    }
+    let mut joined = BytesMut::with_capacity(HEADER_BYTES + body.len());
+    joined.extend_from_slice(&header);
+    joined.extend_from_slice(&body);
+    [joined.freeze(), Bytes::new()]
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
