@@ -79,6 +79,13 @@ impl Doorbell {
         self.wake(&bell);
     }
 
+    /// Says whether the guest is asleep with nothing to wake it.
+    #[cfg(test)]
+    pub(crate) fn sleeps(&self) -> bool {
+        let bell = self.lock();
+        bell.asleep && !bell.pending
+    }
+
     fn lock(&self) -> MutexGuard<'_, Bell> {
         self.bell.lock().unwrap_or_else(PoisonError::into_inner)
     }

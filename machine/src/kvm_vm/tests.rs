@@ -118,8 +118,12 @@ impl Machine {
     }
 
     /// Waits until the guest is asleep at its doorbell.
-    fn settle(&mut self) {
-        thread::sleep(Duration::from_millis(50));
+    fn settle(&self) {
+        let start = Instant::now();
+        while !self.vm.doorbell.sleeps() {
+            assert!(start.elapsed() < PATIENCE, "the guest falls asleep");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn run_until(&mut self, mut done: impl FnMut(&Self) -> bool) {

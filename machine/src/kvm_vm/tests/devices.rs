@@ -179,7 +179,6 @@ fn guest_that_sleeps_is_woken_by_its_device() {
     queue(&machine, 0);
     set(&machine, 0x50, 0);
     wait_for_used(&machine, 1);
-    machine.settle();
+    machine.run_until(|machine| machine.word(DATA + 8) > before);
     assert_eq!(machine.word(DATA + 8), before + 1);
-    machine.vm.pause().unwrap();
 }
