@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use virtio_queue::QueueState;
 use virtio_queue::desc::{RawDescriptor, split};
 use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
@@ -71,6 +72,7 @@ pub(super) struct DriverQueue<'a> {
     pub(super) table: DescriptorTable<'a, Memory>,
     pub(super) available: AvailRing<'a, Memory>,
     pub(super) used: UsedRing<'a, Memory>,
+    ram: &'a Memory,
     at: u64,
     number: u32,
     next_avail: u16,
@@ -86,6 +88,7 @@ impl<'a> DriverQueue<'a> {
             table: DescriptorTable::new(ram, GuestAddress(at), QUEUE_SIZE),
             available: AvailRing::new(ram, GuestAddress(at + PAGE), QUEUE_SIZE),
             used: UsedRing::new(ram, GuestAddress(at + 2 * PAGE), QUEUE_SIZE),
+            ram,
             at,
             number,
             next_avail: 0,
@@ -98,6 +101,19 @@ impl<'a> DriverQueue<'a> {
     /// The page that holds the used ring.
     pub(super) fn used_page(&self) -> u64 {
         self.at / PAGE + 2
+    }
+
+    /// The queue as its device sees it at the start.
+    pub(super) fn state(&self) -> QueueState {
+        QueueState {
+            max_size: QUEUE_SIZE,
+            size: QUEUE_SIZE,
+            ready: true,
+            desc_table: self.at,
+            avail_ring: self.at + PAGE,
+            used_ring: self.at + 2 * PAGE,
+            ..QueueState::default()
+        }
     }
 
     /// Puts a chain on the available ring; returns its head, or `None` if descriptors are short.
@@ -158,8 +174,13 @@ impl<'a> DriverQueue<'a> {
         self.used.idx().load()
     }
 
+    /// Notifies the device, unless it has asked not to be.
     pub(super) fn notify(&self, mmio: &VirtioMmio) {
-        write32(mmio, 0x50, self.number);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let flags: u16 = self.ram.read_obj(GuestAddress(self.at + 2 * PAGE)).unwrap();
+        if flags & 1 == 0 {
+            write32(mmio, 0x50, self.number);
+        }
     }
 
     /// Tells the device where this queue is.

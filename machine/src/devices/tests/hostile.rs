@@ -104,11 +104,13 @@ fn each_broken_rule_stops_the_device() {
     // A chain that loops, one that leaves its table, one that begins outside it.
     broken(|queue| {
         store(queue, 0, 0x8000, 16, 1, 1);
-        store(queue, 1, 0x8000, 16, 1, 0);
+        store(queue, 1, 0x9000, 512, 3, 2);
+        store(queue, 2, 0xa000, 1, 3, 2);
         queue.offer_head(0);
     });
     broken(|queue| {
-        store(queue, 0, 0x8000, 16, 1, 99);
+        store(queue, 0, 0x8000, 16, 1, 1);
+        store(queue, 1, 0x9000, 513, 3, 99);
         queue.offer_head(0);
     });
     broken(|queue| queue.offer_head(QUEUE_SIZE));

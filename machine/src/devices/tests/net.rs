@@ -232,6 +232,7 @@ fn another_network_behind_the_card_gets_its_frames() {
     old.push(frame(2));
     new.push(frame(4));
     drop(net.set_backend(Box::new(new.clone())));
+    let _ = rustix::io::read(&old.0.ready, &mut [0; 8]);
     net.mmio().thaw();
     receive.wait_used();
     assert_eq!(number_of(&get(&ram, 0x900c, 60)), 4);
@@ -242,6 +243,39 @@ fn another_network_behind_the_card_gets_its_frames() {
     new.push(frame(5));
     receive.wait_used();
     assert_eq!((old.delivered(), new.delivered()), (1, 2));
+}
+
+/// How long the thread of this name has computed, once it has begun.
+fn computed(thread: &str) -> Duration {
+    let nanoseconds = wait_for("the thread", || {
+        std::fs::read_dir("/proc/self/task").unwrap().find_map(|task| {
+            let task = task.ok()?.path();
+            let name = std::fs::read_to_string(task.join("comm")).ok()?;
+            let times = std::fs::read_to_string(task.join("schedstat")).ok()?;
+            (name.trim() == thread).then(|| times.split(' ').next().unwrap().parse().unwrap())
+        })
+    });
+    Duration::from_nanos(nanoseconds)
+}
+
+#[test]
+fn a_frame_that_nobody_can_take_costs_nothing() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = Net::new("waits", MAC, Box::new(wire.clone()), ram.clone(), bell()).unwrap();
+    let queues = [DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1)];
+    let rest = |when| {
+        let before = computed("virtio-waits");
+        std::thread::sleep(Duration::from_millis(100));
+        let took = computed("virtio-waits") - before;
+        assert!(took < Duration::from_millis(10), "{took:?} {when}");
+    };
+    wire.push(frame(1));
+    rest("before the driver is ready");
+    start(net.mmio(), &[&queues[0], &queues[1]]);
+    rest("without a buffer");
+    net.mmio().freeze().unwrap();
+    rest("frozen");
 }
 
 /// The driver's half of the load test: sends and receives `FRAMES` frames each way, in order.

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::driver::{DriverQueue, QUEUE_SIZE, bell, ram, read32, start, start_with, write32};
 use crate::devices::VirtioMmio;
 use crate::devices::entropy::{Entropy, EntropySource};
+use crate::devices::virtio::queue::Ring;
 use crate::memory::Memory;
 use crate::state::{Section, StateError};
 
@@ -149,6 +150,39 @@ fn freezing_twice_is_freezing_and_an_idle_freeze_is_fast() {
         mmio.thaw();
     }
     assert!(begin.elapsed() < std::time::Duration::from_secs(2));
+}
+
+#[test]
+fn a_thawed_device_looks_at_its_queues_without_being_notified() {
+    let ram = ram();
+    let entropy = entropy(&ram);
+    let mut queue = DriverQueue::new(&ram, 0);
+    start(entropy.mmio(), &[&queue]);
+    std::thread::sleep(std::time::Duration::from_millis(10));
+    entropy.mmio().freeze().unwrap();
+    queue.offer(&[super::driver::Piece::Write(0x8000, 8)]);
+    entropy.mmio().thaw();
+    assert_eq!(queue.wait_used().1, 8);
+}
+
+#[test]
+fn what_is_offered_while_the_device_asks_for_notifications_is_not_missed() {
+    let ram = ram();
+    let mut driver = DriverQueue::new(&ram, 0);
+    let mut ring = Ring::new(driver.state(), &ram).unwrap();
+    for listening_before in [false, true] {
+        driver.offer(&[super::driver::Piece::Write(0x8000, 8)]);
+        let chain = ring.pop(&ram).unwrap().unwrap();
+        ring.complete(&ram, &chain, 8).unwrap();
+        assert!(ring.pop(&ram).unwrap().is_none());
+        if listening_before {
+            assert!(!ring.listen(&ram).unwrap());
+        }
+        driver.offer(&[super::driver::Piece::Write(0x8000, 8)]);
+        assert!(ring.listen(&ram).unwrap());
+        let chain = ring.pop(&ram).unwrap().unwrap();
+        ring.complete(&ram, &chain, 8).unwrap();
+    }
 }
 
 /// A device in the middle of its life: some requests done, some still queued.
