@@ -21,6 +21,8 @@ use crate::clock;
 
 /// What is read from the kernel at a time, if it has so much.
 const READ_BYTES: usize = 64 * 1024;
+/// What is made ready for the rest of a body at a time.
+const RESERVED_BYTES_MAX: usize = 1024 * 1024;
 /// A body of at least this many bytes is handed on where it was read; a smaller one is copied out of its surroundings.
 const BODY_SHARED_MIN: usize = 16 * 1024;
 /// Pieces handed to the kernel in one call.
@@ -134,7 +136,9 @@ impl Incoming {
     /// Reads until the buffer has `wanted` bytes.
     async fn fill(&mut self, wanted: usize) -> Result<(), CloseCause> {
         while self.buffer.len() < wanted {
-            self.buffer.reserve(READ_BYTES.max(wanted - self.buffer.len()));
+            // No memory for bytes that a header only promises.
+            self.buffer
+                .reserve((wanted - self.buffer.len()).clamp(READ_BYTES, RESERVED_BYTES_MAX));
             self.stream.readable().await.map_err(CloseCause::Broken)?;
             match self.stream.try_read_buf(&mut self.buffer) {
                 Ok(0) => return Err(CloseCause::Eof),
