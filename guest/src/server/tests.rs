@@ -1,0 +1,579 @@
+//! Tests of the whole guest against a client stack of the same kind, frame by frame.
+
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the numbers of these tests are small, or meant to wrap"
+)]
+
+use alloc::collections::VecDeque;
+use std::string::String;
+use std::vec::Vec;
+
+use smoltcp::phy::{DeviceCapabilities, Medium, RxToken, TxToken};
+
+use super::*;
+use crate::dirtier::Arena;
+use crate::kv::{Kv, Request};
+use crate::settings::Settings;
+
+/// One end of a wire.
+#[derive(Default)]
+struct Wire {
+    inbound: VecDeque<Vec<u8>>,
+    outbound: VecDeque<Vec<u8>>,
+    room: usize,
+}
+
+struct Received(Vec<u8>);
+struct Sending<'a>(&'a mut VecDeque<Vec<u8>>);
+
+impl RxToken for Received {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(&self.0)
+    }
+}
+
+impl TxToken for Sending<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+        let mut frame = vec![0; len];
+        let result = f(&mut frame);
+        self.0.push_back(frame);
+        result
+    }
+}
+
+impl Device for Wire {
+    type RxToken<'a> = Received;
+    type TxToken<'a> = Sending<'a>;
+
+    fn receive(&mut self, _now: Instant) -> Option<(Received, Sending<'_>)> {
+        if self.outbound.len() >= self.room {
+            return None;
+        }
+        Some((Received(self.inbound.pop_front()?), Sending(&mut self.outbound)))
+    }
+
+    fn transmit(&mut self, _now: Instant) -> Option<Sending<'_>> {
+        (self.outbound.len() < self.room).then_some(Sending(&mut self.outbound))
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ethernet;
+        capabilities.max_transmission_unit = 1514;
+        capabilities
+    }
+}
+
+/// A guest, its disk, and a client on the same wire.
+struct Lab {
+    server: Server,
+    server_wire: Wire,
+    client: Interface,
+    client_wire: Wire,
+    sockets: SocketSet<'static>,
+    disk: Vec<u8>,
+    disk_delay: usize,
+    disk_wait: usize,
+    now: u64,
+    tsc: u64,
+    /// All frames that the guest has sent.
+    sent: Vec<Vec<u8>>,
+    next_port: u16,
+    log: bool,
+}
+
+const SERVER4: IpAddress = IpAddress::v4(10, 77, 0, 10);
+const SERVER6: IpAddress = IpAddress::v6(0xfd77, 0, 0, 0, 0, 0, 0, 0x10);
+
+impl Lab {
+    fn new(line: &'static str) -> Self {
+        let settings = Settings::parse(line).unwrap();
+        let pages = vec![[0_u64; 512]; 1024].leak();
+        let kv = Kv::on_disk(4096, false, 16 << 20);
+        let world = World::new(settings, kv, Arena::new(vec![pages]), 0).unwrap();
+        let mut server_wire = Wire {
+            room: 256,
+            ..Wire::default()
+        };
+        let mac = [2, 0, 0, 0, 0, 1];
+        let server = Server::new(world, mac, &[7; 32], &mut server_wire, Moment::default()).unwrap();
+        let mut client_wire = Wire {
+            room: 1 << 20,
+            ..Wire::default()
+        };
+        let config = Config::new(HardwareAddress::Ethernet(EthernetAddress([2, 0, 0, 0, 0, 2])));
+        let mut client = Interface::new(config, &mut client_wire, Instant::ZERO);
+        client.update_ip_addrs(|addresses| {
+            addresses.push(IpCidr::new(IpAddress::v4(10, 77, 0, 1), 24)).unwrap();
+            addresses
+                .push(IpCidr::new(IpAddress::v6(0xfd77, 0, 0, 0, 0, 0, 0, 1), 64))
+                .unwrap();
+        });
+        let mut lab = Self {
+            server,
+            server_wire,
+            client,
+            client_wire,
+            sockets: SocketSet::new(vec![]),
+            disk: vec![0; 4096 * 512],
+            disk_delay: 0,
+            disk_wait: 0,
+            now: 0,
+            tsc: 0,
+            sent: Vec::new(),
+            next_port: 50_000,
+            log: true,
+        };
+        while lab.disk_step() {}
+        lab
+    }
+
+    fn moment(&self) -> Moment {
+        Moment {
+            ns: self.now,
+            wall_ns: self.now,
+            tsc: self.tsc + self.now,
+        }
+    }
+
+    fn disk_step(&mut self) -> bool {
+        if self.disk_wait > 0 {
+            self.disk_wait -= 1;
+            return true;
+        }
+        let kv = &mut self.server.world_mut().kv;
+        let Some(request) = kv.next_request() else { return false };
+        match request {
+            Request::Read { sector, bytes } => {
+                let at = sector as usize * 512;
+                kv.completed(Ok(&self.disk[at..at + bytes]));
+            }
+            Request::Write { sector, data } => {
+                let at = sector as usize * 512;
+                self.disk[at..at + data.len()].copy_from_slice(data);
+                kv.completed(Ok(&[]));
+            }
+            Request::Flush => kv.completed(Ok(&[])),
+        }
+        self.disk_wait = self.disk_delay;
+        true
+    }
+
+    /// Lets both ends work once; returns whether anything happened.
+    fn step(&mut self) -> bool {
+        let at = instant(self.moment());
+        let client = self.client.poll(at, &mut self.client_wire, &mut self.sockets) == PollResult::SocketStateChanged;
+        self.server_wire.inbound.extend(self.client_wire.outbound.drain(..));
+        let server = self.server.round(self.moment(), &mut self.server_wire);
+        let disk = self.disk_step();
+        let sent = !self.server_wire.outbound.is_empty();
+        if self.log {
+            self.sent.extend(self.server_wire.outbound.iter().cloned());
+        }
+        self.client_wire.inbound.extend(self.server_wire.outbound.drain(..));
+        client || server || disk || sent
+    }
+
+    /// Runs until `done`, with time passing when nothing else happens.
+    fn run_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) {
+        for _ in 0..200_000 {
+            if done(self) {
+                return;
+            }
+            self.now += if self.step() { 1_000 } else { 1_000_000 };
+        }
+        panic!("it never happened");
+    }
+
+    fn settle(&mut self) {
+        while self.step() {
+            self.now += 1_000;
+        }
+    }
+
+    fn connect(&mut self, to: IpAddress, port: u16) -> SocketHandle {
+        let settings = Settings::default();
+        let mut socket = crate::tcp::socket(&settings);
+        self.next_port += 1;
+        socket
+            .connect(self.client.context(), (to, port), self.next_port)
+            .unwrap();
+        self.sockets.add(socket)
+    }
+
+    fn socket(&mut self, handle: SocketHandle) -> &mut smol_tcp::Socket<'static> {
+        self.sockets.get_mut(handle)
+    }
+
+    fn send(&mut self, handle: SocketHandle, bytes: &[u8]) {
+        let mut at = 0;
+        self.run_until(|lab| {
+            let socket = lab.socket(handle);
+            if socket.may_send() {
+                at += socket.send_slice(&bytes[at..]).unwrap();
+            }
+            at == bytes.len()
+        });
+    }
+
+    /// Receives until `expected` bytes are there, or until the server closes.
+    fn receive(&mut self, handle: SocketHandle, expected: usize) -> Vec<u8> {
+        let mut got = Vec::new();
+        self.run_until(|lab| {
+            let socket = lab.socket(handle);
+            while let Ok(1..) = socket.recv(|bytes| {
+                got.extend_from_slice(bytes);
+                (bytes.len(), bytes.len())
+            }) {}
+            got.len() >= expected || (!socket.may_recv() && socket.state() != smol_tcp::State::SynSent)
+        });
+        got
+    }
+
+    fn exchange(&mut self, to: IpAddress, port: u16, request: &[u8], expected: usize) -> Vec<u8> {
+        let handle = self.connect(to, port);
+        self.send(handle, request);
+        let answer = self.receive(handle, expected);
+        self.socket(handle).abort();
+        self.settle();
+        self.sockets.remove(handle);
+        answer
+    }
+
+    fn get(&mut self, path: &str) -> String {
+        let request = std::format!("GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n");
+        let answer = self.exchange(SERVER4, 80, request.as_bytes(), usize::MAX);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    fn redis(&mut self, commands: &str, reply: &str) {
+        let got = self.exchange(SERVER4, 6379, commands.as_bytes(), reply.len());
+        assert_eq!(String::from_utf8_lossy(&got), reply);
+    }
+}
+
+#[test]
+fn http_serves_over_both_families_and_keeps_the_connection() {
+    for address in [SERVER4, SERVER6] {
+        let mut lab = Lab::new("");
+        let handle = lab.connect(address, 80);
+        // Pipelined, the last with the end of the connection.
+        let requests =
+            b"GET / HTTP/1.1\r\n\r\nHEAD /file/5 HTTP/1.1\r\n\r\nGET /none HTTP/1.1\r\nConnection: close\r\n\r\n";
+        lab.send(handle, requests);
+        let answer = String::from_utf8(lab.receive(handle, usize::MAX)).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        assert!(answer.contains("outlives its host"));
+        assert!(answer.contains("Content-Length: 5\r\n\r\nHTTP/1.1 404"), "{answer}");
+        assert!(answer.ends_with("there is no such page\n"));
+    }
+}
+
+#[test]
+fn files_are_the_documented_bytes() {
+    let mut lab = Lab::new("");
+    lab.log = false;
+    for bytes in [0_usize, 1, 4097, 1_000_003] {
+        let request = std::format!("GET /file/{bytes} HTTP/1.0\r\n\r\n");
+        let answer = lab.exchange(SERVER4, 80, request.as_bytes(), usize::MAX);
+        let body = answer.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+        assert_eq!(answer.len() - body, bytes);
+        let mut expected = vec![0; bytes];
+        crate::content::fill(0, &mut expected);
+        assert!(answer[body..] == expected, "{bytes}");
+    }
+    assert!(lab.get("/file/1073741825").starts_with("HTTP/1.1 400"));
+}
+
+#[test]
+fn redis_commands_answer_like_redis() {
+    let mut lab = Lab::new("");
+    lab.redis(
+        "PING\r\nECHO hi\r\nSELECT 0\r\nSELECT 1\r\n",
+        "+PONG\r\n$2\r\nhi\r\n+OK\r\n-ERR DB index is out of range\r\n",
+    );
+    lab.redis(
+        "SET a 1\r\nINCR a\r\nGET a\r\nGET b\r\nDECRBY a 5\r\n",
+        "+OK\r\n:2\r\n$1\r\n2\r\n$-1\r\n:-3\r\n",
+    );
+    lab.redis(
+        "MSET x 1 y two\r\nMGET x y z\r\nEXISTS x x z\r\nDBSIZE\r\n",
+        "+OK\r\n*3\r\n$1\r\n1\r\n$3\r\ntwo\r\n$-1\r\n:2\r\n:3\r\n",
+    );
+    lab.redis("INCR y\r\n", "-ERR value is not an integer or out of range\r\n");
+    lab.redis(
+        "SET x 9223372036854775807\r\nINCR x\r\n",
+        "+OK\r\n-ERR increment or decrement would overflow\r\n",
+    );
+    lab.redis(
+        "GET\r\nSET a b NX\r\nSET q 1 XX\r\nSET a b PX 5\r\n",
+        "-ERR wrong number of arguments for 'get' command\r\n$-1\r\n$-1\r\n-ERR keys that expire are not supported\r\n",
+    );
+    lab.redis(
+        "nope x\r\n",
+        "-ERR unknown command 'nope', with args beginning with: 'x' \r\n",
+    );
+    lab.redis(
+        "DEL x y z\r\nSTRLEN a\r\nFLUSHALL\r\nDBSIZE\r\n",
+        ":2\r\n:2\r\n+OK\r\n:0\r\n",
+    );
+    lab.redis(
+        "CONFIG GET save\r\nCOMMAND DOCS\r\n",
+        "*2\r\n$4\r\nsave\r\n$0\r\n\r\n*0\r\n",
+    );
+    lab.redis("*1\r\n$99999999\r\n", "-ERR Protocol error: invalid bulk length\r\n");
+    lab.redis("QUIT\r\nPING\r\n", "+OK\r\n");
+}
+
+#[test]
+fn a_write_is_answered_after_its_flush_and_a_read_of_it_too() {
+    let mut lab = Lab::new("");
+    lab.disk_delay = 100;
+    let (one, other) = (lab.connect(SERVER4, 6379), lab.connect(SERVER6, 6379));
+    lab.send(other, b"PING\r\n");
+    lab.receive(other, 7);
+    lab.send(one, b"SET a 1\r\n");
+    lab.run_until(|lab| lab.server.world().kv.executed() == 1);
+    lab.send(other, b"GET b\r\nGET a\r\nGET b\r\n");
+    let first = lab.receive(other, 5);
+    assert_eq!(first, b"$-1\r\n");
+    assert_eq!(lab.server.world().kv.durable(), 0);
+    lab.run_until(|lab| {
+        let waiting = lab.server.world().kv.durable() == 0;
+        assert!(!waiting || (!lab.socket(one).can_recv() && !lab.socket(other).can_recv()));
+        !waiting
+    });
+    assert_eq!(lab.receive(one, 5), b"+OK\r\n");
+    assert_eq!(lab.receive(other, 12), b"$1\r\n1\r\n$-1\r\n");
+}
+
+#[test]
+fn large_values_and_deep_pipelines_come_back_whole() {
+    let mut lab = Lab::new("");
+    lab.log = false;
+    let value = "v".repeat(65_536);
+    let set = std::format!("*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$65536\r\n{value}\r\nGET k\r\n");
+    lab.redis(&set, &std::format!("+OK\r\n$65536\r\n{value}\r\n"));
+    let commands = "INCR n\r\n".repeat(5000);
+    let replies: String = (1..=5000).map(|number| std::format!(":{number}\r\n")).collect();
+    lab.redis(&commands, &replies);
+}
+
+#[test]
+fn many_connections_at_once_and_again() {
+    let mut lab = Lab::new("");
+    lab.log = false;
+    for _ in 0..3 {
+        let handles: Vec<_> = (0..100).map(|_| lab.connect(SERVER4, 6379)).collect();
+        for handle in &handles {
+            lab.send(*handle, b"INCR n\r\n");
+        }
+        for handle in handles {
+            assert!(lab.receive(handle, 4).starts_with(b":"));
+            lab.socket(handle).close();
+            lab.settle();
+            lab.sockets.remove(handle);
+        }
+    }
+    lab.redis("GET n\r\n", "$3\r\n300\r\n");
+}
+
+#[test]
+fn the_server_closing_first_does_not_use_up_its_sockets() {
+    let mut lab = Lab::new("");
+    for number in 0..300 {
+        assert!(lab.get("/").starts_with("HTTP/1.1 200"), "request {number}");
+        // Less than a TIME-WAIT in all.
+        assert!(lab.now < 9_000_000_000);
+    }
+}
+
+#[test]
+fn echo_and_discard() {
+    let mut lab = Lab::new("");
+    let data: Vec<u8> = (0..200_000_u32).map(|number| number as u8).collect();
+    let handle = lab.connect(SERVER6, 7);
+    let (mut sent, mut got) = (0, Vec::new());
+    lab.run_until(|lab| {
+        let socket = lab.socket(handle);
+        if socket.may_send() {
+            sent += socket.send_slice(&data[sent..]).unwrap();
+        }
+        while let Ok(1..) = socket.recv(|bytes| {
+            got.extend_from_slice(bytes);
+            (bytes.len(), bytes.len())
+        }) {}
+        got.len() == data.len()
+    });
+    assert!(got == data);
+    lab.socket(handle).close();
+    lab.run_until(|lab| !lab.socket(handle).is_open());
+    let handle = lab.connect(SERVER4, 9);
+    lab.send(handle, &data);
+    lab.run_until(|lab| lab.server.world().counters.discard_bytes == 200_000);
+}
+
+#[test]
+fn udp_echo_answers_from_the_address_it_was_sent_to() {
+    for address in [SERVER4, SERVER6] {
+        let mut lab = Lab::new("");
+        let handle = lab.sockets.add(udp_socket(5000).unwrap());
+        let send = |lab: &mut Lab, port, bytes: &[u8]| {
+            let socket = lab.sockets.get_mut::<udp::Socket<'_>>(handle);
+            socket.send_slice(bytes, IpEndpoint { addr: address, port }).unwrap();
+            lab.settle();
+        };
+        send(&mut lab, 7, b"hello");
+        let mut answer = None;
+        lab.run_until(|lab| {
+            let socket = lab.sockets.get_mut::<udp::Socket<'_>>(handle);
+            answer = socket.recv().ok().map(|(bytes, meta)| (bytes.to_vec(), meta.endpoint));
+            answer.is_some()
+        });
+        assert_eq!(answer, Some((b"hello".to_vec(), IpEndpoint { addr: address, port: 7 })));
+        send(&mut lab, 9, b"x");
+        lab.run_until(|lab| lab.server.world().counters.udp_discard == 1);
+    }
+}
+
+#[test]
+fn connections_are_opened_outwards() {
+    let mut lab = Lab::new("");
+    let listeners: Vec<_> = (0..40)
+        .map(|_| {
+            let mut socket = crate::tcp::socket(&Settings::default());
+            socket.listen(4000).unwrap();
+            lab.sockets.add(socket)
+        })
+        .collect();
+    assert!(lab.get("/set?connect=10.77.0.1:4000,40").contains("ok"));
+    assert!(lab.get("/set?connect=[fd77::1]:4001,3").contains("ok"));
+    assert!(lab.get("/set?connect=10.77.0.1,40").starts_with("HTTP/1.1 400"));
+    lab.run_until(|lab| {
+        for handle in &listeners {
+            let socket = lab.socket(*handle);
+            if socket.can_recv() {
+                let line = socket.recv(|bytes| (bytes.len(), bytes.to_vec())).unwrap();
+                assert!(line.starts_with(b"tandem "));
+                socket.send_slice(&line).unwrap();
+            }
+            if crate::tcp::is_finished(socket) {
+                socket.close();
+            }
+        }
+        let counters = lab.server.world().counters;
+        counters.dials_echoed == 40 && counters.dials_failed == 3
+    });
+    assert!(
+        lab.get("/stats")
+            .contains("\"outgoing\":{\"asked\":43,\"opened\":40,\"echoed\":40,\"failed\":3}")
+    );
+}
+
+#[test]
+fn settings_change_at_run_time() {
+    let mut lab = Lab::new("nondeterminism=0");
+    assert!(!lab.get("/").contains("X-Noise"));
+    assert!(lab.get("/set?nondeterminism=1000").contains("ok"));
+    assert!(lab.get("/").contains("X-Noise: "));
+    assert!(lab.get("/set?nondeterminism=1001").starts_with("HTTP/1.1 400"));
+    assert!(lab.get("/set?dirty=1,1000,random").contains("ok"));
+    assert!(
+        lab.get("/set?dirty=9,1000,random")
+            .contains("the working set can have 4 MiB")
+    );
+    lab.run_until(|lab| lab.server.world().dirtier.written() > 100);
+    assert!(lab.get("/set?dirty=off").contains("ok"));
+    assert!(lab.get("/touch/4").ends_with("touched\n"));
+    assert!(lab.get("/touch/5").contains("only 4 MiB"));
+    assert!(lab.get("/stats?time=1").contains("\"touching\":false"));
+    assert!(lab.get("/poweroff").starts_with("HTTP/1.1 200"));
+    assert_eq!(lab.server.world().power, Some(crate::world::Power::Off));
+}
+
+#[test]
+fn idle_means_no_deadline() {
+    let mut lab = Lab::new("");
+    let handle = lab.connect(SERVER4, 6379);
+    lab.send(handle, b"INCR n\r\n");
+    assert_eq!(lab.receive(handle, 4), b":1\r\n");
+    lab.settle();
+    let now = lab.moment();
+    assert_eq!(lab.server.deadline(now), None);
+    assert!(!lab.server.round(now, &mut lab.server_wire));
+}
+
+#[test]
+fn a_device_without_room_loses_nothing() {
+    let mut lab = Lab::new("");
+    lab.log = false;
+    lab.server_wire.room = 1;
+    let answer = lab.exchange(SERVER4, 80, b"GET /file/100000 HTTP/1.0\r\n\r\n", usize::MAX);
+    assert!(answer.len() > 100_000);
+}
+
+/// Runs the same clients against a guest; the clocks, the disk and the rx batches are the host's own.
+fn frames_of_a_run(tsc: u64, disk_delay: usize, line: &'static str) -> Vec<Vec<u8>> {
+    let mut lab = Lab::new(line);
+    lab.tsc = tsc;
+    lab.disk_delay = disk_delay;
+    for _ in 0..20 {
+        lab.get("/");
+        lab.get("/stats");
+        let reply = lab.exchange(SERVER4, 6379, b"INCR n\r\nGET m\r\n", 9);
+        assert!(reply.ends_with(b"\r\n$-1\r\n"));
+        lab.exchange(SERVER6, 7, b"echo", 4);
+    }
+    lab.sent
+}
+
+#[test]
+fn two_guests_with_the_same_input_send_the_same_frames() {
+    let one = frames_of_a_run(0, 0, "");
+    assert!(one.len() > 150, "{}", one.len());
+    assert!(one == frames_of_a_run(12_345_678, 0, ""));
+    let skewed = frames_of_a_run(12_345_678, 0, "isn_skew=1");
+    assert!(skewed != frames_of_a_run(999, 0, "isn_skew=1"));
+    let noisy = frames_of_a_run(12_345_678, 0, "nondeterminism=100");
+    assert!(noisy != frames_of_a_run(999, 0, "nondeterminism=100"));
+}
+
+#[test]
+fn fresh_entropy_changes_the_sequence_numbers_and_is_asked_for() {
+    let syn_acks = |mix: bool| {
+        let mut lab = Lab::new("");
+        if mix {
+            lab.server.mix(&[9; 32]);
+        }
+        for _ in 0..20 {
+            lab.get("/");
+        }
+        assert!(lab.server.wants_seed());
+        lab.server.mix(&[1; 32]);
+        assert!(!lab.server.wants_seed());
+        lab.sent
+    };
+    assert!(syn_acks(false) == syn_acks(false));
+    assert!(syn_acks(false) != syn_acks(true));
+}
+
+#[test]
+fn garbage_frames_are_survived() {
+    let mut lab = Lab::new("");
+    let mut noise = Random::new([3; 32]);
+    lab.get("/");
+    let real = lab.sent.clone();
+    for round in 0..3000 {
+        let mut frame = real[usize::try_from(noise.draw()).unwrap() % real.len()].clone();
+        frame[..6].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+        for _ in 0..noise.draw() % 4 {
+            let at = usize::try_from(noise.draw()).unwrap() % frame.len();
+            frame[at] = noise.draw() as u8;
+        }
+        frame.truncate(usize::try_from(noise.draw() % 80).unwrap().max(1) + round % 1400);
+        lab.server_wire.inbound.push_back(frame);
+        lab.settle();
+    }
+    assert!(lab.get("/").starts_with("HTTP/1.1 200"));
+}

@@ -1,0 +1,154 @@
+//! Connections of one listening port: a pool of sockets of which a few always listen.
+//!
+//! The server takes in one frame at a time and re-arms the pool after each, so a few listening sockets stand for
+//! any backlog. Which socket gets a connection, and in which order connections are served, depends on the order
+//! of frames alone: a socket is re-used by its place, never by its age. Only when all sockets of a port are taken
+//! is the one that has been of no use for longest given up, if it is half closed or has been idle for minutes.
+
+use alloc::vec;
+use alloc::vec::Vec;
+
+use smoltcp::iface::{SocketHandle, SocketSet};
+use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
+
+use crate::clock::Moment;
+use crate::settings::Settings;
+use crate::world::World;
+
+/// Most connections of one port at the same time.
+pub(crate) const CONNECTIONS_MAX: usize = 128;
+const LISTENING: usize = 4;
+const IDLE_NS: u64 = 300 * 1_000_000_000;
+
+/// A service on a TCP connection.
+pub(crate) trait Stream: Default {
+    /// Moves what can be moved between the socket and the service; returns whether anything was.
+    fn serve(&mut self, socket: &mut Socket<'static>, world: &mut World, now: Moment) -> bool;
+}
+
+/// All connections of a port.
+#[derive(Debug)]
+pub(crate) struct Pool<S> {
+    port: u16,
+    slots: Vec<Slot<S>>,
+    listening: usize,
+}
+
+#[derive(Debug)]
+struct Slot<S> {
+    handle: SocketHandle,
+    stream: S,
+    taken: bool,
+    active_ns: u64,
+}
+
+impl<S: Stream> Pool<S> {
+    pub(crate) fn new(port: u16) -> Self {
+        Self {
+            port,
+            slots: Vec::new(),
+            listening: 0,
+        }
+    }
+
+    /// Serves every connection once, in order; returns whether anything moved.
+    pub(crate) fn serve(&mut self, sockets: &mut SocketSet<'static>, world: &mut World, now: Moment) -> bool {
+        let mut moved = false;
+        self.listening = 0;
+        for slot in &mut self.slots {
+            let socket = sockets.get_mut::<Socket<'_>>(slot.handle);
+            match socket.state() {
+                State::Listen => self.listening += 1,
+                State::Closed | State::TimeWait => slot.release(),
+                _ => {
+                    if !slot.taken {
+                        slot.taken = true;
+                        slot.active_ns = now.ns;
+                        world.counters.accepted += 1;
+                    }
+                    if slot.stream.serve(socket, world, now) {
+                        slot.active_ns = now.ns;
+                        moved = true;
+                    }
+                }
+            }
+        }
+        moved
+    }
+
+    /// Makes sure that some sockets listen. To be called when all output has been sent.
+    pub(crate) fn rearm(&mut self, sockets: &mut SocketSet<'static>, settings: &Settings, now: Moment) {
+        while self.listening < LISTENING {
+            let free = |slot: &&mut Slot<S>| !sockets.get::<Socket<'_>>(slot.handle).is_open();
+            if let Some(slot) = self.slots.iter_mut().find(free) {
+                slot.release();
+                listen(sockets.get_mut(slot.handle), self.port);
+            } else if self.slots.len() < CONNECTIONS_MAX {
+                let mut socket = socket(settings);
+                listen(&mut socket, self.port);
+                let handle = sockets.add(socket);
+                self.slots.push(Slot {
+                    handle,
+                    stream: S::default(),
+                    taken: false,
+                    active_ns: 0,
+                });
+            } else {
+                self.give_up_one(sockets, now);
+                return;
+            }
+            self.listening += 1;
+        }
+    }
+
+    fn give_up_one(&mut self, sockets: &mut SocketSet<'static>, now: Moment) {
+        let useless = |slot: &&Slot<S>| match sockets.get::<Socket<'_>>(slot.handle).state() {
+            State::Listen => false,
+            State::Established => now.ns.saturating_sub(slot.active_ns) > IDLE_NS,
+            _ => now.ns.saturating_sub(slot.active_ns) > IDLE_NS / 100,
+        };
+        let oldest = self.slots.iter().filter(useless).min_by_key(|slot| slot.active_ns);
+        if let Some(handle) = oldest.map(|slot| slot.handle) {
+            sockets.get_mut::<Socket<'_>>(handle).abort();
+        }
+    }
+}
+
+impl<S: Stream> Slot<S> {
+    fn release(&mut self) {
+        if self.taken {
+            self.taken = false;
+            self.stream = S::default();
+        }
+    }
+}
+
+/// Makes a socket whose output depends on what it is given and not on time.
+pub(crate) fn socket(settings: &Settings) -> Socket<'static> {
+    let mut socket = Socket::new(buffer(settings.tcp_receive), buffer(settings.tcp_send));
+    socket.set_ack_delay(None);
+    socket.set_nagle_enabled(false);
+    socket
+}
+
+/// Makes a socket's buffer.
+pub(crate) fn buffer(bytes: usize) -> SocketBuffer<'static> {
+    SocketBuffer::new(vec![0; bytes])
+}
+
+/// Whether the peer has sent all it will send, and all of that was taken.
+pub(crate) fn is_finished(socket: &Socket<'_>) -> bool {
+    let ended = matches!(
+        socket.state(),
+        State::CloseWait | State::LastAck | State::Closing | State::TimeWait | State::Closed
+    );
+    ended && socket.recv_queue() == 0
+}
+
+fn listen(socket: &mut Socket<'static>, port: u16) {
+    let outcome = socket.listen(port);
+    assert!(
+        outcome.is_ok(),
+        "a socket that is not open can listen on a port that is not 0"
+    );
+}
