@@ -79,6 +79,14 @@ impl BlockSet {
         self.groups.is_empty()
     }
 
+    /// Returns the highest block.
+    #[must_use]
+    pub fn last(&self) -> Option<u64> {
+        let (group, words) = self.groups.last_key_value()?;
+        let index = words.iter().rposition(|word| *word != 0)?;
+        Some(group * GROUP_BLOCKS + index as u64 * 64 + u64::from(words[index].ilog2()))
+    }
+
     /// Returns the blocks in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = u64> {
         self.groups.iter().flat_map(|(group, words)| {
@@ -158,6 +166,15 @@ impl ChangedBlocks {
         for block in offset / BLOCK..=last / BLOCK {
             self.running.insert(block);
         }
+    }
+
+    /// Notes blocks changed in the running epoch: after a takeover, those of the overlay.
+    ///
+    /// # Panics
+    /// If a block is outside the disk.
+    pub fn mark_blocks(&mut self, blocks: &BlockSet) {
+        assert!(blocks.last() < Some(self.size.div_ceil(BLOCK)), "blocks of this disk");
+        self.running.union(blocks);
     }
 
     /// Ends the running epoch, at the stop of its checkpoint.
@@ -263,7 +280,7 @@ impl ChangedBlocks {
             }
             running.groups.insert(group, words);
         }
-        if running.groups.last_key_value().is_some() && running.iter().last() >= Some(size.div_ceil(BLOCK)) {
+        if running.last() >= Some(size.div_ceil(BLOCK)) {
             return Err("a block beyond the end of the disk");
         }
         Ok(Self {
@@ -361,7 +378,10 @@ mod tests {
     #[test]
     fn an_abandoned_epoch_joins_the_running_one() {
         let mut map = ChangedBlocks::new(SIZE, tag(0));
-        map.mark(5 * BLOCK, 1);
+        let mut blocks_written = BlockSet::default();
+        map.mark_blocks(&blocks_written);
+        blocks_written.insert(5);
+        map.mark_blocks(&blocks_written);
         map.close(tag(1));
         map.reopen();
         map.clear_committed(tag(1));
@@ -443,6 +463,7 @@ mod tests {
             let mut set = make(&numbers);
             prop_assert!(set.iter().eq(numbers.iter().copied()));
             prop_assert_eq!(set.len(), numbers.len() as u64);
+            prop_assert_eq!(set.last(), numbers.last().copied());
             set.union(&make(&more));
             prop_assert!(set.iter().eq(numbers.union(&more).copied()));
             prop_assert!(more.iter().all(|number| set.contains(*number)));

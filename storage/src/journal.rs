@@ -47,7 +47,7 @@ pub enum Kind {
 /// What [`recover`] found and did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
-    /// The journal has never been used.
+    /// The journal has never been used, or not for this image.
     Fresh,
     /// The base was whole already.
     Clean(Last),
@@ -118,14 +118,18 @@ pub fn recover<I: Image + ?Sized>(image: &I, journal: &I) -> Result<Recovery, Re
     let Some(header) = Header::decode(&sector) else {
         return discard(journal);
     };
-    if header.image_bytes != image.size() {
-        return Err(RecoverError::Foreign {
-            journal: header.image_bytes,
-            image: image.size(),
-        });
-    }
-    if !header.full {
-        return Ok(Recovery::Clean(header.last));
+    let same_size = header.image_bytes == image.size();
+    match (header.full, same_size) {
+        (true, true) => {}
+        (true, false) => {
+            return Err(RecoverError::Foreign {
+                journal: header.image_bytes,
+                image: image.size(),
+            });
+        }
+        (false, true) => return Ok(Recovery::Clean(header.last)),
+        // The image was replaced or resized; there is nothing to bring in.
+        (false, false) => return Ok(Recovery::Fresh),
     }
     let Some(index) = verified_index(journal, &header)? else {
         return discard(journal);

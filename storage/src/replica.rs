@@ -20,7 +20,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use checkpoint::limits::{BLOCK_BYTES, EPOCH_WRITES_BYTES_MAX, OVERLAY_BYTES_MAX};
 use checkpoint::{Epoch, Generation, Tag};
 
@@ -295,7 +294,7 @@ impl<I: Image + ?Sized> Replica<I> {
     ///
     /// # Errors
     /// If the primary sends what it must not; see [`StageError`].
-    pub fn stage(&mut self, epoch: Epoch, offset: u64, data: &Bytes) -> Result<(), StageError> {
+    pub fn stage(&mut self, epoch: Epoch, offset: u64, data: &[u8]) -> Result<(), StageError> {
         if self.promoted {
             return Err(StageError::Promoted);
         }
@@ -351,8 +350,8 @@ impl<I: Image + ?Sized> Replica<I> {
         self.pending.iter().map(|pending| pending.batch.bytes()).sum()
     }
 
-    /// Returns the blocks that the guest wrote since the last commit. At a takeover they are what this side's disk
-    /// differs by from the last common state.
+    /// Returns the blocks that the guest wrote since the last commit. Asked right before
+    /// [`take_over`](Self::take_over), they are what this disk then differs by from the last common state.
     #[must_use]
     pub fn overlay_blocks(&self) -> BlockSet {
         let mut blocks = BlockSet::default();

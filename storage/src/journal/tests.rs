@@ -224,6 +224,12 @@ fn forged_journals_with_good_checksums_are_errors() {
     assert!(matches!(recover(&*image, &*journal), Err(RecoverError::Damaged { .. })));
     forge(&[(0, 1, 1)], SIZE + 512);
     assert!(matches!(recover(&*image, &*journal), Err(RecoverError::Foreign { .. })));
+    retire(&*journal, SIZE + 512, last).unwrap();
+    assert_eq!(
+        recover(&*image, &*journal).unwrap(),
+        Recovery::Fresh,
+        "an image may be resized between two runs"
+    );
     let huge = Header {
         full: true,
         last,
