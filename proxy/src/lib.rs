@@ -1,3 +1,50 @@
 //! Compares what two machines send, holds and releases it, translates TCP sequence numbers; pure.
+//!
+//! Output of the primary's guest may leave when the secondary's guest has sent the same in the same
+//! epoch, or when its epoch is committed ([`Comparator`]). So that the two send the same, both roles
+//! translate TCP sequence numbers at their guest's edge ([`Translator`]), and what the network must
+//! learn of a guest after a takeover is remembered ([`AddressBook`]).
+//!
+//! # What is compared
+//! | frames | compared | ignored by policy |
+//! |---|---|---|
+//! | TCP over IPv4 and IPv6 | the byte stream by position; SYN with its MSS, window scale, SACK and timestamp offer; FIN; RST; the urgent position; acknowledgements and SACK blocks as upper bounds | Ethernet addresses, VLAN priority, IP header, window, other options, PSH, ECN flags, sequence number of a RST, padding (cut off) |
+//! | UDP, ICMP, `ICMPv6` (neighbour discovery, MLD), IGMP, SCTP, other IP protocols | the whole frame | VLAN priority, TOS or traffic class, flow label, TTL or hop limit, IP identification, DF, IP and UDP checksum |
+//! | IP fragments | the whole frame, offset included | as above, but for the fragment flags |
+//! | ARP, other EtherTypes, 802.3 | the whole frame | VLAN priority |
+//! | what does not parse | the whole frame | nothing |
+//!
+//! VLAN numbers (802.1Q, `QinQ`, up to three) are part of the flow.
+//!
+//! # Not supported
+//! Fragments are not reassembled: two sides that fragment differently differ. Signed TCP (MD5, TCP-AO) cannot be
+//! translated; a connection that was opened since the last commit does not survive a takeover. Sequence numbers
+//! quoted in ICMP errors are not translated. TCP Fast Open data before the handshake is over is compared, but a
+//! takeover in that moment breaks that connection. A retransmission is not compared again.
 
 #![forbid(unsafe_code)]
+
+mod announce;
+mod checksum;
+mod codec;
+mod comparator;
+mod counters;
+mod datagram;
+mod flow;
+mod frame;
+mod hold;
+mod lane;
+mod seq;
+mod sequence;
+mod span;
+mod stream;
+mod timing;
+mod verdict;
+
+pub use announce::{AddressBook, NetworkState};
+pub use codec::StateError;
+pub use comparator::{Comparator, ComparatorLimits, Mode};
+pub use counters::{Counters, FlowReport, Held, Pending};
+pub use flow::{Class, Endpoint, FlowKey, Vlans};
+pub use sequence::Translator;
+pub use verdict::{Difference, Divergence, Fact, Limit, Reason, Verdict};

@@ -1,0 +1,611 @@
+//! Decides, on the primary, when output of its guest may leave.
+//!
+//! ```text
+//!   Syncing --protect--> Comparing --release_all--> Alone --protect--> Comparing
+//!   at once              held until equal or        at once
+//!                        committed
+//! ```
+//!
+//! Driven by `primary::protocol`: frames of both sides come in with their epoch, verdicts go out. A
+//! frame of epoch *n* is compared with what the secondary's guest sent in epoch *n*; what the primary's
+//! guest sends after [`Comparator::stop`] belongs to *n + 1* and waits, uncompared, until *n* is
+//! committed. So a flow knows one epoch at a time, and its state at a commit is the primary's at the stop.
+//!
+//! Never drops a frame of the primary, never reads a clock. Nothing leaves while comparing that was
+//! neither equal nor committed.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use checkpoint::{Duration, Epoch, Instant, limits};
+
+use crate::counters::{Counters, FlowReport, Held, Pending};
+use crate::flow::{FlowId, FlowKey, FlowTable};
+use crate::frame::{self, Body, Frame};
+use crate::hold::{HeldFrame, Hold};
+use crate::lane::{Lane, Unblocked};
+use crate::verdict::{Divergence, Limit, Reason, Verdict};
+
+/// The bounds of a comparator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ComparatorLimits {
+    /// Bytes of the primary that wait for release.
+    pub held_bytes: usize,
+    /// Frames of the primary that wait for release.
+    pub held_frames: usize,
+    /// Bytes of the secondary that wait for the primary's.
+    pub pending_bytes: usize,
+    /// Frames and pieces of the secondary that wait for the primary's.
+    pub pending_frames: usize,
+    /// Flows known at a time.
+    pub flows: usize,
+    /// How long a frame of either side may wait for its equal.
+    pub unmatched: Duration,
+    /// How long two unequal datagrams of a flow may wait for equals that come in another order.
+    pub reorder: Duration,
+}
+
+/// What the comparator does with output of the primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// No secondary that could take over yet: output leaves at once.
+    Syncing,
+    /// Output leaves when it is equal or committed.
+    Comparing,
+    /// Owner of the witness, without a secondary: output leaves at once.
+    Alone,
+}
+
+/// The state machine; see the module.
+#[derive(Debug)]
+pub struct Comparator {
+    pub(crate) limits: ComparatorLimits,
+    pub(crate) mode: Mode,
+    /// The epoch that the primary's guest runs in.
+    pub(crate) running: Epoch,
+    /// The epoch that has been stopped and is not committed.
+    pub(crate) uncommitted: Option<Epoch>,
+    /// The last epoch that is committed; the secondary's output of it and before is stale.
+    committed: Option<Epoch>,
+    pub(crate) loaded_at: Option<Instant>,
+    /// The last epoch for which a divergence was told.
+    diverged: Option<Epoch>,
+    pub(crate) hold: Hold,
+    pub(crate) flows: FlowTable<Lane>,
+    /// Flows with state of the epoch being compared.
+    touched: Vec<FlowId>,
+    /// Output of the secondary that came before its commit was known.
+    early: VecDeque<(Instant, Bytes)>,
+    early_bytes: usize,
+    /// Output of the secondary that waits, oldest first; entries may be outdated.
+    pub(crate) waiting: VecDeque<(Instant, FlowId)>,
+    /// Flows on which both sides keep something unequal, oldest first; entries may be outdated.
+    pub(crate) suspects: VecDeque<(Instant, FlowId)>,
+    pub(crate) pending: Pending,
+    pub(crate) counters: Counters,
+    /// An epoch was abandoned, and what waited for its commit has not been compared yet.
+    pub(crate) behind: bool,
+    tick: u64,
+}
+
+impl Default for ComparatorLimits {
+    fn default() -> Self {
+        Self {
+            held_bytes: limits::HELD_BYTES_MAX,
+            held_frames: 65_536,
+            pending_bytes: limits::PENDING_BYTES_MAX,
+            pending_frames: 65_536,
+            flows: limits::FLOWS_MAX,
+            unmatched: limits::UNMATCHED_MAX,
+            reorder: Duration::from_millis(1),
+        }
+    }
+}
+
+impl Comparator {
+    /// Makes a comparator that releases at once, until [`Comparator::protect`].
+    #[must_use]
+    pub fn new(limits: ComparatorLimits, first_epoch: Epoch) -> Self {
+        Self {
+            limits,
+            mode: Mode::Syncing,
+            running: first_epoch,
+            uncommitted: None,
+            committed: None,
+            loaded_at: None,
+            diverged: None,
+            hold: Hold::default(),
+            flows: FlowTable::new(limits.flows),
+            touched: Vec::new(),
+            early: VecDeque::new(),
+            early_bytes: 0,
+            waiting: VecDeque::new(),
+            suspects: VecDeque::new(),
+            pending: Pending::default(),
+            counters: Counters::default(),
+            behind: false,
+            tick: 0,
+        }
+    }
+
+    /// Takes a frame that the primary's guest sent in the epoch now running.
+    pub fn primary_output(&mut self, now: Instant, frame: Bytes, verdicts: &mut Vec<Verdict>) {
+        self.catch_up_if_behind(now, verdicts);
+        let parsed = frame::parse(&frame);
+        if self.mode != Mode::Comparing {
+            self.follow(&parsed);
+            self.counters.released_at_once += 1;
+            verdicts.push(Verdict::Release(frame));
+            return;
+        }
+        let flow = self.lane(&parsed);
+        let serial = self.hold.push(HeldFrame {
+            frame: frame.clone(),
+            arrived: now,
+            epoch: self.running,
+            flow,
+        });
+        if let Some(id) = flow {
+            let comparing = self.uncommitted.is_none();
+            if let Some(lane) = self.flows.get_mut(id) {
+                lane.push(serial);
+            }
+            if comparing {
+                self.touch(id);
+                self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
+                self.settle(now, id, verdicts);
+            }
+        } else {
+            self.diverge(self.running, Some(parsed.key), Reason::Limit(Limit::Flows), verdicts);
+        }
+        if self.hold.bytes() > self.limits.held_bytes || self.hold.slots() > self.limits.held_frames {
+            self.diverge(self.running, None, Reason::Limit(Limit::Held), verdicts);
+        }
+    }
+
+    /// Takes a frame that the secondary's guest sent in `epoch`.
+    pub fn secondary_output(&mut self, now: Instant, epoch: Epoch, frame: Bytes, verdicts: &mut Vec<Verdict>) {
+        if epoch > self.running {
+            verdicts.push(Verdict::Violation(format!(
+                "the secondary sent output of epoch {epoch}, but the primary has only reached {}",
+                self.running
+            )));
+            return;
+        }
+        if frame.len() > limits::FRAME_BYTES_MAX {
+            verdicts.push(Verdict::Violation(format!(
+                "the secondary sent a frame of {} bytes",
+                frame.len()
+            )));
+            return;
+        }
+        if self.mode != Mode::Comparing || self.committed.is_some_and(|committed| epoch <= committed) {
+            self.counters.stale += 1;
+            return;
+        }
+        self.catch_up_if_behind(now, verdicts);
+        if self.is_pending_full() {
+            // Losing the secondary's output is safe: the primary's waits for the commit.
+            self.diverge(self.comparing(), None, Reason::Limit(Limit::Pending), verdicts);
+            return;
+        }
+        if self.uncommitted.is_some_and(|stopped| epoch > stopped) {
+            self.early_bytes += frame.len();
+            self.early.push_back((now, frame));
+            return;
+        }
+        self.take_secondary(now, &frame, verdicts);
+    }
+
+    /// Ends the running epoch: the primary's guest has stopped, and what it sends next belongs to the next one.
+    ///
+    /// # Panics
+    /// Panics if an epoch is uncommitted already.
+    pub fn stop(&mut self) -> Epoch {
+        let ended = self.running;
+        if self.mode == Mode::Comparing {
+            assert!(self.uncommitted.is_none(), "at most one epoch is uncommitted");
+            self.uncommitted = Some(ended);
+        }
+        self.running = ended.next();
+        ended
+    }
+
+    /// Takes the commit of `epoch`: releases everything held up to it, in order.
+    ///
+    /// # Panics
+    /// Panics if `epoch` has not been stopped.
+    pub fn commit(&mut self, now: Instant, epoch: Epoch, verdicts: &mut Vec<Verdict>) {
+        if self.mode != Mode::Comparing || self.committed.is_some_and(|committed| epoch <= committed) {
+            return;
+        }
+        assert!(
+            self.uncommitted == Some(epoch),
+            "epoch {epoch} is committed, but {:?} is open",
+            self.uncommitted
+        );
+        while let Some((serial, held)) = self.hold.oldest() {
+            if held.epoch > epoch {
+                break;
+            }
+            self.counters.released_by_commit += 1;
+            self.release_unequal(serial, verdicts);
+        }
+        for id in std::mem::take(&mut self.touched) {
+            if let Some(lane) = self.flows.get_mut(id) {
+                verdicts.extend(lane.commit().map(Verdict::Release));
+            }
+        }
+        self.committed = Some(epoch);
+        self.uncommitted = None;
+        self.behind = false;
+        self.loaded_at = None;
+        self.waiting.clear();
+        self.suspects.clear();
+        self.pending = Pending::default();
+        self.trim();
+        self.catch_up(now, verdicts);
+    }
+
+    /// Notes that the secondary has loaded `epoch` and runs: only now can it produce output of the next one.
+    pub fn loaded(&mut self, now: Instant, epoch: Epoch) {
+        if self.mode == Mode::Comparing && self.committed == Some(epoch) {
+            self.loaded_at = Some(now);
+        }
+    }
+
+    /// Joins the uncommitted epoch to the running one, because the link was lost before its commit was known. The
+    /// secondary's output since the last commit goes on being compared.
+    pub fn abandon(&mut self) {
+        if self.uncommitted.take().is_some() {
+            self.hold.retag(self.running);
+            self.behind = true;
+        }
+    }
+
+    /// Runs alone from here on, as owner of the witness: releases everything held, in order.
+    pub fn release_all(&mut self, verdicts: &mut Vec<Verdict>) {
+        while let Some((serial, _)) = self.hold.oldest() {
+            self.counters.released_at_once += 1;
+            self.release_unequal(serial, verdicts);
+        }
+        for id in std::mem::take(&mut self.touched) {
+            if let Some(lane) = self.flows.get_mut(id) {
+                verdicts.extend(lane.commit().map(Verdict::Release));
+            }
+        }
+        self.forget_secondary();
+        self.mode = Mode::Alone;
+        self.uncommitted = None;
+        self.behind = false;
+    }
+
+    /// Says that a secondary is being synchronised; output goes on leaving at once.
+    pub fn sync(&mut self) {
+        assert!(
+            self.mode != Mode::Comparing,
+            "a comparator stops comparing by release_all only"
+        );
+        self.mode = Mode::Syncing;
+    }
+
+    /// Holds and compares from `epoch` on, the one now running. To be called before the primary's guest may run past
+    /// the state that the secondary starts from.
+    ///
+    /// # Panics
+    /// Panics if it compares already, or if `epoch` is in the past.
+    pub fn protect(&mut self, epoch: Epoch) {
+        assert!(self.mode != Mode::Comparing, "protection begins once");
+        assert!(
+            epoch >= self.running,
+            "epoch {epoch} has passed, {} is running",
+            self.running
+        );
+        self.mode = Mode::Comparing;
+        self.running = epoch;
+        self.committed = epoch.0.checked_sub(1).map(Epoch);
+        self.diverged = None;
+        self.forget_secondary();
+        for lane in self.flows.iter_mut() {
+            let _paid_on_going_alone = lane.commit();
+        }
+    }
+
+    /// Returns the mode.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Returns the epoch that the primary's guest runs in.
+    #[must_use]
+    pub fn running(&self) -> Epoch {
+        self.running
+    }
+
+    /// Returns what is held of the primary's output.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        Held {
+            frames: self.hold.frames(),
+            bytes: self.hold.bytes(),
+            oldest: self.hold.oldest().map(|(_, held)| held.arrived),
+        }
+    }
+
+    /// Says whether no more output of the primary's guest should be taken until a commit. Between the
+    /// divergence that a limit tells and this there is as much room again, for what is under way.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.hold.bytes() > self.limits.held_bytes.saturating_mul(2)
+            || self.hold.slots() > self.limits.held_frames.saturating_mul(2)
+    }
+
+    /// Returns what is kept of the secondary's output.
+    #[must_use]
+    pub fn pending(&self) -> Pending {
+        Pending {
+            frames: self.pending.frames + self.early.len(),
+            bytes: self.pending.bytes + self.early_bytes,
+        }
+    }
+
+    /// Returns the sums over all flows.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        Counters {
+            flows: self.flows.len(),
+            ..self.counters
+        }
+    }
+
+    /// Returns what is known of each flow, in order of their keys.
+    pub fn flows(&self) -> impl Iterator<Item = FlowReport> + '_ {
+        self.flows.iter().map(|(_, lane)| lane.report())
+    }
+
+    /// Tells a divergence, at most one for an epoch, and none for an epoch that is being checkpointed.
+    pub(crate) fn diverge(&mut self, epoch: Epoch, flow: Option<FlowKey>, reason: Reason, verdicts: &mut Vec<Verdict>) {
+        self.counters.count(&reason);
+        if self.uncommitted == Some(epoch) || self.diverged == Some(epoch) {
+            return;
+        }
+        self.diverged = Some(epoch);
+        verdicts.push(Verdict::Diverged(Divergence { epoch, flow, reason }));
+    }
+
+    /// Says whether a divergence was told for the running epoch.
+    pub(crate) fn has_diverged(&self) -> bool {
+        self.diverged == Some(self.running)
+    }
+
+    /// Returns the epoch whose output is being compared.
+    pub(crate) fn comparing(&self) -> Epoch {
+        self.uncommitted.unwrap_or(self.running)
+    }
+
+    fn lane(&mut self, parsed: &Frame) -> Option<FlowId> {
+        self.tick += 1;
+        let id = match self.flows.find(&parsed.key) {
+            Some(id) => id,
+            None => self.flows.insert(parsed.key, Lane::new(parsed))?,
+        };
+        if let Some(lane) = self.flows.get_mut(id) {
+            lane.used = self.tick;
+        }
+        Some(id)
+    }
+
+    fn touch(&mut self, id: FlowId) {
+        if let Some(lane) = self.flows.get_mut(id)
+            && !std::mem::replace(&mut lane.touched, true)
+        {
+            self.touched.push(id);
+        }
+    }
+
+    /// Keeps up with the primary's streams while its output leaves at once.
+    fn follow(&mut self, parsed: &Frame) {
+        let Body::Tcp(segment) = &parsed.body else { return };
+        if self.flows.find(&parsed.key).is_none() && self.flows.len() >= self.limits.flows {
+            self.trim();
+        }
+        if let Some(id) = self.lane(parsed)
+            && let Some(lane) = self.flows.get_mut(id)
+        {
+            lane.follow(segment);
+        }
+    }
+
+    fn compare_primary(
+        &mut self,
+        now: Instant,
+        id: FlowId,
+        serial: u64,
+        parsed: &Frame,
+        frame: &Bytes,
+        verdicts: &mut Vec<Verdict>,
+    ) {
+        let Some(lane) = self.flows.get_mut(id) else { return };
+        let before = lane.pending();
+        let result = lane.primary(now, serial, parsed, frame);
+        let (key, after) = (lane.key(), lane.pending());
+        self.pending.change(before, after);
+        if let Err(reason) = result {
+            self.diverge(self.comparing(), Some(key), reason, verdicts);
+        }
+    }
+
+    fn take_secondary(&mut self, now: Instant, frame: &Bytes, verdicts: &mut Vec<Verdict>) {
+        let parsed = frame::parse(frame);
+        let Some(id) = self.lane(&parsed) else {
+            self.diverge(
+                self.comparing(),
+                Some(parsed.key),
+                Reason::Limit(Limit::Flows),
+                verdicts,
+            );
+            return;
+        };
+        self.touch(id);
+        let Some(lane) = self.flows.get_mut(id) else { return };
+        let before = lane.pending();
+        let result = lane.secondary(now, &parsed, frame, &self.hold);
+        let (key, after) = (lane.key(), lane.pending());
+        if after.0 > before.0 || lane.waits_since() == Some(now) {
+            self.waiting.push_back((now, id));
+        }
+        self.pending.change(before, after);
+        if let Err(reason) = result {
+            self.diverge(self.comparing(), Some(key), reason, verdicts);
+        }
+        self.settle(now, id, verdicts);
+    }
+
+    /// Lets leave what may, lets both sides go on to a new connection, and notes what is left unequal.
+    fn settle(&mut self, now: Instant, id: FlowId, verdicts: &mut Vec<Verdict>) {
+        loop {
+            let Some(lane) = self.flows.get_mut(id) else { return };
+            while let Some((serial, leave)) = lane.next_to_leave() {
+                let Some(held) = self.hold.take(serial) else { break };
+                if held.arrived != now {
+                    lane.waits += 1;
+                }
+                self.counters.matched += 1;
+                self.counters.lowered += u64::from(leave.is_lowered());
+                verdicts.push(Verdict::Release(lane.pass(held.frame, leave)));
+            }
+            verdicts.extend(lane.pay().map(Verdict::Release));
+            let before = lane.pending();
+            let unblocked = lane.unblock(now, &self.hold);
+            let (key, after) = (lane.key(), lane.pending());
+            self.pending.change(before, after);
+            match unblocked {
+                Unblocked::Nothing => break,
+                Unblocked::Restarted => {}
+                Unblocked::Diverged(reason) => {
+                    self.diverge(self.comparing(), Some(key), reason, verdicts);
+                    break;
+                }
+            }
+        }
+        if let Some(lane) = self.flows.get_mut(id)
+            && lane.becomes_suspect()
+        {
+            self.suspects.push_back((now, id));
+        }
+        self.tidy();
+    }
+
+    /// Drops outdated entries of the time-ordered queues.
+    pub(crate) fn tidy(&mut self) {
+        while let Some(&(at, id)) = self.waiting.front() {
+            if self
+                .flows
+                .get(id)
+                .and_then(Lane::waits_since)
+                .is_some_and(|since| since <= at)
+            {
+                break;
+            }
+            self.waiting.pop_front();
+        }
+        while let Some(&(_, id)) = self.suspects.front() {
+            if self.flows.get(id).is_some_and(Lane::is_suspect) {
+                break;
+            }
+            if let Some(lane) = self.flows.get_mut(id) {
+                lane.suspected = false;
+            }
+            self.suspects.pop_front();
+        }
+    }
+
+    /// Releases the oldest held frame without an equal, and lets its flow follow it.
+    fn release_unequal(&mut self, serial: u64, verdicts: &mut Vec<Verdict>) {
+        let Some(held) = self.hold.take(serial) else { return };
+        let lane = held.flow.and_then(|id| self.flows.get_mut(id));
+        let frame = match lane {
+            Some(lane) => {
+                lane.waits += 1;
+                lane.pass_unequal(serial, held.frame)
+            }
+            None => held.frame,
+        };
+        verdicts.push(Verdict::Release(frame));
+    }
+
+    pub(crate) fn catch_up_if_behind(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {
+        if std::mem::take(&mut self.behind) {
+            self.catch_up(now, verdicts);
+        }
+    }
+
+    /// Compares what has waited, uncompared, for an earlier epoch.
+    fn catch_up(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {
+        for serial in self.hold.serials() {
+            let Some((id, frame)) = self
+                .hold
+                .get(serial)
+                .and_then(|held| Some((held.flow?, held.frame.clone())))
+            else {
+                continue;
+            };
+            if self.flows.get(id).is_some_and(|lane| lane.is_next_raw(serial)) {
+                self.touch(id);
+                let parsed = frame::parse(&frame);
+                self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
+                self.settle(now, id, verdicts);
+            }
+        }
+        self.early_bytes = 0;
+        for (arrived, frame) in std::mem::take(&mut self.early) {
+            self.take_secondary(arrived, &frame, verdicts);
+        }
+    }
+
+    fn is_pending_full(&self) -> bool {
+        let pending = self.pending();
+        pending.bytes > self.limits.pending_bytes
+            || pending.frames > self.limits.pending_frames
+            || self.waiting.len() > self.limits.pending_frames.saturating_mul(2)
+    }
+
+    fn forget_secondary(&mut self) {
+        self.waiting.clear();
+        self.suspects.clear();
+        self.early.clear();
+        self.early_bytes = 0;
+        self.pending = Pending::default();
+        self.loaded_at = None;
+    }
+
+    /// Makes room in the flow table: first what has ended, then what was used longest ago. What is forgotten is only
+    /// how far a flow had been settled, so it is compared from scratch.
+    fn trim(&mut self) {
+        let room_at = self.limits.flows / 4 * 3;
+        if self.flows.len() <= room_at {
+            return;
+        }
+        let mut idle: Vec<(bool, u64, FlowKey)> = self
+            .flows
+            .iter()
+            .filter(|(_, lane)| lane.is_idle())
+            .map(|(key, lane)| (!lane.is_over(), lane.used, *key))
+            .collect();
+        idle.sort_unstable();
+        for (_, _, key) in idle.iter().take(self.flows.len() - self.limits.flows / 2) {
+            self.flows.remove(key);
+        }
+    }
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Syncing => "syncing",
+            Self::Comparing => "comparing",
+            Self::Alone => "alone",
+        })
+    }
+}

@@ -1,0 +1,84 @@
+//! What the comparator tells about itself: sums, queues and flows.
+
+use checkpoint::Instant;
+
+use crate::flow::FlowKey;
+use crate::verdict::Reason;
+
+/// What is held of the primary's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Frames.
+    pub frames: usize,
+    /// Bytes.
+    pub bytes: usize,
+    /// When the oldest of them came.
+    pub oldest: Option<Instant>,
+}
+
+/// What is kept of the secondary's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// Frames, or pieces of TCP streams.
+    pub frames: usize,
+    /// Bytes.
+    pub bytes: usize,
+}
+
+/// Sums over all flows since the comparator was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Flows known now.
+    pub flows: usize,
+    /// Frames released because the secondary sent the same.
+    pub matched: u64,
+    /// Those of them whose acknowledgement was lowered.
+    pub lowered: u64,
+    /// Frames released by a commit.
+    pub released_by_commit: u64,
+    /// Frames released at once, or on going alone.
+    pub released_at_once: u64,
+    /// Frames of the secondary that came too late for their epoch.
+    pub stale: u64,
+    /// Differences seen.
+    pub mismatched: u64,
+    /// Times that output waited too long.
+    pub unmatched: u64,
+    /// Times that a bound was reached.
+    pub limited: u64,
+}
+
+/// What is known of one flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowReport {
+    /// Its key.
+    pub key: FlowKey,
+    /// Frames released because the secondary sent the same.
+    pub matched: u64,
+    /// Differences seen.
+    pub mismatched: u64,
+    /// Frames that were not released the moment they came.
+    pub waits: u64,
+    /// Frames held now.
+    pub held: usize,
+    /// Frames or pieces of the secondary kept now.
+    pub pending: usize,
+}
+
+impl Counters {
+    pub(crate) fn count(&mut self, reason: &Reason) {
+        match reason {
+            Reason::Mismatch(_) => self.mismatched += 1,
+            Reason::Unmatched { .. } => self.unmatched += 1,
+            Reason::Limit(_) => self.limited += 1,
+        }
+    }
+}
+
+impl Pending {
+    /// Replaces one flow's part.
+    pub(crate) fn change(&mut self, before: (usize, usize), after: (usize, usize)) {
+        self.frames = (self.frames + after.0).saturating_sub(before.0);
+        self.bytes = (self.bytes + after.1).saturating_sub(before.1);
+    }
+}

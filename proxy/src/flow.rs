@@ -1,0 +1,221 @@
+//! Which frames belong together: the key of a flow, and a bounded table of flows.
+//!
+//! A key is directed as the guest sends. It carries the VLAN tags, so equal addresses on two VLANs
+//! are two flows. The table is ordered, so every run visits it alike.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+
+/// Most VLAN tags that are looked through.
+const VLANS_MAX: usize = 3;
+
+/// What kind of traffic a flow is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// ARP.
+    Arp,
+    /// Another EtherType (0: IEEE 802.3 with a length).
+    Ethernet(u16),
+    /// Fragments of this IP protocol.
+    Fragment(u8),
+    /// ICMP.
+    Icmp,
+    /// `ICMPv6`, neighbour discovery and MLD included.
+    Icmpv6,
+    /// Another IP protocol.
+    Ip(u8),
+    /// Frames that do not parse.
+    Malformed,
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// The VLAN tags of a frame, outermost first; priorities left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Vlans {
+    count: u8,
+    tags: [(u16, u16); VLANS_MAX],
+}
+
+/// One end of a flow; the port is 0 where there are none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint {
+    /// Network address, unspecified for flows below IP.
+    pub address: IpAddr,
+    /// Transport port.
+    pub port: u16,
+}
+
+/// The key of a flow, directed as the guest sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlowKey {
+    /// Kind of traffic.
+    pub class: Class,
+    /// VLAN tags.
+    pub vlans: Vlans,
+    /// The guest's end.
+    pub source: Endpoint,
+    /// The other end.
+    pub destination: Endpoint,
+}
+
+impl Vlans {
+    /// No tag.
+    pub const NONE: Self = Self {
+        count: 0,
+        tags: [(0, 0); VLANS_MAX],
+    };
+
+    /// Returns the tags as pairs of tag protocol and VLAN number.
+    #[must_use]
+    pub fn tags(&self) -> &[(u16, u16)] {
+        &self.tags[..usize::from(self.count).min(VLANS_MAX)]
+    }
+
+    /// Adds an inner tag; more than three are left out.
+    pub(crate) fn push(&mut self, protocol: u16, vlan: u16) {
+        if let Some(slot) = self.tags.get_mut(usize::from(self.count)) {
+            *slot = (protocol, vlan);
+            self.count += 1;
+        }
+    }
+}
+
+impl FlowKey {
+    pub(crate) fn unaddressed(class: Class, vlans: Vlans) -> Self {
+        let nowhere = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        Self::addressed(class, vlans, (nowhere, nowhere), (0, 0))
+    }
+
+    pub(crate) fn addressed(class: Class, vlans: Vlans, addresses: (IpAddr, IpAddr), ports: (u16, u16)) -> Self {
+        Self {
+            class,
+            vlans,
+            source: Endpoint {
+                address: addresses.0,
+                port: ports.0,
+            },
+            destination: Endpoint {
+                address: addresses.1,
+                port: ports.1,
+            },
+        }
+    }
+
+    /// Returns the key of the opposite direction.
+    pub(crate) fn reversed(self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for FlowKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.class {
+            Class::Arp => f.write_str("ARP")?,
+            Class::Ethernet(kind) => write!(f, "EtherType {kind:#06x}")?,
+            Class::Fragment(protocol) => write!(f, "fragments of IP protocol {protocol}")?,
+            Class::Icmp => f.write_str("ICMP")?,
+            Class::Icmpv6 => f.write_str("ICMPv6")?,
+            Class::Ip(protocol) => write!(f, "IP protocol {protocol}")?,
+            Class::Malformed => f.write_str("malformed")?,
+            Class::Tcp => f.write_str("TCP")?,
+            Class::Udp => f.write_str("UDP")?,
+        }
+        for (_, vlan) in self.vlans.tags() {
+            write!(f, " vlan {vlan}")?;
+        }
+        if self.source.address != self.destination.address {
+            write!(f, " {} -> {}", self.source, self.destination)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.port, self.address) {
+            (0, address) => write!(f, "{address}"),
+            (port, address) => write!(f, "{}", std::net::SocketAddr::new(address, port)),
+        }
+    }
+}
+
+/// A flow's place in its table; valid until the flow is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FlowId(usize);
+
+/// A bounded, ordered table.
+#[derive(Debug)]
+pub(crate) struct FlowTable<T> {
+    index: BTreeMap<FlowKey, FlowId>,
+    slots: Vec<Option<T>>,
+    free: Vec<FlowId>,
+    limit: usize,
+}
+
+impl<T> FlowTable<T> {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self {
+            index: BTreeMap::new(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            limit,
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
+        self.index.get(key).copied()
+    }
+
+    /// Adds a flow that is not in the table; nothing if the table is full.
+    pub(crate) fn insert(&mut self, key: FlowKey, flow: T) -> Option<FlowId> {
+        if self.index.len() >= self.limit {
+            return None;
+        }
+        let id = if let Some(id) = self.free.pop() {
+            self.slots[id.0] = Some(flow);
+            id
+        } else {
+            self.slots.push(Some(flow));
+            FlowId(self.slots.len() - 1)
+        };
+        let before = self.index.insert(key, id);
+        assert!(before.is_none(), "a flow is inserted once");
+        Some(id)
+    }
+
+    pub(crate) fn get(&self, id: FlowId) -> Option<&T> {
+        self.slots.get(id.0)?.as_ref()
+    }
+
+    pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut T> {
+        self.slots.get_mut(id.0)?.as_mut()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&FlowKey, &T)> {
+        self.index
+            .iter()
+            .filter_map(|(key, id)| Some((key, self.slots.get(id.0)?.as_ref()?)))
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.slots.iter_mut().flatten()
+    }
+
+    pub(crate) fn remove(&mut self, key: &FlowKey) -> Option<T> {
+        let id = self.index.remove(key)?;
+        self.free.push(id);
+        self.slots[id.0].take()
+    }
+}

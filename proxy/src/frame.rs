@@ -1,0 +1,490 @@
+//! A checked view of an Ethernet frame.
+//!
+//! [`parse`] looks at a frame once and says to which flow it belongs and how it is compared: as a
+//! [`Segment`] of a TCP stream, or whole, as a [`Shape`] that names the few bytes which policy
+//! ignores. It is total: whatever does not parse is [`Class::Malformed`] and compared byte for byte.
+//! Used by the comparator and the translator on bytes of either guest, of the peer and of the
+//! network; it never panics and never allocates.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use etherparse::{
+    Ipv4Slice, Ipv6ExtensionSlice, Ipv6Slice, LinkExtSlice, NetSlice, SlicedPacket, TcpSlice, TransportSlice,
+};
+
+use crate::checksum;
+use crate::flow::{Class, FlowKey, Vlans};
+use crate::seq::Seq;
+
+/// Offset of the acknowledgement number in a TCP header.
+pub(crate) const TCP_ACK_AT: usize = 8;
+/// Offset of the sequence number in a TCP header.
+pub(crate) const TCP_SEQ_AT: usize = 4;
+/// Offset of the checksum in a TCP header.
+pub(crate) const TCP_CHECKSUM_AT: usize = 16;
+/// Length of a TCP header without options.
+const TCP_HEADER: usize = 20;
+/// Most ranges that policy ignores in one frame: three VLAN tags, four IPv4 fields and the UDP checksum.
+const IGNORED_MAX: usize = 8;
+
+const OPTION_END: u8 = 0;
+const OPTION_NOP: u8 = 1;
+const OPTION_MSS: u8 = 2;
+const OPTION_WINDOW_SCALE: u8 = 3;
+const OPTION_SACK_PERMITTED: u8 = 4;
+const OPTION_SACK: u8 = 5;
+const OPTION_TIMESTAMP: u8 = 8;
+const OPTION_MD5: u8 = 19;
+const OPTION_AO: u8 = 29;
+
+/// What [`parse`] found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Frame {
+    pub(crate) key: FlowKey,
+    pub(crate) body: Body,
+}
+
+/// How a frame is compared.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Body {
+    /// By its place in a byte stream.
+    Tcp(Segment),
+    /// Whole, but for the ignored ranges.
+    Whole(Shape),
+}
+
+/// A TCP segment: offsets into its frame and what its header says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    /// Where the IP header starts.
+    pub(crate) ip: usize,
+    /// Where the TCP header starts.
+    pub(crate) tcp: usize,
+    /// Where the payload starts.
+    pub(crate) payload: usize,
+    /// Where the payload, and the IP packet, ends; what follows is padding.
+    pub(crate) end: usize,
+    pub(crate) seq: Seq,
+    pub(crate) ack: Option<Seq>,
+    pub(crate) syn: bool,
+    pub(crate) fin: bool,
+    pub(crate) rst: bool,
+    /// The urgent pointer if the URG flag is set.
+    pub(crate) urgent: Option<u16>,
+    pub(crate) options: Options,
+}
+
+/// What the options of a segment say.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Options {
+    /// Signed (MD5, TCP-AO): must not be changed on the way.
+    pub(crate) signed: bool,
+    /// The highest right edge of the SACK blocks.
+    pub(crate) sack: Option<Seq>,
+    /// What a SYN offers; after a takeover the client holds the secondary to it.
+    pub(crate) offer: Offer,
+}
+
+/// The options of a SYN that bind for the life of the connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offer {
+    mss: Option<u16>,
+    window_scale: Option<u8>,
+    sack: bool,
+    timestamps: bool,
+}
+
+/// The length of a frame compared whole, and the ranges that policy ignores in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    length: usize,
+    ignored: [(u16, u16); IGNORED_MAX],
+    count: usize,
+}
+
+/// Looks at a frame.
+pub(crate) fn parse(bytes: &[u8]) -> Frame {
+    sliced(bytes).unwrap_or_else(|| Frame {
+        key: FlowKey::unaddressed(Class::Malformed, Vlans::NONE),
+        body: Body::Whole(Shape::new(bytes)),
+    })
+}
+
+impl Segment {
+    /// Returns the number of payload bytes.
+    pub(crate) fn length(&self) -> u32 {
+        u32::try_from(self.end - self.payload).unwrap_or(0)
+    }
+
+    /// Returns the sequence number of the first payload byte.
+    pub(crate) fn data_seq(&self) -> Seq {
+        if self.syn { self.seq.plus(1) } else { self.seq }
+    }
+
+    /// Returns the sequence number after everything in this segment.
+    pub(crate) fn end_seq(&self) -> Seq {
+        self.data_seq().plus(self.length()).plus(u32::from(self.fin))
+    }
+
+    /// Writes another sequence number and mends the checksum.
+    pub(crate) fn set_seq(&self, frame: &mut [u8], seq: Seq) {
+        checksum::replace_u32(frame, self.tcp, TCP_SEQ_AT, TCP_CHECKSUM_AT, seq.0.to_be_bytes());
+    }
+
+    /// Writes another acknowledgement number and mends the checksum.
+    pub(crate) fn set_ack(&self, frame: &mut [u8], ack: Seq) {
+        checksum::replace_u32(frame, self.tcp, TCP_ACK_AT, TCP_CHECKSUM_AT, ack.0.to_be_bytes());
+    }
+
+    /// Applies `change` to both edges of every SACK block and mends the checksum.
+    pub(crate) fn map_sack(&self, frame: &mut [u8], change: impl Fn(Seq) -> Seq) {
+        for edge in self.sack_edges(frame).into_iter().flatten() {
+            let mut old = [0; 4];
+            old.copy_from_slice(&frame[edge..edge + 4]);
+            let new = change(Seq(u32::from_be_bytes(old)));
+            checksum::replace_u32(frame, self.tcp, edge - self.tcp, TCP_CHECKSUM_AT, new.0.to_be_bytes());
+        }
+    }
+
+    /// Overwrites the SACK options with no-operations and mends the checksum.
+    pub(crate) fn blank_sack(&self, frame: &mut [u8]) {
+        let (start, end) = (self.tcp + TCP_HEADER, self.payload);
+        let mut at = start;
+        while let Some((kind, length)) = option_at(&frame[..end], at) {
+            if kind == OPTION_SACK {
+                self.blank(frame, at, length);
+            }
+            at += length;
+        }
+    }
+
+    /// Makes the pure acknowledgement that would follow this segment: its headers without its payload. Nothing if the
+    /// IP header has options or extensions, which may change what the checksum covers.
+    pub(crate) fn acknowledgement(&self, frame: &[u8], ack: Seq) -> Option<Vec<u8>> {
+        let mut reply = frame[..self.payload].to_vec();
+        let ip_header = self.tcp - self.ip;
+        let (source, destination) = if frame[self.ip] >> 4 == 4 && ip_header == 20 {
+            let total = u16::try_from(self.payload - self.ip).unwrap_or(u16::MAX);
+            reply[self.ip + 2..self.ip + 4].copy_from_slice(&total.to_be_bytes());
+            reply[self.ip + 10..self.ip + 12].fill(0);
+            let sum = checksum::header(&reply[self.ip..self.tcp]);
+            reply[self.ip + 10..self.ip + 12].copy_from_slice(&sum.to_be_bytes());
+            (v4_at(&reply, self.ip + 12), v4_at(&reply, self.ip + 16))
+        } else if ip_header == 40 {
+            let length = u16::try_from(self.payload - self.tcp).unwrap_or(u16::MAX);
+            reply[self.ip + 4..self.ip + 6].copy_from_slice(&length.to_be_bytes());
+            (v6_at(&reply, self.ip + 8), v6_at(&reply, self.ip + 24))
+        } else {
+            return None;
+        };
+        let tcp = &mut reply[self.tcp..];
+        tcp[TCP_SEQ_AT..TCP_SEQ_AT + 4].copy_from_slice(&self.end_seq().0.to_be_bytes());
+        tcp[TCP_ACK_AT..TCP_ACK_AT + 4].copy_from_slice(&ack.0.to_be_bytes());
+        tcp[13] = 0x10;
+        tcp[18..20].fill(0);
+        tcp[TCP_CHECKSUM_AT..TCP_CHECKSUM_AT + 2].fill(0);
+        let sum = checksum::transport(source, destination, 6, tcp);
+        tcp[TCP_CHECKSUM_AT..TCP_CHECKSUM_AT + 2].copy_from_slice(&sum.to_be_bytes());
+        Some(reply)
+    }
+
+    fn sack_edges(&self, frame: &[u8]) -> [Option<usize>; 20] {
+        let mut edges = [None; 20];
+        let mut next = 0;
+        let mut at = self.tcp + TCP_HEADER;
+        while let Some((kind, length)) = option_at(&frame[..self.payload], at) {
+            if kind == OPTION_SACK {
+                for edge in (at + 2..at + length).step_by(4).filter(|edge| edge + 4 <= at + length) {
+                    if let Some(slot) = edges.get_mut(next) {
+                        *slot = Some(edge);
+                        next += 1;
+                    }
+                }
+            }
+            at += length;
+        }
+        edges
+    }
+
+    fn blank(&self, frame: &mut [u8], at: usize, length: usize) {
+        // The checksum is mended in groups of four bytes; the last group overlaps bytes that stay as they are.
+        let end = at + length;
+        let mut from = at;
+        while from < end {
+            let start = from.min(self.payload - 4);
+            let mut group = [0; 4];
+            group.copy_from_slice(&frame[start..start + 4]);
+            for (offset, byte) in group.iter_mut().enumerate() {
+                if (from..end).contains(&(start + offset)) {
+                    *byte = OPTION_NOP;
+                }
+            }
+            checksum::replace_u32(frame, self.tcp, start - self.tcp, TCP_CHECKSUM_AT, group);
+            from = start + 4;
+        }
+    }
+}
+
+impl Shape {
+    fn new(bytes: &[u8]) -> Self {
+        Self {
+            length: bytes.len(),
+            ignored: [(0, 0); IGNORED_MAX],
+            count: 0,
+        }
+    }
+
+    fn ignore(&mut self, from: usize, length: usize) {
+        assert!(
+            self.count < IGNORED_MAX,
+            "a frame has at most {IGNORED_MAX} ignored ranges"
+        );
+        let (Ok(start), Ok(end)) = (u16::try_from(from), u16::try_from(from + length)) else {
+            return;
+        };
+        self.ignored[self.count] = (start, end);
+        self.count += 1;
+    }
+
+    /// Returns the offset of the first byte in which two frames differ for the policy, or nothing if they are equal.
+    pub(crate) fn first_difference(&self, bytes: &[u8], other: &Self, other_bytes: &[u8]) -> Option<usize> {
+        let common = self.length.min(other.length);
+        let mut from = 0;
+        for &(start, end) in self.ignored[..self.count].iter().chain(&[(u16::MAX, u16::MAX)]) {
+            let until = usize::from(start).min(common);
+            if from < until && bytes[from..until] != other_bytes[from..until] {
+                let same = bytes[from..until]
+                    .iter()
+                    .zip(&other_bytes[from..until])
+                    .take_while(|(a, b)| a == b)
+                    .count();
+                return Some(from + same);
+            }
+            from = from.max(usize::from(end)).min(common);
+        }
+        if self.length != other.length {
+            return Some(common);
+        }
+        if self.ignored != other.ignored { Some(0) } else { None }
+    }
+
+    /// Says whether two frames are equal for the policy.
+    pub(crate) fn equal(&self, bytes: &[u8], other: &Self, other_bytes: &[u8]) -> bool {
+        self.length == other.length
+            && self.ignored == other.ignored
+            && self.first_difference(bytes, other, other_bytes).is_none()
+    }
+}
+
+fn sliced(bytes: &[u8]) -> Option<Frame> {
+    let packet = SlicedPacket::from_ethernet(bytes).ok()?;
+    let mut shape = Shape::new(bytes);
+    let mut vlans = Vlans::NONE;
+    let mut tpid = u16::from_be_bytes([*bytes.get(12)?, *bytes.get(13)?]);
+    for extension in &packet.link_exts {
+        match extension {
+            LinkExtSlice::Vlan(vlan) => {
+                vlans.push(tpid, vlan.vlan_identifier().value());
+                shape.ignore(offset(bytes, vlan.slice())?, 2);
+                tpid = vlan.ether_type().0;
+            }
+            LinkExtSlice::Macsec(_) => return Some(whole(FlowKey::unaddressed(Class::Ethernet(tpid), vlans), shape)),
+        }
+    }
+    match &packet.net {
+        Some(NetSlice::Arp(_)) => Some(whole(FlowKey::unaddressed(Class::Arp, vlans), shape)),
+        Some(NetSlice::Ipv4(ip)) => ipv4(bytes, ip, packet.transport.as_ref(), vlans, shape),
+        Some(NetSlice::Ipv6(ip)) => ipv6(bytes, ip, packet.transport.as_ref(), vlans, shape),
+        // A length instead of an EtherType (802.3 with LLC) is one class.
+        None => Some(whole(
+            FlowKey::unaddressed(Class::Ethernet(if tpid < 0x600 { 0 } else { tpid }), vlans),
+            shape,
+        )),
+    }
+}
+
+fn ipv4(
+    bytes: &[u8],
+    ip: &Ipv4Slice<'_>,
+    transport: Option<&TransportSlice<'_>>,
+    vlans: Vlans,
+    mut shape: Shape,
+) -> Option<Frame> {
+    let header = ip.header();
+    let at = offset(bytes, header.slice())?;
+    let ends = (IpAddr::V4(header.source_addr()), IpAddr::V4(header.destination_addr()));
+    shape.ignore(at + 1, 1);
+    if ip.is_payload_fragmented() {
+        shape.ignore(at + 4, 2);
+    } else {
+        shape.ignore(at + 4, 4);
+    }
+    shape.ignore(at + 8, 1);
+    shape.ignore(at + 10, 2);
+    let payload = ip.payload();
+    if payload.fragmented {
+        return Some(whole(
+            FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0)),
+            shape,
+        ));
+    }
+    transported(bytes, at, payload.ip_number.0, ends, transport, vlans, shape)
+}
+
+fn ipv6(
+    bytes: &[u8],
+    ip: &Ipv6Slice<'_>,
+    transport: Option<&TransportSlice<'_>>,
+    vlans: Vlans,
+    mut shape: Shape,
+) -> Option<Frame> {
+    let header = ip.header();
+    let at = offset(bytes, header.slice())?;
+    // Without a length the packet's end is a guess (RFC 2675 needs frames larger than ours).
+    if header.payload_length() == 0 && header.next_header().0 != 59 {
+        return None;
+    }
+    let ends = (IpAddr::V6(header.source_addr()), IpAddr::V6(header.destination_addr()));
+    shape.ignore(at, 4);
+    shape.ignore(at + 7, 1);
+    for extension in ip.extensions().clone() {
+        if let Ipv6ExtensionSlice::Fragment(fragment) = extension
+            && shape.count + 2 < IGNORED_MAX
+        {
+            shape.ignore(offset(bytes, fragment.slice())? + 4, 4);
+        }
+    }
+    let payload = ip.payload();
+    if payload.fragmented {
+        return Some(whole(
+            FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0)),
+            shape,
+        ));
+    }
+    transported(bytes, at, payload.ip_number.0, ends, transport, vlans, shape)
+}
+
+fn transported(
+    bytes: &[u8],
+    ip: usize,
+    protocol: u8,
+    ends: (IpAddr, IpAddr),
+    transport: Option<&TransportSlice<'_>>,
+    vlans: Vlans,
+    mut shape: Shape,
+) -> Option<Frame> {
+    let class = match transport {
+        Some(TransportSlice::Tcp(tcp)) => {
+            let key = FlowKey::addressed(Class::Tcp, vlans, ends, (tcp.source_port(), tcp.destination_port()));
+            return Some(match segment(bytes, ip, tcp) {
+                Some(segment) => Frame {
+                    key,
+                    body: Body::Tcp(segment),
+                },
+                None => Frame {
+                    key: FlowKey {
+                        class: Class::Malformed,
+                        ..key
+                    },
+                    body: Body::Whole(Shape::new(bytes)),
+                },
+            });
+        }
+        Some(TransportSlice::Udp(udp)) => {
+            shape.ignore(offset(bytes, udp.slice())? + 6, 2);
+            let ports = (udp.source_port(), udp.destination_port());
+            return Some(whole(FlowKey::addressed(Class::Udp, vlans, ends, ports), shape));
+        }
+        Some(TransportSlice::Icmpv4(_)) => Class::Icmp,
+        Some(TransportSlice::Icmpv6(_)) => Class::Icmpv6,
+        _ => Class::Ip(protocol),
+    };
+    Some(whole(FlowKey::addressed(class, vlans, ends, (0, 0)), shape))
+}
+
+/// Reads a segment; nothing if its flags make no sense or its options are broken.
+fn segment(bytes: &[u8], ip: usize, tcp: &TcpSlice<'_>) -> Option<Segment> {
+    let at = offset(bytes, tcp.slice())?;
+    let payload = at + tcp.header_slice().len();
+    let (syn, fin, rst) = (tcp.syn(), tcp.fin(), tcp.rst());
+    if (syn && (fin || rst)) || (fin && rst) || !(syn || fin || rst || tcp.ack()) {
+        return None;
+    }
+    Some(Segment {
+        ip,
+        tcp: at,
+        payload,
+        end: at + tcp.slice().len(),
+        seq: Seq(tcp.sequence_number()),
+        ack: tcp.ack().then(|| Seq(tcp.acknowledgment_number())),
+        syn,
+        fin,
+        rst,
+        urgent: tcp.urg().then(|| tcp.urgent_pointer()),
+        options: options(&bytes[..payload], at + TCP_HEADER)?,
+    })
+}
+
+fn options(headers: &[u8], start: usize) -> Option<Options> {
+    let mut found = Options::default();
+    let mut at = start;
+    while at < headers.len() {
+        let Some((kind, length)) = option_at(headers, at) else {
+            return (headers[at] == OPTION_END).then_some(found);
+        };
+        let value = &headers[at + usize::from(length > 1) * 2..at + length];
+        match (kind, value) {
+            (OPTION_MSS, &[high, low]) => found.offer.mss = Some(u16::from_be_bytes([high, low])),
+            (OPTION_WINDOW_SCALE, &[shift]) => found.offer.window_scale = Some(shift),
+            (OPTION_SACK_PERMITTED, _) => found.offer.sack = true,
+            (OPTION_TIMESTAMP, _) => found.offer.timestamps = true,
+            (OPTION_MD5 | OPTION_AO, _) => found.signed = true,
+            (OPTION_SACK, blocks) => {
+                for block in blocks.chunks_exact(8) {
+                    let right = Seq(u32::from_be_bytes([block[4], block[5], block[6], block[7]]));
+                    found.sack = Seq::later_known(found.sack, Some(right));
+                }
+            }
+            _ => {}
+        }
+        at += length;
+    }
+    Some(found)
+}
+
+/// Returns kind and length of the option at `at`; nothing at the end of the list or if the list is broken there.
+fn option_at(headers: &[u8], at: usize) -> Option<(u8, usize)> {
+    match *headers.get(at)? {
+        OPTION_END => None,
+        OPTION_NOP => Some((OPTION_NOP, 1)),
+        kind => {
+            let length = usize::from(*headers.get(at + 1)?);
+            (length >= 2 && at + length <= headers.len()).then_some((kind, length))
+        }
+    }
+}
+
+fn whole(key: FlowKey, shape: Shape) -> Frame {
+    Frame {
+        key,
+        body: Body::Whole(shape),
+    }
+}
+
+/// Returns where `part`, a slice of `whole`, starts.
+pub(crate) fn offset(whole: &[u8], part: &[u8]) -> Option<usize> {
+    let at = (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize)?;
+    (at + part.len() <= whole.len()).then_some(at)
+}
+
+fn v4_at(bytes: &[u8], at: usize) -> IpAddr {
+    let mut octets = [0; 4];
+    octets.copy_from_slice(&bytes[at..at + 4]);
+    IpAddr::V4(Ipv4Addr::from(octets))
+}
+
+fn v6_at(bytes: &[u8], at: usize) -> IpAddr {
+    let mut octets = [0; 16];
+    octets.copy_from_slice(&bytes[at..at + 16]);
+    IpAddr::V6(Ipv6Addr::from(octets))
+}

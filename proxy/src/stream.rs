@@ -1,0 +1,611 @@
+//! One TCP connection as the two sides' byte streams.
+//!
+//! The comparator feeds every segment of either side; bytes are compared by their place in the
+//! stream, so segmentation, retransmission and order do not matter. [`Stream::leave`] then says
+//! whether a segment of the primary may leave. Everything before the position that the last commit
+//! covers is settled; what both sides have sent since then becomes settled as it is found equal.
+//!
+//! The two sides' sequence numbers are in the clients' space, but for a connection that was opened in
+//! this epoch: there each side's SYN carries its own number, and the secondary's following segments
+//! are translated once its host has learnt the offset. So each side has an anchor of its own.
+//!
+//! Never holds a frame, never reads a clock; knows one epoch at a time.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use checkpoint::Instant;
+
+use crate::frame::{Offer, Segment};
+use crate::seq::Seq;
+use crate::span::{Chunk, Chunks, Found, Ranges, length};
+use crate::verdict::{Difference, Fact, Limit, Reason, context};
+
+/// The position of a connection's first known sequence number; leaves room below for late retransmissions.
+const ORIGIN: u64 = 1 << 40;
+/// More gaps than this in what is settled are a reason for a checkpoint.
+const GAPS_MAX: usize = 256;
+/// More pieces than this that wait in one stream are a reason for a checkpoint.
+const CHUNKS_MAX: usize = 4_096;
+/// Initial sequence numbers closer than this do not tell whether a segment is translated; it is taken to be.
+const ISN_NEAR: u32 = 1 << 20;
+/// Urgent positions of the secondary that are remembered.
+const URGENT_MAX: usize = 4;
+
+/// What a segment of the primary needs to leave.
+#[derive(Clone, Debug)]
+pub(crate) struct Note {
+    data: Range<u64>,
+    fin: Option<u64>,
+    syn: Option<(Seq, bool)>,
+    rst: bool,
+    urgent: Option<u64>,
+    segment: Segment,
+}
+
+/// Whether and how a segment may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leave {
+    /// Not yet.
+    Wait,
+    /// As it is.
+    Whole,
+    /// With its acknowledgement lowered to this and its SACK blocks blanked.
+    Lowered(Seq),
+}
+
+/// One connection, or what is known of it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stream {
+    primary: Side,
+    secondary: Side,
+    /// What both have sent, and what a commit covers.
+    settled: Ranges,
+    committed_isn: Option<Seq>,
+    committed_fin: Option<u64>,
+    committed_urgent: Option<u64>,
+    /// The highest acknowledgement, and SACK edge, that may leave.
+    permitted: Option<Seq>,
+    permitted_sack: Option<Seq>,
+    /// The highest acknowledgement that has left.
+    left: Option<Seq>,
+    /// Diverged in this epoch: nothing more becomes settled until a commit.
+    poisoned: bool,
+}
+
+/// What one side has sent.
+#[derive(Clone, Debug, Default)]
+struct Side {
+    /// Its SYN's sequence number.
+    isn: Option<Seq>,
+    /// A sequence number and its position.
+    anchor: Option<(Seq, u64)>,
+    /// What its SYN offered, without and with ACK.
+    offers: [Option<Offer>; 2],
+    fin: Option<u64>,
+    rst: bool,
+    urgent: [Option<u64>; URGENT_MAX],
+    ack: Option<Seq>,
+    sack: Option<Seq>,
+    /// After its last byte, and after its last byte or FIN.
+    data_end: u64,
+    end: u64,
+    chunks: Chunks,
+    /// When its last SYN, FIN or RST came.
+    fact_at: Instant,
+}
+
+impl Stream {
+    /// Says whether this segment of the primary opens another connection than the one known.
+    pub(crate) fn primary_opens_another(&self, segment: &Segment) -> bool {
+        segment.syn && (self.primary.anchor.is_some() || self.primary.rst) && self.primary.isn != Some(segment.seq)
+    }
+
+    /// Says whether this segment of the secondary opens another connection than the one known.
+    pub(crate) fn secondary_opens_another(&self, segment: &Segment) -> bool {
+        segment.syn
+            && (self.secondary.anchor.is_some() || self.secondary.rst)
+            && self.secondary.isn != Some(segment.seq)
+            && self.primary.isn != Some(segment.seq)
+    }
+
+    /// Takes a segment of the primary and returns what it needs to leave, and what is wrong.
+    pub(crate) fn primary(&mut self, now: Instant, segment: &Segment, frame: &Bytes) -> (Note, Result<(), Reason>) {
+        let note = self.note(segment);
+        let result = if self.poisoned {
+            Ok(())
+        } else {
+            self.compare_primary(now, &note, frame)
+        };
+        (note, self.checked(result))
+    }
+
+    /// Takes a segment of the secondary and returns what is wrong.
+    pub(crate) fn secondary(&mut self, now: Instant, segment: &Segment, frame: &Bytes) -> Result<(), Reason> {
+        let side = &mut self.secondary;
+        side.ack = Seq::later_known(side.ack, segment.ack);
+        side.sack = Seq::later_known(side.sack, segment.options.sack);
+        self.permitted = Seq::later_known(self.permitted, segment.ack);
+        self.permitted_sack = Seq::later_known(self.permitted_sack, segment.options.sack);
+        if self.poisoned {
+            return Ok(());
+        }
+        let result = self.compare_secondary(now, segment, frame);
+        self.checked(result)
+    }
+
+    /// Follows the primary without comparing: its output leaves at once, or a commit is about to cover it.
+    pub(crate) fn note(&mut self, segment: &Segment) -> Note {
+        let data_seq = segment.data_seq();
+        let occupies = segment.length() > 0 || segment.fin || segment.syn;
+        if self.primary.anchor.is_none() && occupies {
+            self.anchor_primary(segment);
+        }
+        let start = position(self.primary.anchor, data_seq);
+        let data = start..start + u64::from(segment.length());
+        let side = &mut self.primary;
+        let mut note = Note {
+            data,
+            fin: None,
+            syn: None,
+            rst: segment.rst,
+            urgent: None,
+            segment: *segment,
+        };
+        if segment.syn {
+            side.isn = Some(segment.seq);
+            side.offers[usize::from(segment.ack.is_some())] = Some(segment.options.offer);
+            note.syn = Some((segment.seq, segment.ack.is_some()));
+        }
+        if segment.fin {
+            note.fin = Some(note.data.end);
+            side.fin = note.fin;
+        }
+        if let Some(pointer) = segment.urgent {
+            note.urgent = Some(start + u64::from(pointer));
+            remember(&mut side.urgent, start + u64::from(pointer));
+        }
+        side.rst |= segment.rst;
+        if !segment.rst {
+            side.ack = Seq::later_known(side.ack, segment.ack);
+            side.sack = Seq::later_known(side.sack, segment.options.sack);
+        }
+        if occupies {
+            side.extend(segment, &note.data);
+            // The anchor follows, so that positions stay right however often the numbers wrap.
+            if side.end == note.data.end + u64::from(segment.fin) {
+                side.anchor = Some((segment.end_seq(), side.end));
+            }
+        }
+        note
+    }
+
+    /// Says whether a segment of the primary may leave now.
+    pub(crate) fn leave(&self, note: &Note) -> Leave {
+        if !self.content_may_leave(note) {
+            return Leave::Wait;
+        }
+        let segment = &note.segment;
+        let Some(ack) = segment.ack else { return Leave::Whole };
+        let Some(permitted) = self.permitted else {
+            return Leave::Wait;
+        };
+        let ack_may = ack.at_most(permitted);
+        let sack_may = segment.options.sack.is_none_or(|edge| {
+            edge.at_most(permitted) || self.permitted_sack.is_some_and(|permitted| edge.at_most(permitted))
+        });
+        if ack_may && sack_may {
+            return Leave::Whole;
+        }
+        // An acknowledgement alone waits; so does one that gives a SYN or RST its meaning, or that is signed.
+        if note.data.is_empty() && note.fin.is_none() || segment.syn || segment.rst || segment.options.signed {
+            return Leave::Wait;
+        }
+        let lowered = if ack_may { ack } else { permitted };
+        if self.left.is_some_and(|left| !left.at_most(lowered) && !ack_may) {
+            Leave::Wait
+        } else {
+            Leave::Lowered(lowered)
+        }
+    }
+
+    /// Notes the acknowledgement of a segment that has left.
+    pub(crate) fn has_left(&mut self, ack: Option<Seq>) {
+        self.left = Seq::later_known(self.left, ack);
+    }
+
+    /// Says whether this acknowledgement may leave.
+    pub(crate) fn permits(&self, ack: Seq) -> bool {
+        self.permitted.is_some_and(|permitted| ack.at_most(permitted))
+    }
+
+    /// Says whether an acknowledgement at least as high has left.
+    pub(crate) fn acknowledged(&self, ack: Seq) -> bool {
+        self.left.is_some_and(|left| ack.at_most(left))
+    }
+
+    /// Settles everything the primary has sent; the secondary goes on from there.
+    pub(crate) fn commit(&mut self) {
+        if self.primary.rst {
+            *self = Self::default();
+            return;
+        }
+        let primary = &mut self.primary;
+        primary.chunks.clear();
+        primary.offers = [None; 2];
+        primary.rebase();
+        self.settled = if primary.anchor.is_some() {
+            Ranges::until(primary.end)
+        } else {
+            Ranges::default()
+        };
+        self.committed_isn = primary.isn;
+        self.committed_fin = primary.fin;
+        self.committed_urgent = primary.urgent[0];
+        self.permitted = primary.ack;
+        self.permitted_sack = primary.sack;
+        self.secondary = Side {
+            isn: primary.isn,
+            anchor: primary.anchor,
+            ..Side::default()
+        };
+        self.poisoned = false;
+    }
+
+    /// Says whether positions have moved so far that a commit should move them back.
+    pub(crate) fn is_far(&self) -> bool {
+        self.primary.end > ORIGIN << 8
+    }
+
+    /// Stops comparing until the next commit.
+    pub(crate) fn poison(&mut self) {
+        self.poisoned = true;
+        self.primary.chunks.clear();
+        self.secondary.chunks.clear();
+    }
+
+    /// Says whether the primary has ended the connection, so that there is little to remember.
+    pub(crate) fn is_over(&self) -> bool {
+        self.primary.rst || self.primary.fin.is_some() || self.primary.anchor.is_none()
+    }
+
+    /// Returns how many pieces and bytes of the secondary wait.
+    pub(crate) fn pending(&self) -> (usize, usize) {
+        (self.secondary.chunks.count(), self.secondary.chunks.bytes())
+    }
+
+    /// Returns since when output of the secondary has waited for the primary's.
+    pub(crate) fn secondary_waits_since(&self) -> Option<Instant> {
+        if self.poisoned {
+            return None;
+        }
+        let (one, other) = (&self.primary, &self.secondary);
+        let fin = other.fin.is_some() && one.fin.is_none();
+        let syn = other.offers.iter().flatten().next().is_some() && one.isn.is_none();
+        let facts = (fin || syn || (other.rst && !one.rst)).then_some(other.fact_at);
+        match (other.chunks.oldest(), facts) {
+            (Some(chunk), Some(fact)) => Some(chunk.min(fact)),
+            (chunk, fact) => chunk.or(fact),
+        }
+    }
+
+    fn content_may_leave(&self, note: &Note) -> bool {
+        if !self.settled.covers(&note.data) {
+            return false;
+        }
+        if let Some((isn, with_ack)) = note.syn
+            && self.committed_isn != Some(isn)
+            && !(self.primary.isn == Some(isn)
+                && self.secondary.offers[usize::from(with_ack)] == Some(note.segment.options.offer))
+        {
+            return false;
+        }
+        if let Some(fin) = note.fin
+            && self.committed_fin != Some(fin)
+            && (self.secondary.fin != Some(fin) || self.poisoned)
+        {
+            return false;
+        }
+        if let Some(urgent) = note.urgent
+            && self.committed_urgent != Some(urgent)
+            && !self.secondary.urgent.contains(&Some(urgent))
+        {
+            return false;
+        }
+        !note.rst || self.secondary.rst
+    }
+
+    fn compare_primary(&mut self, now: Instant, note: &Note, frame: &Bytes) -> Result<(), Reason> {
+        if !note.data.is_empty() {
+            let payload = frame.slice(note.segment.payload..note.segment.end);
+            settle(
+                &mut self.settled,
+                &mut self.primary.chunks,
+                &mut self.secondary.chunks,
+                now,
+                note.data.start,
+                &payload,
+            )
+            .map_err(|found| found.into_reason(true))?;
+        }
+        self.compare_facts()
+    }
+
+    fn compare_secondary(&mut self, now: Instant, segment: &Segment, frame: &Bytes) -> Result<(), Reason> {
+        if segment.syn || segment.fin || segment.rst {
+            self.secondary.fact_at = now;
+        }
+        self.secondary.rst |= segment.rst;
+        if segment.syn {
+            self.secondary.offers[usize::from(segment.ack.is_some())] = Some(segment.options.offer);
+            if self.secondary.anchor.is_none() {
+                self.secondary.isn = Some(segment.seq);
+                self.secondary.anchor = Some((segment.seq, ORIGIN));
+            }
+        }
+        if segment.length() > 0 || segment.fin {
+            let start = self.secondary_position(segment);
+            let data = start..start + u64::from(segment.length());
+            self.secondary.extend(segment, &data);
+            if segment.fin {
+                self.secondary.fin = Some(data.end);
+            }
+            if let Some(pointer) = segment.urgent {
+                remember(&mut self.secondary.urgent, start + u64::from(pointer));
+            }
+            if !data.is_empty() {
+                let payload = frame.slice(segment.payload..segment.end);
+                // A small piece must not keep a large frame alive.
+                let payload = if payload.len() * 4 < frame.len() {
+                    Bytes::copy_from_slice(&payload)
+                } else {
+                    payload
+                };
+                settle(
+                    &mut self.settled,
+                    &mut self.secondary.chunks,
+                    &mut self.primary.chunks,
+                    now,
+                    start,
+                    &payload,
+                )
+                .map_err(|found| found.into_reason(false))?;
+            }
+        }
+        self.compare_facts()
+    }
+
+    fn compare_facts(&self) -> Result<(), Reason> {
+        let (one, other) = (&self.primary, &self.secondary);
+        for (mine, theirs) in one.offers.iter().zip(&other.offers) {
+            if let (Some(mine), Some(theirs)) = (mine, theirs)
+                && mine != theirs
+            {
+                return Err(fact(Fact::Offer, 0));
+            }
+        }
+        let ends_early = |fin: Option<u64>, data_end: u64| fin.is_some_and(|fin| fin < data_end);
+        let differ = matches!((one.fin, other.fin), (Some(mine), Some(theirs)) if mine != theirs);
+        if differ || ends_early(one.fin, other.data_end) || ends_early(other.fin, one.data_end) {
+            let at = one.fin.into_iter().chain(other.fin).min().unwrap_or(ORIGIN);
+            return Err(fact(Fact::StreamEnd, at.saturating_sub(ORIGIN)));
+        }
+        Ok(())
+    }
+
+    fn checked(&mut self, result: Result<(), Reason>) -> Result<(), Reason> {
+        let full = self.settled.count() > GAPS_MAX
+            || self.primary.chunks.count() > CHUNKS_MAX
+            || self.secondary.chunks.count() > CHUNKS_MAX;
+        let result = result.and(if full { Err(Reason::Limit(Limit::Gaps)) } else { Ok(()) });
+        if result.is_err() {
+            self.poison();
+        }
+        result
+    }
+
+    fn anchor_primary(&mut self, segment: &Segment) {
+        if segment.syn {
+            self.primary.isn = Some(segment.seq);
+            self.primary.anchor = Some((segment.seq, ORIGIN));
+        } else if let (Some(anchor), None) = (self.secondary.anchor, self.secondary.isn) {
+            self.primary.anchor = Some(anchor);
+        } else {
+            self.primary.anchor = Some((segment.data_seq(), ORIGIN));
+            if self.secondary.anchor.is_none() {
+                self.secondary.anchor = self.primary.anchor;
+            }
+        }
+    }
+
+    /// Returns the position of a segment's first byte of the secondary, translated already or not.
+    fn secondary_position(&mut self, segment: &Segment) -> u64 {
+        let seq = segment.data_seq();
+        let own = self.secondary.anchor;
+        let Some((primary_seq, _)) = self.primary.anchor else {
+            if own.is_none() {
+                self.secondary.anchor = Some((seq, ORIGIN));
+            }
+            return position(self.secondary.anchor, seq);
+        };
+        let translated = match (self.primary.isn, self.secondary.isn, own) {
+            // Its SYN, and TCP Fast Open data in it, is never translated while the numbers differ.
+            (Some(mine), Some(theirs), Some(anchor)) if mine != theirs => {
+                let near = mine.after(theirs).unsigned_abs() < ISN_NEAR;
+                let to_primary = seq.after(primary_seq).unsigned_abs();
+                let to_own = seq.after(anchor.0).unsigned_abs();
+                !(segment.syn && segment.seq == theirs) && (near || to_primary <= to_own)
+            }
+            _ => true,
+        };
+        position(if translated { self.primary.anchor } else { own }, seq)
+    }
+}
+
+impl Side {
+    fn extend(&mut self, segment: &Segment, data: &Range<u64>) {
+        if !data.is_empty() {
+            self.data_end = self.data_end.max(data.end);
+        }
+        let end = data.end + u64::from(segment.fin);
+        self.end = self.end.max(end);
+    }
+
+    /// Counts positions from the end of what has been sent.
+    fn rebase(&mut self) {
+        let Some((_, anchor)) = &mut self.anchor else { return };
+        let shift = self.end.wrapping_sub(ORIGIN);
+        *anchor = anchor.wrapping_sub(shift);
+        self.end = ORIGIN;
+        self.data_end = self.data_end.wrapping_sub(shift).min(ORIGIN);
+        self.fin = self.fin.map(|fin| fin.wrapping_sub(shift));
+        for urgent in self.urgent.iter_mut().flatten() {
+            *urgent = urgent.wrapping_sub(shift);
+        }
+    }
+}
+
+impl Note {
+    /// Returns the segment.
+    pub(crate) fn segment(&self) -> &Segment {
+        &self.segment
+    }
+}
+
+/// Takes bytes of one side: settles what equals the other side's, keeps the rest among its own.
+fn settle(
+    settled: &mut Ranges,
+    own: &mut Chunks,
+    other: &mut Chunks,
+    arrived: Instant,
+    start: u64,
+    payload: &Bytes,
+) -> Result<(), Clash> {
+    let end = start + payload.len() as u64;
+    let mut at = start;
+    while at < end {
+        if let Some(until) = settled.end_of(at) {
+            at = until;
+            continue;
+        }
+        let limit = settled.next_start(at).unwrap_or(end).min(end);
+        match other.find(at) {
+            Found::At(index) => {
+                let theirs = other.chunk(index);
+                let until = theirs.end().min(limit);
+                let mine = &payload[length(&(start..at))..length(&(start..until))];
+                let offset = length(&(theirs.start..at));
+                let difference = first_difference(mine, &theirs.bytes[offset..]);
+                if let Some(same) = difference {
+                    let clash = Clash {
+                        fact: Fact::Bytes,
+                        offset: (at + same as u64).saturating_sub(ORIGIN),
+                        new: context(payload, length(&(start..at)) + same),
+                        old: context(&theirs.bytes, offset + same),
+                    };
+                    settled.insert(at..at + same as u64);
+                    return Err(clash);
+                }
+                settled.insert(at..until);
+                other.cut(index, &(at..until));
+                at = until;
+            }
+            Found::Gap(next) => {
+                let until = next.unwrap_or(limit).min(limit);
+                keep(own, arrived, start, payload, at..until)?;
+                at = until;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Keeps the bytes of `range` that are not kept yet; those that are must be the same.
+fn keep(own: &mut Chunks, arrived: Instant, start: u64, payload: &Bytes, range: Range<u64>) -> Result<(), Clash> {
+    let mut at = range.start;
+    while at < range.end {
+        match own.find(at) {
+            Found::At(index) => {
+                let kept = own.chunk(index);
+                let until = kept.end().min(range.end);
+                let mine = &payload[length(&(start..at))..length(&(start..until))];
+                let offset = length(&(kept.start..at));
+                if let Some(same) = first_difference(mine, &kept.bytes[offset..]) {
+                    return Err(Clash {
+                        fact: Fact::Resent,
+                        offset: (at + same as u64).saturating_sub(ORIGIN),
+                        new: context(payload, length(&(start..at)) + same),
+                        old: context(&kept.bytes, offset + same),
+                    });
+                }
+                at = until;
+            }
+            Found::Gap(next) => {
+                let until = next.unwrap_or(range.end).min(range.end);
+                let bytes = payload.slice(length(&(start..at))..length(&(start..until)));
+                own.insert(Chunk {
+                    start: at,
+                    bytes,
+                    arrived,
+                });
+                at = until;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A difference found while settling, seen from the side whose bytes came last.
+struct Clash {
+    fact: Fact,
+    offset: u64,
+    new: Vec<u8>,
+    old: Vec<u8>,
+}
+
+impl Clash {
+    fn into_reason(self, new_is_primary: bool) -> Reason {
+        let (primary, secondary) = if new_is_primary {
+            (self.new, self.old)
+        } else {
+            (self.old, self.new)
+        };
+        Reason::Mismatch(Difference {
+            fact: self.fact,
+            offset: self.offset,
+            primary,
+            secondary,
+        })
+    }
+}
+
+/// Returns the offset of the first differing byte within `mine`; `theirs` is at least as long.
+fn first_difference(mine: &[u8], theirs: &[u8]) -> Option<usize> {
+    if mine == &theirs[..mine.len()] {
+        None
+    } else {
+        mine.iter().zip(theirs).position(|(a, b)| a != b)
+    }
+}
+
+fn fact(fact: Fact, offset: u64) -> Reason {
+    Reason::Mismatch(Difference {
+        fact,
+        offset,
+        primary: Vec::new(),
+        secondary: Vec::new(),
+    })
+}
+
+fn position(anchor: Option<(Seq, u64)>, seq: Seq) -> u64 {
+    anchor.map_or(ORIGIN, |(known, at)| {
+        at.saturating_add_signed(i64::from(seq.after(known)))
+    })
+}
+
+fn remember(urgent: &mut [Option<u64>; URGENT_MAX], position: u64) {
+    if urgent[0] != Some(position) {
+        urgent.rotate_right(1);
+        urgent[0] = Some(position);
+    }
+}

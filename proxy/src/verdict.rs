@@ -1,0 +1,137 @@
+//! What the comparator decides, and what it tells about a divergence.
+
+use std::fmt;
+
+use bytes::Bytes;
+use checkpoint::{Duration, Epoch, Role};
+
+use crate::flow::FlowKey;
+
+/// Most bytes of each side shown with a difference.
+pub(crate) const CONTEXT_MAX: usize = 16;
+
+/// A decision of the comparator; the order of verdicts is the order in which they are to be carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// This frame may leave.
+    Release(Bytes),
+    /// A checkpoint is needed: the two sides differ, one waits too long, or a bound is near.
+    Diverged(Divergence),
+    /// The peer sent what no honest peer can send; the connection is to be given up.
+    Violation(String),
+}
+
+/// Why a checkpoint is needed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Divergence {
+    /// The epoch in which it happened.
+    pub epoch: Epoch,
+    /// The flow it happened on, if it is one's.
+    pub flow: Option<FlowKey>,
+    /// What happened.
+    pub reason: Reason,
+}
+
+/// What made the two sides diverge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Both sides sent something, and it differs.
+    Mismatch(Difference),
+    /// One side's output has waited too long for the other's.
+    Unmatched {
+        /// Whose output waits.
+        side: Role,
+        /// How long it has waited.
+        waited: Duration,
+    },
+    /// A bound of the comparator is reached.
+    Limit(Limit),
+}
+
+/// The first difference between the two sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// What differs.
+    pub fact: Fact,
+    /// Offset of the first differing byte: in the frame, or within the epoch's part of a TCP stream.
+    pub offset: u64,
+    /// Up to 16 bytes of the primary from there.
+    pub primary: Vec<u8>,
+    /// Up to 16 bytes of the secondary from there.
+    pub secondary: Vec<u8>,
+}
+
+/// What can differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fact {
+    /// The bytes.
+    Bytes,
+    /// The bytes of a retransmission: one side sent others before, shown as the other side's.
+    Resent,
+    /// Where a TCP stream ends.
+    StreamEnd,
+    /// What a SYN offers.
+    Offer,
+    /// Which connection the ports belong to: one side has opened a new one, the other still has output of the old.
+    Connection,
+}
+
+/// Which bound is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// Bytes or frames of the primary that wait for release.
+    Held,
+    /// Bytes or frames of the secondary that wait for the primary's.
+    Pending,
+    /// Flows.
+    Flows,
+    /// Gaps in one TCP stream.
+    Gaps,
+}
+
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.reason {
+            Reason::Mismatch(difference) => write!(f, "{difference}")?,
+            Reason::Unmatched { side, waited } => write!(f, "output of the {side} unmatched for {waited}")?,
+            Reason::Limit(limit) => write!(f, "{limit}")?,
+        }
+        if let Some(flow) = &self.flow {
+            write!(f, " on {flow}")?;
+        }
+        write!(f, " in epoch {}", self.epoch)
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fact = match self.fact {
+            Fact::Bytes => "bytes differ",
+            Fact::Resent => "a retransmission carries other bytes",
+            Fact::StreamEnd => "streams end differently",
+            Fact::Offer => "SYN options differ",
+            Fact::Connection => "one side opened a new connection",
+        };
+        write!(
+            f,
+            "{fact} at {}: primary {:02x?}, secondary {:02x?}",
+            self.offset, self.primary, self.secondary
+        )
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Held => "too much output held",
+            Self::Pending => "too much output of the secondary pending",
+            Self::Flows => "too many flows",
+            Self::Gaps => "too many gaps in a TCP stream",
+        })
+    }
+}
+
+/// Returns up to [`CONTEXT_MAX`] bytes from `at`.
+pub(crate) fn context(bytes: &[u8], at: usize) -> Vec<u8> {
+    bytes[at.min(bytes.len())..].iter().take(CONTEXT_MAX).copied().collect()
+}
