@@ -33,8 +33,10 @@ const PIECE_JOINED_MAX: usize = 2 * 1024;
 const IMMEDIATE_BYTES_MAX: usize = 64 * 1024;
 /// A connection is idle when its last write is this long ago; what comes sooner is gathered by the writing task.
 const IDLE_MIN: Duration = Duration::from_micros(50);
-/// The kernel's buffers for one connection, in bytes, where it lets us ask for them.
-const KERNEL_BUFFER_BYTES: usize = 4 * 1024 * 1024;
+/// The kernel's buffers for one connection, in bytes, where it lets us ask for them. What is to be sent shall wait in
+/// our own queue, whose length is known; what has arrived may wait in the kernel.
+const SEND_BUFFER_BYTES: usize = 1024 * 1024;
+const RECEIVE_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -54,8 +56,8 @@ pub enum CloseCause {
 pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     // Without the right to exceed the host's limit, the kernel's own growing buffers are larger than what may be set.
-    let _ = sockopt::set_socket_send_buffer_size_force(stream, KERNEL_BUFFER_BYTES);
-    let _ = sockopt::set_socket_recv_buffer_size_force(stream, KERNEL_BUFFER_BYTES);
+    let _ = sockopt::set_socket_send_buffer_size_force(stream, SEND_BUFFER_BYTES);
+    let _ = sockopt::set_socket_recv_buffer_size_force(stream, RECEIVE_BUFFER_BYTES);
     Ok(())
 }
 
@@ -387,4 +389,161 @@ fn pieces(message: &Message) -> [Bytes; 2] {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use checkpoint::wire::{Output, encode_into};
+    use checkpoint::{Epoch, Generation, Tag};
+    use proptest::prelude::*;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (one, other) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        (one.unwrap(), other.unwrap().0)
+    }
+
+    fn output(epoch: u64, bytes: usize) -> Message {
+        let tag = Tag {
+            generation: Generation(1),
+            epoch: Epoch(epoch),
+        };
+        Message::Output(Output {
+            tag,
+            frame: vec![epoch.to_le_bytes()[0]; bytes].into(),
+        })
+    }
+
+    fn bytes_of(messages: &[Message]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        messages.iter().for_each(|message| encode_into(message, &mut bytes));
+        bytes
+    }
+
+    /// Sends bytes in pieces of a size, ends the stream, and returns what is read.
+    async fn read_back(bytes: &[u8], piece: usize) -> (Vec<Message>, CloseCause) {
+        let (mut ours, theirs) = pair().await;
+        let mut incoming = Incoming::new(Arc::new(theirs));
+        let write = async {
+            for piece in bytes.chunks(piece) {
+                // The reader may have had enough.
+                if ours.write_all(piece).await.is_err() {
+                    return;
+                }
+                tokio::task::yield_now().await;
+            }
+            let _ = ours.shutdown().await;
+        };
+        let read = async {
+            let mut messages = Vec::new();
+            loop {
+                match incoming.next().await {
+                    Ok((message, _)) => messages.push(message),
+                    Err(cause) => return (messages, cause),
+                }
+            }
+        };
+        tokio::join!(write, read).1
+    }
+
+    #[tokio::test]
+    async fn messages_are_read_from_any_pieces_up_to_the_last_whole_one() {
+        let sent = [output(1, 60), output(2, 9_000), output(3, 1), output(4, 1_500)];
+        let bytes = bytes_of(&sent);
+        for piece in [1, 47, 49, 1_000, bytes.len()] {
+            let (read, cause) = read_back(&bytes, piece).await;
+            assert_eq!(read, sent);
+            assert!(matches!(cause, CloseCause::Eof));
+        }
+        let (read, cause) = read_back(&bytes[..bytes.len() - 1], 500).await;
+        assert_eq!(read, sent[..3]);
+        assert!(matches!(cause, CloseCause::Eof));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn senders_on_several_threads_keep_each_its_order() {
+        let (ours, theirs) = pair().await;
+        let outgoing = Arc::new(Outgoing::new(Arc::new(ours)));
+        let writer = tokio::spawn({
+            let outgoing = Arc::clone(&outgoing);
+            async move { outgoing.write().await }
+        });
+        let threads: Vec<_> = (0..3_u64)
+            .map(|thread| {
+                let outgoing = Arc::clone(&outgoing);
+                std::thread::spawn(move || {
+                    for number in 0..3_000 {
+                        let bytes = 1 + usize::try_from(number * 37 % 4_000).unwrap();
+                        outgoing
+                            .blocking_send(&output(thread << 32 | number, bytes), 100_000)
+                            .unwrap();
+                    }
+                })
+            })
+            .collect();
+        let mut incoming = Incoming::new(Arc::new(theirs));
+        let mut next = [0; 3];
+        for _ in 0..9_000 {
+            let epoch = incoming.next().await.unwrap().0.tag().unwrap().epoch.0;
+            let expected = &mut next[usize::try_from(epoch >> 32).unwrap()];
+            assert_eq!(epoch & 0xffff_ffff, *expected);
+            *expected += 1;
+        }
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        outgoing.drained().await;
+        assert_eq!(outgoing.queued_bytes(), 0);
+        outgoing.give_up();
+        writer.await.unwrap();
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn damaged_streams_give_whole_messages_and_then_one_cause(
+            flips in prop::collection::vec((any::<prop::sample::Index>(), 1..=255_u8), 0..4),
+            cut in any::<prop::sample::Index>(),
+            piece in 1..3_000_usize,
+        ) {
+            let sent: Vec<_> = (0..6).map(|epoch| output(epoch, 700)).collect();
+            let mut bytes = bytes_of(&sent);
+            let whole = bytes.len() / sent.len();
+            let mut first_damaged = bytes.len();
+            for (at, flip) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] ^= flip;
+                first_damaged = first_damaged.min(at);
+            }
+            bytes.truncate(cut.index(bytes.len()) + 1);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let (read, _) = runtime.block_on(read_back(&bytes, piece));
+            // Two flips of one byte may undo each other, so more may come than what lies before the first.
+            prop_assert!(read.len() >= first_damaged.min(bytes.len()) / whole);
+            prop_assert_eq!(&read[..], &sent[..read.len()]);
+        }
+
+        #[test]
+        fn pieces_are_written_from_where_the_kernel_stopped(
+            lengths in prop::collection::vec(1..50_usize, 1..20),
+            steps in prop::collection::vec(1..80_usize, 1..100),
+        ) {
+            let all: Vec<u8> = (0..lengths.iter().sum::<usize>()).map(|at| at.to_le_bytes()[0]).collect();
+            let mut rest = Bytes::from(all.clone());
+            let pieces = lengths.iter().map(|length| rest.split_to(*length)).collect();
+            let mut writing = Writing { pieces };
+            let mut done = 0;
+            for step in steps {
+                let step = step.min(all.len() - done);
+                writing.advance(step);
+                done += step;
+                let left: Vec<u8> = writing.pieces.iter().flatten().copied().collect();
+                prop_assert_eq!(&left[..], &all[done..]);
+                prop_assert!(writing.pieces.iter().all(|piece| !piece.is_empty()));
+            }
+        }
+    }
 }
