@@ -15,7 +15,12 @@
 #![forbid(unsafe_code)]
 
 pub mod epoch;
+pub mod handshake;
 pub mod limits;
+pub mod liveness;
+pub mod pages;
+pub mod pair;
+pub mod staging;
 pub mod time;
 pub mod wire;
 

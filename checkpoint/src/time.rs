@@ -75,6 +75,10 @@ impl From<Duration> for core::time::Duration {
 
 impl fmt::Display for Duration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.3} ms", core::time::Duration::from_nanos(self.0).as_secs_f64() * 1e3)
+        write!(
+            f,
+            "{:.3} ms",
+            core::time::Duration::from_nanos(self.0).as_secs_f64() * 1e3
+        )
     }
 }

@@ -1,0 +1,367 @@
+//! Whether two hosts make a pair.
+//!
+//! ```text
+//!   primary    hello(local) ──Hello──►                          judge_welcome ──► data connection
+//!   secondary                  judge_hello ──Welcome or Refuse──►
+//! ```
+//!
+//! Both must be set up alike, since the secondary runs what the primary sends: every field of the
+//! machine's shape is compared, and the refusal names the first that differs with both values. Their
+//! names must differ, since the witness knows them by nothing else.
+//!
+//! Driven by the protocols of both roles. Never trusts a value before its range was checked.
+
+use crate::epoch::{Epoch, Generation};
+use crate::limits::{
+    DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, TAKEOVER_LIMIT_MAX,
+    TAKEOVER_LIMIT_MIN, VCPUS_MAX,
+};
+use crate::wire::{Hello, MachineShape, Refusal, Session, Welcome};
+
+/// This host's side of a handshake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Local {
+    /// Name of the pair.
+    pub pair: String,
+    /// Name of this host.
+    pub node: String,
+    /// The machine as this host would build it.
+    pub shape: MachineShape,
+    /// Last generation this side held a complete state of, 0 if none.
+    pub generation: Generation,
+    /// Last committed epoch of it.
+    pub committed: Epoch,
+    /// The takeover limit in milliseconds.
+    pub takeover_limit_ms: u64,
+    /// Whether a witness is configured.
+    pub witness: bool,
+}
+
+/// A setting of this host that can't be part of any pair. To be found before a peer is called.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LocalError {
+    /// A name that is empty, too long or holds control characters.
+    #[error("the {what} '{name}' must have 1 to {NAME_BYTES_MAX} bytes and no control characters")]
+    Name {
+        /// Which name.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A size or number out of range.
+    #[error("{what} of {value} is out of range ({least} to {most}, in whole units of {unit})")]
+    Range {
+        /// Which value.
+        what: &'static str,
+        /// The value.
+        value: u64,
+        /// The least permitted.
+        least: u64,
+        /// The most permitted.
+        most: u64,
+        /// What it must be a multiple of.
+        unit: u64,
+    },
+    /// More devices, or longer descriptions of them, than a shape may hold.
+    #[error("at most {DEVICES_MAX} devices of at most {DEVICE_NAME_BYTES_MAX} bytes each can be described to a peer")]
+    Devices,
+}
+
+impl Local {
+    /// Checks that these settings can be told to a peer at all.
+    ///
+    /// # Errors
+    /// Names the setting that is out of range.
+    pub fn check(&self) -> Result<(), LocalError> {
+        check_name("pair name", &self.pair)?;
+        check_name("node name", &self.node)?;
+        check_shape(&self.shape)?;
+        check_takeover_limit(self.takeover_limit_ms)
+    }
+}
+
+/// Makes the primary's opening.
+#[must_use]
+pub fn hello(local: &Local) -> Hello {
+    Hello {
+        pair: local.pair.clone(),
+        node: local.node.clone(),
+        shape: local.shape.clone(),
+        generation: local.generation.0,
+        committed: local.committed.0,
+        takeover_limit_ms: local.takeover_limit_ms,
+        witness: local.witness,
+    }
+}
+
+/// Judges the primary's opening, on the secondary. `session` is a fresh random number.
+///
+/// # Errors
+/// Gives the refusal to answer.
+pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Welcome, Refusal> {
+    check_name("pair name", &hello.pair)
+        .and_then(|()| check_name("node name", &hello.node))
+        .and_then(|()| check_shape(&hello.shape))
+        .and_then(|()| check_takeover_limit(hello.takeover_limit_ms))
+        .map_err(|error| Refusal::Protocol(error.to_string()))?;
+    if hello.pair != local.pair {
+        return Err(Refusal::Pair {
+            ours: local.pair.clone(),
+            theirs: hello.pair.clone(),
+        });
+    }
+    if hello.node == local.node {
+        return Err(Refusal::SameNode(local.node.clone()));
+    }
+    compare_shapes(&hello.shape, &local.shape)?;
+    let limit = |ms: u64| format!("{ms} ms");
+    compare(
+        "the takeover limit",
+        limit(hello.takeover_limit_ms),
+        limit(local.takeover_limit_ms),
+    )?;
+    let witness = |configured: bool| String::from(if configured { "one" } else { "none" });
+    compare("the witness", witness(hello.witness), witness(local.witness))?;
+    if hello.generation < local.generation.0 {
+        return Err(Refusal::OlderGeneration {
+            ours: local.generation.0,
+            theirs: hello.generation,
+        });
+    }
+    Ok(Welcome {
+        node: local.node.clone(),
+        session,
+        generation: local.generation.0,
+        committed: local.committed.0,
+    })
+}
+
+/// Judges the secondary's answer, on the primary.
+///
+/// # Errors
+/// Gives the refusal to end the connection with.
+pub fn judge_welcome(local: &Local, welcome: &Welcome) -> Result<(), Refusal> {
+    check_name("node name", &welcome.node).map_err(|error| Refusal::Protocol(error.to_string()))?;
+    if welcome.node == local.node {
+        return Err(Refusal::SameNode(local.node.clone()));
+    }
+    if welcome.generation > local.generation.0 {
+        let (theirs, ours) = (welcome.generation, local.generation);
+        return Err(Refusal::Protocol(format!(
+            "it follows a primary of generation {ours} although it has seen generation {theirs}"
+        )));
+    }
+    Ok(())
+}
+
+fn check_name(what: &'static str, name: &str) -> Result<(), LocalError> {
+    let good = (1..=NAME_BYTES_MAX).contains(&name.len()) && !name.chars().any(char::is_control);
+    if good {
+        Ok(())
+    } else {
+        Err(LocalError::Name {
+            what,
+            name: name.escape_default().to_string(),
+        })
+    }
+}
+
+fn check_range(what: &'static str, value: u64, least: u64, most: u64, unit: u64) -> Result<(), LocalError> {
+    let good = (least..=most).contains(&value) && value.is_multiple_of(unit);
+    if good {
+        Ok(())
+    } else {
+        Err(LocalError::Range {
+            what,
+            value,
+            least,
+            most,
+            unit,
+        })
+    }
+}
+
+fn check_shape(shape: &MachineShape) -> Result<(), LocalError> {
+    let page = PAGE_BYTES as u64;
+    check_range("a memory size", shape.memory_bytes, page, MEMORY_BYTES_MAX, page)?;
+    check_range("a number of vCPUs", shape.vcpus.into(), 1, VCPUS_MAX.into(), 1)?;
+    check_range("a disk size", shape.disk_bytes, 0, i64::MAX.unsigned_abs(), 512)?;
+    let describable = |name: &String| name.len() <= DEVICE_NAME_BYTES_MAX && !name.chars().any(char::is_control);
+    if shape.devices.len() > DEVICES_MAX || !shape.devices.iter().all(describable) {
+        return Err(LocalError::Devices);
+    }
+    Ok(())
+}
+
+fn check_takeover_limit(ms: u64) -> Result<(), LocalError> {
+    check_range(
+        "a takeover limit in ms",
+        ms,
+        TAKEOVER_LIMIT_MIN.as_millis(),
+        TAKEOVER_LIMIT_MAX.as_millis(),
+        1,
+    )
+}
+
+fn compare(what: &str, primary: String, secondary: String) -> Result<(), Refusal> {
+    if primary == secondary {
+        return Ok(());
+    }
+    Err(Refusal::Differs {
+        what: what.to_owned(),
+        primary,
+        secondary,
+    })
+}
+
+fn compare_shapes(primary: &MachineShape, secondary: &MachineShape) -> Result<(), Refusal> {
+    let bytes = |bytes: u64| format!("{bytes} bytes");
+    compare(
+        "the memory size",
+        bytes(primary.memory_bytes),
+        bytes(secondary.memory_bytes),
+    )?;
+    compare(
+        "the number of vCPUs",
+        primary.vcpus.to_string(),
+        secondary.vcpus.to_string(),
+    )?;
+    let none = || String::from("no such device");
+    for slot in 0..primary.devices.len().max(secondary.devices.len()) {
+        let device = |shape: &MachineShape| shape.devices.get(slot).cloned().unwrap_or_else(none);
+        compare(&format!("device {slot}"), device(primary), device(secondary))?;
+    }
+    compare("the disk size", bytes(primary.disk_bytes), bytes(secondary.disk_bytes))?;
+    let digest = |cpu: u64| format!("features {cpu:016x}");
+    compare("the guest's CPU", digest(primary.cpu), digest(secondary.cpu))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn primary() -> Local {
+        Local {
+            pair: "shop".into(),
+            node: "a".into(),
+            shape: MachineShape {
+                memory_bytes: 64 << 20,
+                vcpus: 2,
+                devices: vec!["serial".into(), "net=52:54:00:00:00:01".into()],
+                disk_bytes: 1 << 20,
+                cpu: 7,
+            },
+            generation: Generation(5),
+            committed: Epoch(70),
+            takeover_limit_ms: 300,
+            witness: true,
+        }
+    }
+
+    fn secondary() -> Local {
+        Local {
+            node: "b".into(),
+            generation: Generation(4),
+            committed: Epoch(60),
+            ..primary()
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut Local)) -> Refusal {
+        let mut primary = primary();
+        change(&mut primary);
+        judge_hello(&secondary(), &hello(&primary), Session(1)).expect_err("a changed setting is refused")
+    }
+
+    #[test]
+    fn hosts_that_are_set_alike_fit() {
+        assert_eq!(primary().check(), Ok(()));
+        let welcome = judge_hello(&secondary(), &hello(&primary()), Session(9)).unwrap();
+        assert_eq!(
+            welcome,
+            Welcome {
+                node: "b".into(),
+                session: Session(9),
+                generation: 4,
+                committed: 60
+            }
+        );
+        assert_eq!(judge_welcome(&primary(), &welcome), Ok(()));
+    }
+
+    #[test]
+    fn each_setting_that_differs_is_named_with_both_values() {
+        let differs = |what: &str, primary: &str, secondary: &str| Refusal::Differs {
+            what: what.into(),
+            primary: primary.into(),
+            secondary: secondary.into(),
+        };
+        assert_eq!(
+            refusal(|p| p.shape.memory_bytes = 32 << 20),
+            differs("the memory size", "33554432 bytes", "67108864 bytes")
+        );
+        assert_eq!(refusal(|p| p.shape.vcpus = 1), differs("the number of vCPUs", "1", "2"));
+        assert_eq!(
+            refusal(|p| p.shape.devices[1] = "net=other".into()),
+            differs("device 1", "net=other", "net=52:54:00:00:00:01")
+        );
+        assert_eq!(
+            refusal(|p| p.shape.devices.push("block".into())),
+            differs("device 2", "block", "no such device")
+        );
+        assert_eq!(
+            refusal(|p| p.shape.disk_bytes = 512),
+            differs("the disk size", "512 bytes", "1048576 bytes")
+        );
+        assert!(matches!(refusal(|p| p.shape.cpu = 8), Refusal::Differs { what, .. } if what == "the guest's CPU"));
+        assert_eq!(
+            refusal(|p| p.takeover_limit_ms = 500),
+            differs("the takeover limit", "500 ms", "300 ms")
+        );
+        assert_eq!(refusal(|p| p.witness = false), differs("the witness", "none", "one"));
+    }
+
+    #[test]
+    fn who_the_peer_is_matters() {
+        assert!(matches!(refusal(|p| p.pair = "bank".into()), Refusal::Pair { .. }));
+        assert_eq!(refusal(|p| p.node = "b".into()), Refusal::SameNode("b".into()));
+        assert_eq!(
+            refusal(|p| p.generation = Generation(3)),
+            Refusal::OlderGeneration { ours: 4, theirs: 3 }
+        );
+        let newer = Welcome {
+            node: "b".into(),
+            session: Session(1),
+            generation: 6,
+            committed: 0,
+        };
+        assert!(matches!(judge_welcome(&primary(), &newer), Err(Refusal::Protocol(_))));
+        let twin = Welcome {
+            node: "a".into(),
+            generation: 5,
+            ..newer
+        };
+        assert_eq!(judge_welcome(&primary(), &twin), Err(Refusal::SameNode("a".into())));
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_before_they_are_compared() {
+        let changes: [fn(&mut Local); 9] = [
+            |p| p.pair = String::new(),
+            |p| p.node = "x".repeat(NAME_BYTES_MAX + 1),
+            |p| p.node = "a\u{1b}".into(),
+            |p| p.shape.memory_bytes = 0,
+            |p| p.shape.memory_bytes = MEMORY_BYTES_MAX + 4096,
+            |p| p.shape.vcpus = VCPUS_MAX + 1,
+            |p| p.shape.disk_bytes = 511,
+            |p| p.shape.devices = vec![String::new(); DEVICES_MAX + 1],
+            |p| p.takeover_limit_ms = 1,
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            assert!(matches!(refusal(change), Refusal::Protocol(_)), "change {number}");
+            let mut local = primary();
+            change(&mut local);
+            assert!(local.check().is_err(), "change {number}");
+        }
+    }
+}

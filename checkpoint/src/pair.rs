@@ -1,0 +1,70 @@
+//! Values that the protocols of both roles exchange with their shells.
+
+use bytes::Bytes;
+
+use crate::epoch::{Epoch, Generation, InputNumber, Role};
+
+/// A frame on its way into the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    /// Its number, if the primary gave it one.
+    pub number: Option<InputNumber>,
+    /// As the clients sent it: what is forwarded to the peer.
+    pub wire: Bytes,
+    /// As the guest shall see it: sequence numbers translated.
+    pub guest: Bytes,
+}
+
+/// What the witness said to a claim of a term.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WitnessAnswer {
+    /// The term is this side's, now and for ever.
+    Won,
+    /// The term belongs to another node.
+    LostTo(String),
+    /// No answer; the text says why.
+    Unreachable(String),
+}
+
+/// What is written to the durable record beside the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordUpdate {
+    /// Generation this side runs in.
+    pub generation: Generation,
+    /// Role in that generation.
+    pub role: Role,
+    /// Last committed epoch of it.
+    pub committed: Epoch,
+    /// Whether the image is one complete state (not in the middle of a sync).
+    pub complete: bool,
+    /// Whether the run ended in order.
+    pub clean: bool,
+}
+
+/// Why a checkpoint was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Trigger {
+    /// The operator asked, or the end of the run.
+    Admin,
+    /// The epoch reached its maximum age.
+    Age,
+    /// A queue, overlay or stage came near its limit.
+    Limit,
+    /// The outputs differ.
+    Mismatch,
+    /// The first checkpoint of a pairing.
+    Sync,
+    /// A frame waited too long for its equal.
+    Unmatched,
+}
+
+/// What the operator is told: state changes and alarms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// Something is wrong that does not stop the VM.
+    Alarm(String),
+    /// An ordinary event of the pair's life.
+    Note(String),
+    /// The state has a new name.
+    State(&'static str),
+}
