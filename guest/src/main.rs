@@ -12,8 +12,6 @@ extern crate alloc;
 
 mod bare;
 
-use alloc::string::ToString;
-
 use guest::abi::{BOOT_MAGIC, BootInfo, POWER_OFF, POWER_RESET};
 use guest::clock::Moment;
 use guest::dirtier::Arena;
@@ -55,11 +53,11 @@ extern "C" fn rust_main(boot: *const BootInfo) -> ! {
     }
     let settings = match Settings::parse(memory::command_line(&boot)) {
         Ok(settings) => settings,
-        Err(error) => panic!("{error}"),
+        Err(error) => give_up(&error),
     };
     let mut entropy = devices.entropy.map(Entropy::new);
     let Some(mut net) = devices.net.map(Net::new) else {
-        panic!("there is no network device: give the machine one")
+        give_up(&"there is no network device: give the machine one")
     };
     let mut block = devices.block.map(Block::new);
     let kv = load(block.as_mut(), layout.store_bytes);
@@ -77,10 +75,12 @@ extern "C" fn rust_main(boot: *const BootInfo) -> ! {
 fn start(settings: Settings, kv: Kv, arena: Arena, net: &mut Net, seed: &guest::random::Seed, now: Moment) -> Server {
     let mac = net.mac();
     let server = World::new(settings, kv, arena, now.ns).and_then(|world| Server::new(world, mac, seed, net, now));
-    match server {
-        Ok(server) => server,
-        Err(error) => panic!("{error}"),
-    }
+    server.unwrap_or_else(|error| give_up(&error))
+}
+
+/// Ends a guest that can't do what it is asked to.
+fn give_up(why: &dyn core::fmt::Display) -> ! {
+    bare::end_in_panic(&alloc::format!("tandem guest: {why}"))
 }
 
 /// Reads the store from the disk before anything is served.
@@ -190,5 +190,9 @@ fn end(power: Power) -> ! {
 /// Says why on the console and tells the machine.
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
-    bare::end_in_panic(&info.to_string())
+    bare::end_in_panic(&alloc::format!(
+        "tandem guest: {} ({:?})",
+        info.message(),
+        info.location()
+    ))
 }
