@@ -436,6 +436,35 @@ fn memory_is_bounded_and_a_checkpoint_is_asked_for_before() {
 }
 
 #[test]
+fn commits_that_wait_never_outgrow_the_journal() {
+    let (_, image, journal) = files(0);
+    let limits = Limits {
+        overlay: 4096,
+        staged: SIZE,
+    };
+    let capacity = journal::batch_for(journal.size());
+    let mut replica = Replica::new(Arc::clone(&image), journal, limits, tag(0));
+    let commit = |replica: &mut Replica<SimImage>, epoch, first: u64, sectors| {
+        replica
+            .stage(Epoch(epoch), first * 512, &bytes(u8::try_from(epoch).unwrap(), sectors))
+            .unwrap();
+        replica.reserve(Epoch(epoch)).map(|()| replica.commit(Epoch(epoch)))
+    };
+    let first = commit(&mut replica, 1, 0, 8).unwrap().unwrap();
+    assert!(commit(&mut replica, 2, 0, 200).unwrap().is_none());
+    assert!(matches!(commit(&mut replica, 3, 100, 200), Err(ReserveError::Busy)));
+    assert!(matches!(replica.reserve(Epoch(3)), Err(ReserveError::Busy)));
+    let second = replica.committed(&first.run().unwrap()).unwrap();
+    replica.reserve(Epoch(3)).unwrap();
+    assert!(replica.commit(Epoch(3)).is_none());
+    assert!(replica.committing_bytes() <= 2 * capacity);
+    let third = replica.committed(&second.run().unwrap()).unwrap();
+    assert!(replica.committed(&third.run().unwrap()).is_none());
+    assert_eq!(image.content(), view(&replica));
+    assert_eq!(image.content()[99 * 512..101 * 512], [[2; 512], [3; 512]].concat());
+}
+
+#[test]
 #[should_panic(expected = "not reserved")]
 fn a_commit_needs_a_reservation() {
     let (_, _, _, mut replica) = replica(0);
