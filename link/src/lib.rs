@@ -4,6 +4,7 @@
 //!   role's loop ─┬─ connect / listener ──► peer ──► connection ──► TCP     the pair's two connections
 //!                ├─ sentinel                                              tells the peer of this process's death
 //!                ├─ control, status                                       what the operator asks and is told
+//!                ├─ port, record                                          the guest's network, the durable note
 //!                └─ clock, entropy                                        what the pure machines are given
 //! ```
 //!
@@ -18,6 +19,8 @@ pub mod control;
 pub mod entropy;
 pub mod listener;
 pub mod peer;
+pub mod port;
+pub mod record;
 pub mod sentinel;
 pub mod status;
 
@@ -25,3 +28,15 @@ pub use connect::{ConnectError, connect};
 pub use listener::{ListenError, Listener};
 pub use peer::{BulkSender, CloseCause, Closed, Established, Events, Link, LinkEvent, Which};
 pub use sentinel::Sentinel;
+
+/// Writes an error and its causes on one line.
+#[must_use]
+pub fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -152,6 +152,21 @@ pub struct Rates {
     pub bytes_per_s: f64,
 }
 
+impl Rates {
+    /// Makes the rates of so many frames, pages and bytes in a span.
+    #[must_use]
+    pub fn over(span: checkpoint::Duration, inputs: u64, outputs: u64, pages: u64, bytes: u64) -> Self {
+        let seconds = std::time::Duration::from(span).as_secs_f64();
+        let rate = |count: u64| count as f64 / seconds;
+        Self {
+            inputs_per_s: rate(inputs),
+            outputs_per_s: rate(outputs),
+            pages_per_s: rate(pages),
+            bytes_per_s: rate(bytes),
+        }
+    }
+}
+
 impl State {
     /// Returns the name as it is written in the JSON.
     #[must_use]

@@ -1,3 +1,19 @@
 //! The primary role: a pure protocol core and the shell that runs it.
+//!
+//! ```text
+//!   device workers ─┐                              ┌─► VM thread: pause, ship, resume
+//!   TAP ────────────┤                              ├─► disk thread: compare, record
+//!   peer ───────────┼──► Event ─► Primary::step ─► Action
+//!   witness ────────┤        (protocol.rs)         ├─► TAP, guest's port
+//!   clock, operator ┘                              └─► peer
+//! ```
 
 #![forbid(unsafe_code)]
+
+pub mod event;
+pub mod protocol;
+pub mod run;
+mod status;
+mod vm;
+
+pub use run::{Outside, Setup, run};

@@ -34,10 +34,13 @@ mod flow;
 mod frame;
 mod hold;
 mod lane;
+mod picture;
 mod seq;
 mod sequence;
 mod span;
 mod stream;
+#[cfg(test)]
+mod testkit;
 mod timing;
 mod verdict;
 
@@ -46,5 +49,6 @@ pub use codec::StateError;
 pub use comparator::{Comparator, ComparatorLimits, Mode};
 pub use counters::{Counters, FlowReport, Held, Pending};
 pub use flow::{Class, Endpoint, FlowKey, Vlans};
+pub use picture::NetworkPicture;
 pub use sequence::Translator;
 pub use verdict::{Difference, Divergence, Fact, Limit, Reason, Verdict};

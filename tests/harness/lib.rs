@@ -1,1 +1,12 @@
-//! The tools that the tests share.
+//! What the tests share: a simulated world for the protocol's state machines, and a toy guest.
+//!
+//! The world runs the very `Primary` and `Secondary` that ship, one thread, one seed, a fake clock. It does
+//! not cover KVM, devices, kernel networking or the shells; those have tests of their own on higher rungs.
+
+#![forbid(unsafe_code)]
+
+pub mod checkers;
+pub mod node;
+pub mod random;
+pub mod toy_vm;
+pub mod world;

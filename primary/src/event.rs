@@ -1,0 +1,146 @@
+//! What the primary's protocol hears and what it orders.
+
+use bytes::Bytes;
+use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
+use checkpoint::staging::Totals;
+use checkpoint::wire::{BlockHashes, GoodbyeReason, Message, Welcome};
+use checkpoint::{Generation, Instant, Tag};
+
+/// Something happened.
+///
+/// Events of the machine (`GuestSent`, `InputConsumed`, `GuestWrote`, `Paused`) arrive in the order in
+/// which they happened: what comes before `Paused` belongs to the epoch that it ends.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The operator asks for a checkpoint.
+    CheckpointAsked,
+    /// Everything of that checkpoint but the network state and the end mark is queued on the data connection.
+    CheckpointSent(Shipment),
+    /// A secondary accepted the handshake.
+    Connected(Welcome),
+    /// All blocks of the secondary's disk have been compared and the differing ones queued.
+    DiskSynced(Generation),
+    /// A frame came from the clients.
+    FrameArrived(Bytes),
+    /// The guest sent a frame.
+    GuestSent(Bytes),
+    /// The guest ended by itself; its VM is stopped.
+    GuestStopped(GuestEnd),
+    /// The guest wrote to its disk, and this host's image has it.
+    GuestWrote {
+        /// First byte on the disk.
+        offset: u64,
+        /// The bytes.
+        data: Bytes,
+    },
+    /// A frame is on the guest's receive ring.
+    InputConsumed(Delivery),
+    /// The connections to the secondary are gone; every complete message before has been delivered.
+    LinkClosed(String),
+    /// All of memory is queued on the data connection.
+    MemorySynced(Shipment),
+    /// The VM is stopped and its devices are quiet.
+    Paused,
+    /// The secondary said something.
+    PeerSent(Message),
+    /// That record is durable.
+    RecordStored(RecordUpdate),
+    /// The operator asks for an orderly end.
+    StopAsked,
+    /// The deadline has passed.
+    Timeout,
+    /// A machine operation failed; the VM can't go on.
+    VmFailed(String),
+    /// The witness answered a claim.
+    WitnessAnswered(Generation, WitnessAnswer),
+}
+
+/// How a guest ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// It powered off.
+    PowerOff,
+    /// It wants to start again.
+    Reset,
+    /// It panicked or its CPU can't go on; the text says why.
+    Crashed(String),
+}
+
+/// What the shell queued for a checkpoint or for the memory part of the initial sync.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shipment {
+    /// The sums that came with the order, continued over what was queued.
+    pub totals: Totals,
+    /// Pages queued by this order.
+    pub pages: u64,
+    /// Their encoded bytes.
+    pub bytes: u64,
+    /// Fresh seed for the entropy device of the next epoch.
+    pub entropy: [u8; 32],
+}
+
+/// Something is to be done. Actions of one step are carried out in their order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Ask the witness for a term; answered by `WitnessAnswered`.
+    Claim(Generation),
+    /// Close both connections; `LinkClosed` follows after what was still in them.
+    CloseLink,
+    /// Compare these blocks with the own image and send the differing ones; after the last one, `DiskSynced`.
+    CompareBlocks(BlockHashes),
+    /// Put a frame in front of the guest's network device.
+    Deliver(Delivery),
+    /// Look for a secondary, from now on and until `Connected`.
+    Dial,
+    /// The run is over; nothing follows.
+    End(Outcome),
+    /// Stop (or go on) reading frames from the clients.
+    HoldInput(bool),
+    /// The dirty pages of the abandoned checkpoint belong to the next one.
+    KeepDirty,
+    /// Stop the VM; answered by `Paused`.
+    PauseVm,
+    /// Tell the operator.
+    Report(Report),
+    /// Mix fresh host entropy into the stopped guest.
+    Reseed,
+    /// Let the VM run.
+    ResumeVm,
+    /// Queue a message on the data connection.
+    Send(Message),
+    /// Queue the dirty pages, these disk blocks and the device state; answered by `CheckpointSent`.
+    SendCheckpoint {
+        /// The epoch that it ends.
+        tag: Tag,
+        /// Indexes of the disk blocks that changed since the sync began; empty once protected.
+        blocks: Vec<u64>,
+        /// The sums so far: what the shell queues is added to them.
+        totals: Totals,
+    },
+    /// Send a message on the control connection.
+    SendControl(Message),
+    /// Let the entropy device draw from this seed, or from the host.
+    SeedEntropy(Option<[u8; 32]>),
+    /// Write the record beside the image, durably; answered by `RecordStored`.
+    StoreRecord(RecordUpdate),
+    /// Queue all of memory while the VM runs; answered by `MemorySynced`.
+    SyncMemory(Totals),
+    /// Let frames leave to the clients, unless `not_after` has passed when they are written.
+    Transmit {
+        /// The frames, in order.
+        frames: Vec<Bytes>,
+        /// Last moment at which this side is known to be entitled to let them leave.
+        not_after: Option<Instant>,
+    },
+}
+
+/// How a run as primary ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// In order, for this reason.
+    Ended(GoodbyeReason),
+    /// The other side owns the VM; the reason.
+    Fenced(String),
+    /// This side can't go on.
+    Failed(String),
+}

@@ -1,0 +1,577 @@
+//! The primary's loop: wait for an event, a deadline or a question; step; act. No decisions.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration as StdDuration;
+
+use bytes::Bytes;
+use checkpoint::handshake::{self, Local};
+use checkpoint::pair::{Delivery, Report, WitnessAnswer};
+use checkpoint::wire::{MachineShape, Message, Session};
+use checkpoint::{Epoch, Generation, Instant};
+use link::clock;
+use link::control::{Answer, Command as Question, ControlRequest};
+use link::port::{Observer, Port, PortBackend};
+use link::record::RecordPlace;
+use link::sentinel::Sentinel;
+use link::status::{Rates, Status};
+use link::{Established, Events as LinkEvents, Link, LinkEvent};
+use machine::devices::block;
+use machine::tap::Tap;
+use machine::{PowerEvent, Vm};
+use storage::witness::{Claim, DirectoryWitness};
+use storage::{FileImage, Image};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+
+use crate::event::{Action, Event, GuestEnd, Outcome};
+use crate::protocol::{Options, Primary, Start};
+use crate::vm::{Command, DiskCommand, DiskThread, VmThread};
+
+/// Events of the machine that may wait for the loop; its threads block when there are more.
+const EVENTS_MAX: usize = 4_096;
+/// Frames taken from the TAP in one go.
+const FRAMES_PER_TURN: usize = 64;
+/// Longest time that an orderly end of the connections takes.
+const GOODBYE_MAX: StdDuration = StdDuration::from_millis(500);
+/// Time between two attempts to reach a secondary.
+const DIAL_EVERY: StdDuration = StdDuration::from_millis(250);
+
+/// Everything a primary runs with.
+pub struct Setup {
+    /// What the operator set.
+    pub options: Options,
+    /// How this side came to run.
+    pub start: Start,
+    /// Name of the pair.
+    pub pair: String,
+    /// Name of this host.
+    pub node: String,
+    /// Where a secondary listens; without it the VM runs alone.
+    pub peer: Option<SocketAddr>,
+    /// The machine, for the handshake.
+    pub shape: MachineShape,
+    /// The machine, stopped.
+    pub vm: Box<dyn Vm>,
+    /// The guest's network port.
+    pub port: Arc<Port>,
+    /// Where the clients are.
+    pub tap: Arc<Tap>,
+    /// The disk.
+    pub image: Arc<FileImage>,
+    /// Set when the image holds all that the guest was told is written; the block device waits for it.
+    pub image_ready: Option<std::sync::mpsc::Receiver<Result<(), String>>>,
+    /// The record beside the image.
+    pub record: RecordPlace,
+    /// The witness, if there is one.
+    pub witness: Option<Arc<DirectoryWitness>>,
+    /// What the guest does with its power switch.
+    pub power: mpsc::UnboundedReceiver<PowerEvent>,
+    /// The process that ends the connections when this one dies.
+    pub sentinel: Arc<Sentinel>,
+}
+
+/// What a role hears from outside while it runs; it outlives the role.
+pub struct Outside {
+    /// Questions and orders from the control socket.
+    pub control: mpsc::Receiver<ControlRequest>,
+    /// True once the operator asked for an orderly end.
+    pub stop: watch::Receiver<bool>,
+}
+
+/// Runs as primary to the end.
+///
+/// # Errors
+/// Fails if the host refuses a thread or a descriptor at the start.
+pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Outcome> {
+    let (events, inbox) = mpsc::channel(EVENTS_MAX);
+    let net = PortBackend::new(Arc::clone(&setup.port), Events(events.clone()));
+    let disk = Disk {
+        image: Arc::clone(&setup.image),
+        ready: setup.image_ready.take(),
+        events: events.clone(),
+    };
+    setup
+        .vm
+        .set_backends(Box::new(net), Box::new(disk))
+        .map_err(std::io::Error::other)?;
+    let vm = VmThread::spawn(setup.vm, Arc::clone(&setup.image), events.clone())?;
+    let disk = DiskThread::spawn(Arc::clone(&setup.image), setup.record, events.clone())?;
+    let (dialled, answers) = mpsc::channel(1);
+    let mut actions = Vec::new();
+    let protocol = Primary::new(setup.options.clone(), setup.start, clock::now(), &mut actions);
+    let role = Role {
+        protocol,
+        actions,
+        vm,
+        disk,
+        events,
+        link: None,
+        goodbye: false,
+        finishing: None,
+        session: Session(0),
+        dialled,
+        dialler: None,
+        local: Local {
+            pair: setup.pair,
+            node: setup.node,
+            shape: setup.shape,
+            generation: Generation(0),
+            committed: Epoch(0),
+            takeover_limit_ms: setup.options.takeover_limit.as_millis(),
+            witness: setup.options.witness,
+        },
+        peer: setup.peer,
+        tap: setup.tap,
+        port: setup.port,
+        witness: setup.witness,
+        sentinel: setup.sentinel,
+        hold: false,
+        released_late: 0,
+        alarms: Vec::new(),
+        state: "starting",
+        started: clock::now(),
+        rates: Rates::default(),
+        sampled: (clock::now(), crate::protocol::Counters::default()),
+        outcome: None,
+    };
+    role.run(inbox, answers, setup.power, outside).await
+}
+
+/// The machine's threads tell the loop through this; they block while it is behind.
+struct Events(mpsc::Sender<Event>);
+
+impl Observer for Events {
+    fn sent(&mut self, frame: Bytes) {
+        // A closed channel means that the role has ended.
+        let _ = self.0.blocking_send(Event::GuestSent(frame));
+    }
+
+    fn consumed(&mut self, delivery: Delivery) {
+        let _ = self.0.blocking_send(Event::InputConsumed(delivery));
+    }
+}
+
+/// The block device's back end: the image, and each write told to the loop before the guest hears of it.
+struct Disk {
+    image: Arc<FileImage>,
+    ready: Option<std::sync::mpsc::Receiver<Result<(), String>>>,
+    events: mpsc::Sender<Event>,
+}
+
+impl Disk {
+    fn wait(&mut self) -> std::io::Result<()> {
+        if let Some(ready) = self.ready.take() {
+            ready
+                .recv()
+                .map_err(std::io::Error::other)?
+                .map_err(std::io::Error::other)?;
+        }
+        Ok(())
+    }
+}
+
+impl block::Backend for Disk {
+    fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    fn read(&mut self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        self.wait()?;
+        self.image.read_at(offset, bytes)
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        self.wait()?;
+        self.image.write_at(offset, bytes)?;
+        let _ = self.events.blocking_send(Event::GuestWrote {
+            offset,
+            data: Bytes::copy_from_slice(bytes),
+        });
+        Ok(())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.wait()?;
+        self.image.flush()
+    }
+}
+
+struct Role {
+    protocol: Primary,
+    actions: Vec<Action>,
+    vm: VmThread,
+    disk: DiskThread,
+    events: mpsc::Sender<Event>,
+    link: Option<(Link, LinkEvents)>,
+    /// The peer has been told that this end is in order.
+    goodbye: bool,
+    finishing: Option<tokio::task::JoinHandle<()>>,
+    session: Session,
+    dialled: mpsc::Sender<Established>,
+    dialler: Option<tokio::task::JoinHandle<()>>,
+    local: Local,
+    peer: Option<SocketAddr>,
+    tap: Arc<Tap>,
+    port: Arc<Port>,
+    witness: Option<Arc<DirectoryWitness>>,
+    sentinel: Arc<Sentinel>,
+    hold: bool,
+    released_late: u64,
+    alarms: Vec<String>,
+    state: &'static str,
+    started: Instant,
+    rates: Rates,
+    sampled: (Instant, crate::protocol::Counters),
+    outcome: Option<Outcome>,
+}
+
+impl Role {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Event>,
+        mut answers: mpsc::Receiver<Established>,
+        mut power: mpsc::UnboundedReceiver<PowerEvent>,
+        outside: &mut Outside,
+    ) -> std::io::Result<Outcome> {
+        #[expect(
+            deprecated,
+            reason = "its replacement is unsafe; TapFd keeps one descriptor open for as long as it lives"
+        )]
+        let tap = AsyncFd::new(TapFd(Arc::clone(&self.tap)))?;
+        self.act();
+        let mut stopping = *outside.stop.borrow();
+        if stopping {
+            self.step(Event::StopAsked);
+        }
+        while self.outcome.is_none() {
+            let deadline = clock::sleep_until(self.protocol.deadline());
+            tokio::select! {
+                event = inbox.recv() => {
+                    self.step(event.expect("the loop holds a sender"));
+                    while let Ok(event) = inbox.try_recv() {
+                        self.step(event);
+                    }
+                }
+                event = next_link_event(&mut self.link) => self.link_event(event),
+                Some(established) = answers.recv() => self.connected(established),
+                ready = tap.readable(), if !self.hold && !self.port.is_full() => {
+                    let mut ready = ready?;
+                    if !self.read_tap() {
+                        ready.clear_ready();
+                    }
+                }
+                Some(event) = power.recv() => self.step(guest_stopped(event)),
+                Some(request) = outside.control.recv() => self.answer(request),
+                _ = outside.stop.changed(), if !stopping => {
+                    stopping = true;
+                    self.step(Event::StopAsked);
+                }
+                () = deadline => self.step(Event::Timeout),
+            }
+        }
+        self.wind_up().await
+    }
+
+    async fn wind_up(mut self) -> std::io::Result<Outcome> {
+        if let Some(dialler) = self.dialler.take() {
+            dialler.abort();
+        }
+        self.drop_link();
+        if let Some(finishing) = self.finishing.take() {
+            finishing.await.map_err(std::io::Error::other)?;
+        }
+        let vm = self.vm;
+        tokio::task::spawn_blocking(move || vm.join())
+            .await
+            .map_err(std::io::Error::other)?;
+        Ok(self
+            .outcome
+            .unwrap_or(Outcome::Failed("the role ended without a reason".to_owned())))
+    }
+
+    fn step(&mut self, event: Event) {
+        if self.outcome.is_none() {
+            self.protocol.step(clock::now(), event, &mut self.actions);
+            self.act();
+        }
+    }
+
+    fn act(&mut self) {
+        let mut actions = core::mem::take(&mut self.actions);
+        for action in actions.drain(..) {
+            self.carry_out(action);
+        }
+        self.actions = actions;
+        let state = self.protocol.state_name();
+        if state != self.state && self.outcome.is_none() {
+            if state != "checkpointing" && self.state != "checkpointing" {
+                info!(state, generation = self.protocol.tag().generation.0, "state");
+            }
+            self.state = state;
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Claim(term) => self.claim(term),
+            Action::CloseLink => self.drop_link(),
+            Action::CompareBlocks(hashes) => {
+                if let Some((link, _)) = &self.link {
+                    let key = link::entropy::hash_key(self.session);
+                    self.disk.send(DiskCommand::Compare {
+                        hashes,
+                        key,
+                        bulk: link.bulk(),
+                    });
+                }
+            }
+            Action::Deliver(delivery) => self.port.deliver(delivery),
+            Action::Dial => self.dial(),
+            Action::End(outcome) => self.outcome = Some(outcome),
+            Action::HoldInput(hold) => self.hold = hold,
+            Action::KeepDirty => self.vm.send(Command::KeepDirty),
+            Action::PauseVm => self.vm.send(Command::Pause),
+            Action::Report(report) => self.report(report),
+            Action::Reseed => self.vm.send(Command::Reseed),
+            Action::ResumeVm => self.vm.send(Command::Resume),
+            Action::Send(message) => {
+                if let Some((link, _)) = &self.link {
+                    link.send(message);
+                }
+            }
+            Action::SendCheckpoint { tag: _, blocks, totals } => {
+                if let Some((link, _)) = &self.link {
+                    self.vm.send(Command::Ship {
+                        blocks,
+                        totals,
+                        bulk: link.bulk(),
+                    });
+                }
+            }
+            Action::SendControl(message) => {
+                self.goodbye = matches!(message, Message::Goodbye(_));
+                if let Some((link, _)) = &self.link {
+                    link.send_control(message);
+                }
+            }
+            Action::SeedEntropy(seed) => self.vm.send(Command::Seed(seed)),
+            Action::StoreRecord(update) => self.disk.send(DiskCommand::Store(update)),
+            Action::SyncMemory(totals) => {
+                if let Some((link, _)) = &self.link {
+                    self.vm.send(Command::Sync {
+                        totals,
+                        bulk: link.bulk(),
+                    });
+                }
+            }
+            Action::Transmit { frames, not_after } => self.transmit(&frames, not_after),
+        }
+    }
+
+    /// The clock is read right before the frames are written: a process that was stopped in between drops them.
+    fn transmit(&mut self, frames: &[Bytes], not_after: Option<Instant>) {
+        for batch in frames.chunks(FRAMES_PER_TURN) {
+            if not_after.is_some_and(|limit| clock::now() > limit) {
+                self.released_late += batch.len() as u64;
+                warn!(
+                    frames = batch.len(),
+                    "released too late, dropped: nothing was heard from the peer in time"
+                );
+                continue;
+            }
+            for frame in batch {
+                if let Err(error) = self.tap.send(frame) {
+                    warn!(%error, "the TAP refused a frame");
+                }
+            }
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        match report {
+            Report::Alarm(text) => {
+                warn!("{text}");
+                self.alarms.truncate(15);
+                self.alarms.insert(0, text);
+            }
+            Report::Note(text) => info!("{text}"),
+            Report::State(_) => {}
+        }
+    }
+
+    fn claim(&mut self, term: Generation) {
+        let Some(witness) = self.witness.clone() else { return };
+        let events = self.events.clone();
+        tokio::task::spawn_blocking(move || {
+            let answer = match witness.claim(term) {
+                Ok(Claim::Won) => WitnessAnswer::Won,
+                Ok(Claim::LostTo(owner)) => WitnessAnswer::LostTo(owner),
+                Err(error) => WitnessAnswer::Unreachable(error.to_string()),
+            };
+            // A closed channel means that the role has ended.
+            let _ = events.blocking_send(Event::WitnessAnswered(term, answer));
+        });
+    }
+
+    fn dial(&mut self) {
+        let Some(peer) = self.peer else { return };
+        if self.dialler.as_ref().is_some_and(|dialler| !dialler.is_finished()) {
+            return;
+        }
+        self.local.generation = self.protocol.tag().generation;
+        self.local.committed = self.protocol.committed();
+        let local = self.local.clone();
+        let dialled = self.dialled.clone();
+        self.dialler = Some(tokio::spawn(async move {
+            let mut told = String::new();
+            loop {
+                let judge = |welcome: &_| handshake::judge_welcome(&local, welcome);
+                match link::connect(peer, handshake::hello(&local), judge).await {
+                    Ok(established) => {
+                        // A closed channel means that the role has ended.
+                        let _ = dialled.send(established).await;
+                        return;
+                    }
+                    Err(error) => {
+                        let text = error.to_string();
+                        if text != told {
+                            info!("no secondary yet: {text}");
+                            told = text;
+                        }
+                    }
+                }
+                tokio::time::sleep(DIAL_EVERY).await;
+            }
+        }));
+    }
+
+    fn connected(&mut self, established: Established) {
+        let welcome = established.welcome;
+        info!(secondary = %welcome.node, "connected");
+        self.session = welcome.session;
+        self.sentinel.guard(&established.link.sockets());
+        self.link = Some((established.link, established.events));
+        self.step(Event::Connected(welcome));
+    }
+
+    fn link_event(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Message(message) => self.step(Event::PeerSent(message)),
+            LinkEvent::Closed { which, cause } => {
+                self.drop_link();
+                self.step(Event::LinkClosed(format!("{which:?} connection: {cause}")));
+            }
+        }
+    }
+
+    fn drop_link(&mut self) {
+        let Some((link, _)) = self.link.take() else { return };
+        if self.goodbye {
+            self.finishing = Some(tokio::spawn(async move { link.finish(GOODBYE_MAX).await }));
+        } else {
+            link.close();
+        }
+        self.sentinel.release();
+    }
+
+    /// Returns whether there may be more.
+    fn read_tap(&mut self) -> bool {
+        let mut frame = [0; checkpoint::limits::FRAME_BYTES_MAX];
+        for _ in 0..FRAMES_PER_TURN {
+            match self.tap.recv(&mut frame) {
+                Ok(Some(length)) => self.step(Event::FrameArrived(Bytes::copy_from_slice(&frame[..length]))),
+                Ok(None) => return false,
+                Err(error) => {
+                    warn!(%error, "the TAP can't be read");
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn answer(&mut self, request: ControlRequest) {
+        let reply = match request.command {
+            Question::Status => Ok(Answer::Status(Box::new(self.status()))),
+            Question::Checkpoint if self.protocol.state_name() == "protected" => {
+                self.step(Event::CheckpointAsked);
+                Ok(Answer::Done("a checkpoint is being taken".to_owned()))
+            }
+            Question::Checkpoint => Err(format!(
+                "no checkpoint now: this side is {}",
+                self.protocol.state_name()
+            )),
+            Question::Stop => {
+                self.step(Event::StopAsked);
+                Ok(Answer::Done("ending in order".to_owned()))
+            }
+            Question::Takeover { .. } => {
+                Err("this side is the primary and runs the VM: nothing to take over".to_owned())
+            }
+        };
+        // The asker may have gone.
+        let _ = request.reply.send(reply);
+    }
+
+    fn status(&mut self) -> Status {
+        let now = clock::now();
+        let counters = self.protocol.counters().clone();
+        let span = now.since(self.sampled.0);
+        if span.as_millis() >= 1_000 {
+            let before = &self.sampled.1;
+            self.rates = Rates::over(
+                span,
+                counters.inputs - before.inputs,
+                counters.outputs - before.outputs,
+                counters.pages - before.pages,
+                counters.page_bytes - before.page_bytes,
+            );
+            self.sampled = (now, counters);
+        }
+        crate::status::status(
+            &self.protocol,
+            now,
+            &crate::status::Shell {
+                pair: &self.local.pair,
+                node: &self.local.node,
+                peer_address: self.peer,
+                link_queued_bytes: self.link.as_ref().map_or(0, |(link, _)| link.queued_bytes() as u64),
+                rates: self.rates,
+                released_late: self.released_late,
+                alarms: &self.alarms,
+                since: now.since(self.started),
+            },
+        )
+    }
+}
+
+async fn next_link_event(link: &mut Option<(Link, LinkEvents)>) -> LinkEvent {
+    match link {
+        Some((_, events)) => match events.recv().await {
+            Some(event) => event,
+            None => core::future::pending().await,
+        },
+        None => core::future::pending().await,
+    }
+}
+
+fn guest_stopped(event: PowerEvent) -> Event {
+    match event {
+        PowerEvent::Off => Event::GuestStopped(GuestEnd::PowerOff),
+        PowerEvent::Reset => Event::GuestStopped(GuestEnd::Reset),
+        PowerEvent::Panic => Event::GuestStopped(GuestEnd::Crashed("it panicked; see its console".to_owned())),
+        PowerEvent::Crashed { reason } => Event::VmFailed(reason),
+    }
+}
+
+/// The TAP's descriptor, for the runtime to watch.
+struct TapFd(Arc<Tap>);
+
+impl AsRawFd for TapFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}

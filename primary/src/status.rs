@@ -1,0 +1,77 @@
+//! What `tandem status` shows of a primary.
+
+use std::net::SocketAddr;
+
+use checkpoint::pair::Trigger;
+use checkpoint::{Duration, Instant};
+use link::status::{Checkpoints, LastCheckpoint, Peer, Queues, Rates, State, Status};
+
+use crate::protocol::Primary;
+
+/// What the shell knows and the protocol does not.
+pub(crate) struct Shell<'a> {
+    pub(crate) pair: &'a str,
+    pub(crate) node: &'a str,
+    pub(crate) peer_address: Option<SocketAddr>,
+    pub(crate) link_queued_bytes: u64,
+    pub(crate) rates: Rates,
+    pub(crate) released_late: u64,
+    pub(crate) alarms: &'a [String],
+    pub(crate) since: Duration,
+}
+
+pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Status {
+    let counters = protocol.counters();
+    let count = |trigger| counters.checkpoints.get(&trigger).copied().unwrap_or_default();
+    let held = protocol.comparator().held();
+    let pending = protocol.comparator().pending();
+    let tag = protocol.tag();
+    Status {
+        pair: shell.pair.to_owned(),
+        node: shell.node.to_owned(),
+        role: "primary".to_owned(),
+        state: State::named(protocol.state_name()).unwrap_or_default(),
+        generation: tag.generation.0,
+        epoch: tag.epoch.0,
+        peer: Peer {
+            node: protocol.peer().map(str::to_owned),
+            addr: shell
+                .peer_address
+                .map_or_else(|| "none configured".to_owned(), |address| address.to_string()),
+            connected: protocol.peer().is_some(),
+        },
+        last_checkpoint_age_ms: counters.last_checkpoint.map(|last| now.since(last).as_millis()),
+        checkpoints: Checkpoints {
+            total: counters.checkpoints.values().sum(),
+            sync: count(Trigger::Sync),
+            mismatch: count(Trigger::Mismatch),
+            unmatched: count(Trigger::Unmatched),
+            limit: count(Trigger::Limit),
+            age: count(Trigger::Age),
+            admin: count(Trigger::Admin),
+        },
+        last_checkpoint: counters.last_checkpoint.map(|_| LastCheckpoint {
+            pages: counters.last_shipment.0,
+            bytes: counters.last_shipment.1,
+            pause_us: counters.last_pause.0 / 1_000,
+            commit_us: counters.last_pause.0 / 1_000,
+        }),
+        divergences: counters.divergences,
+        queues: Queues {
+            held_frames: held.frames as u64,
+            held_bytes: held.bytes as u64,
+            pending_frames: pending.frames as u64,
+            pending_bytes: pending.bytes as u64,
+            inputs_unconfirmed: protocol.inputs_unconfirmed(),
+            link_queued_bytes: shell.link_queued_bytes,
+            writes_unacknowledged_bytes: protocol.writes_uncommitted_bytes(),
+            ..Queues::default()
+        },
+        rates: shell.rates,
+        released_late: shell.released_late,
+        reason: None,
+        alarms: shell.alarms.to_vec(),
+        since_ms: shell.since.as_millis(),
+        pid: std::process::id(),
+    }
+}

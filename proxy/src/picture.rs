@@ -1,0 +1,73 @@
+//! One guest's network at its edge: every frame passes here once on its way in and once on its way out.
+
+use bytes::{Bytes, BytesMut};
+use checkpoint::pair::Delivery;
+
+use crate::announce::NetworkState;
+use crate::codec::StateError;
+
+/// The translator and the address book of one guest, driven by the protocols of both roles.
+#[derive(Clone, Debug, Default)]
+pub struct NetworkPicture(NetworkState);
+
+impl NetworkPicture {
+    /// Makes a picture of a guest that has sent nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Follows a primary from here on.
+    pub fn follow(&mut self) {
+        self.0.translator.follow();
+    }
+
+    /// Leads from here on.
+    pub fn lead(&mut self) {
+        self.0.translator.lead();
+    }
+
+    /// Takes a frame of the clients and makes what the guest shall see of it.
+    pub fn arriving(&mut self, wire: Bytes) -> Delivery {
+        let mut guest = BytesMut::from(&wire[..]);
+        self.0.translator.inbound(&mut guest);
+        let guest = if guest == wire { wire.clone() } else { guest.freeze() };
+        Delivery {
+            number: None,
+            wire,
+            guest,
+        }
+    }
+
+    /// Takes a frame of the guest and makes what the clients shall see of it.
+    pub fn leaving(&mut self, frame: Bytes) -> Bytes {
+        self.0.addresses.learn(&frame);
+        let mut wire = frame
+            .try_into_mut()
+            .unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+        self.0.translator.outbound(&mut wire);
+        wire.freeze()
+    }
+
+    /// Returns the bytes for the checkpoint.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        self.0.encode().into()
+    }
+
+    /// Reads the bytes of a checkpoint.
+    ///
+    /// # Errors
+    /// Fails if they are not such a state within the bounds.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let mut state = NetworkState::default();
+        state.replace(bytes)?;
+        Ok(Self(state))
+    }
+
+    /// Returns the frames that tell the network where the guest is now.
+    #[must_use]
+    pub fn announcements(&self) -> Vec<Bytes> {
+        self.0.addresses.announcements()
+    }
+}

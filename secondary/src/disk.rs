@@ -1,0 +1,226 @@
+//! The secondary's disk: the guest's view of the replica, and the thread that makes commits durable.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use checkpoint::pair::RecordUpdate;
+use checkpoint::wire::{BlockHashes, DiskWrite, Message};
+use checkpoint::{Epoch, Tag};
+use link::peer::BulkSender;
+use link::record::RecordPlace;
+use machine::devices::block;
+use storage::replica::ReserveError;
+use storage::verify::{HashKey, block_count};
+use storage::{CommitJob, FileImage, Image, Replica};
+use tokio::sync::mpsc as events;
+
+use crate::event::Event;
+
+/// Blocks whose hashes travel in one message.
+const HASHES_PER_MESSAGE: usize = 4_096;
+
+/// The replica, shared by the guest's block device, the loop and the disk's thread.
+#[derive(Clone)]
+pub(crate) struct Disk {
+    pub(crate) image: Arc<FileImage>,
+    replica: Arc<Mutex<Replica<FileImage>>>,
+    asked: Arc<AtomicBool>,
+}
+
+impl Disk {
+    pub(crate) fn new(image: Arc<FileImage>, replica: Replica<FileImage>) -> Self {
+        Self {
+            image,
+            replica: Arc::new(Mutex::new(replica)),
+            asked: Arc::default(),
+        }
+    }
+
+    pub(crate) fn replica(&self) -> MutexGuard<'_, Replica<FileImage>> {
+        self.replica.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes writes up to `epoch` the disk; the VM is stopped. The job is to be run on the disk's thread.
+    pub(crate) fn commit(&self, epoch: Epoch) -> Option<CommitJob<FileImage>> {
+        self.asked.store(false, Ordering::Relaxed);
+        self.replica().commit(epoch)
+    }
+}
+
+/// The block device's back end while this side follows.
+pub(crate) struct Follower {
+    disk: Disk,
+    events: events::Sender<Event>,
+}
+
+impl Follower {
+    pub(crate) fn new(disk: Disk, events: events::Sender<Event>) -> Self {
+        Self { disk, events }
+    }
+}
+
+impl block::Backend for Follower {
+    fn size(&self) -> u64 {
+        self.disk.image.size()
+    }
+
+    fn read(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.disk.replica().read(offset, bytes).map_err(io::Error::other)
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let near = {
+            let mut replica = self.disk.replica();
+            replica.write(offset, bytes).map_err(io::Error::other)?;
+            replica.near_limit()
+        };
+        if near && !self.disk.asked.swap(true, Ordering::Relaxed) {
+            // A closed channel means that the role has ended.
+            let _ = self.events.blocking_send(Event::NearLimit);
+        }
+        Ok(())
+    }
+
+    /// The overlay lives as long as this process, which is all that survives the primary; it becomes durable at a takeover.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the disk's thread is told.
+pub(crate) enum Command {
+    Apply(DiskWrite),
+    /// The own writes become the disk; told when the image holds them.
+    Fold(Option<CommitJob<FileImage>>, mpsc::Sender<Result<(), String>>),
+    Hash {
+        tag: Tag,
+        key: HashKey,
+        bulk: BulkSender,
+    },
+    /// Room for the epoch's writes, or for a first checkpoint the synced image on stable storage.
+    Prepare {
+        tag: Tag,
+        first: bool,
+    },
+    /// The I/O of a commit, and of those that came while it ran.
+    Run(CommitJob<FileImage>),
+    Store(RecordUpdate),
+}
+
+/// Handle of the thread; it ends when the handle is dropped and its queue is done.
+pub(crate) struct DiskThread {
+    commands: mpsc::Sender<Command>,
+}
+
+impl DiskThread {
+    /// `prepared` gets the result of each `Prepare`.
+    pub(crate) fn spawn(
+        disk: Disk,
+        place: RecordPlace,
+        events: events::Sender<Event>,
+        prepared: impl Fn(Tag, Result<(), String>) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (commands, orders) = mpsc::channel();
+        thread::Builder::new().name("disk".to_owned()).spawn(move || {
+            while let Ok(order) = orders.recv() {
+                let event = match order {
+                    Command::Prepare { tag, first } => {
+                        prepared(tag, prepare(&disk, tag, first));
+                        None
+                    }
+                    order => obey(&disk, &place, order),
+                };
+                if let Some(event) = event {
+                    // A closed channel means that the role has ended; what is queued is still to be done.
+                    let _ = events.blocking_send(event);
+                }
+            }
+        })?;
+        Ok(Self { commands })
+    }
+
+    pub(crate) fn send(&self, command: Command) {
+        // The thread ends only with this handle.
+        let _ = self.commands.send(command);
+    }
+}
+
+fn obey(disk: &Disk, place: &RecordPlace, order: Command) -> Option<Event> {
+    match order {
+        Command::Apply(write) => disk
+            .image
+            .write_at(write.offset, &write.data)
+            .err()
+            .map(|error| Event::StageFailed(error.to_string())),
+        Command::Fold(job, done) => {
+            let result = run_jobs(disk, job).map(drop);
+            // The next role may have ended already; the image is whole all the same.
+            let _ = done.send(result);
+            None
+        }
+        Command::Hash { tag, key, bulk } => send_hashes(disk, tag, &key, &bulk),
+        Command::Prepare { .. } => unreachable!("handled by the caller"),
+        Command::Run(job) => match run_jobs(disk, Some(job)) {
+            Ok(last) => last.map(Event::DiskCommitted),
+            Err(error) => Some(Event::VmFailed(error)),
+        },
+        Command::Store(update) => Some(match place.store(update) {
+            Ok(()) => Event::RecordStored(update),
+            Err(error) => Event::VmFailed(error.to_string()),
+        }),
+    }
+}
+
+fn prepare(disk: &Disk, tag: Tag, first: bool) -> Result<(), String> {
+    if first {
+        disk.image
+            .flush()
+            .map_err(|error| format!("the synced image can't be flushed: {error}"))?;
+        disk.replica().end_sync(Tag {
+            generation: tag.generation,
+            epoch: Epoch(tag.epoch.0 - 1),
+        });
+    }
+    match disk.replica().reserve(tag.epoch) {
+        Ok(()) => Ok(()),
+        Err(error @ ReserveError::Busy) => unreachable!("this thread has run every commit before it: {error}"),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Runs a job and those that were committed meanwhile; returns the last epoch that is durable now.
+fn run_jobs(disk: &Disk, job: Option<CommitJob<FileImage>>) -> Result<Option<Epoch>, String> {
+    let mut last = None;
+    let mut next = job;
+    while let Some(job) = next {
+        let done = job.run().map_err(|error| error.to_string())?;
+        last = Some(done.last().tag.epoch);
+        next = disk.replica().committed(&done);
+    }
+    Ok(last)
+}
+
+fn send_hashes(disk: &Disk, tag: Tag, key: &HashKey, bulk: &BulkSender) -> Option<Event> {
+    if let Err(error) = disk.replica().begin_sync() {
+        return Some(Event::VmFailed(format!("the journal can't be flushed: {error}")));
+    }
+    let blocks = block_count(disk.image.size());
+    let mut first = 0;
+    while first < blocks {
+        match storage::verify::hashes(&*disk.image, key, first, HASHES_PER_MESSAGE) {
+            Ok(hashes) => {
+                let count = hashes.len() as u64;
+                let hashes = hashes.into_iter().map(|hash| hash.0).collect();
+                // A closed connection is reported by its reader.
+                bulk.blocking_send(Message::BlockHashes(BlockHashes { tag, first, hashes }))
+                    .ok()?;
+                first += count;
+            }
+            Err(error) => return Some(Event::VmFailed(format!("the disk image can't be read: {error}"))),
+        }
+    }
+    None
+}

@@ -1,0 +1,131 @@
+//! What the secondary's protocol hears and what it orders.
+
+use bytes::Bytes;
+use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
+use checkpoint::wire::{DeviceState, DiskWrite, GoodbyeReason, Message, PageBatch};
+use checkpoint::{Epoch, Generation, Tag};
+use proxy::NetworkPicture;
+
+/// Something happened.
+///
+/// `GuestSent` and `InputConsumed` arrive in the order in which they happened, and before the `Paused`
+/// or `Loaded` that stopped the VM after them.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Everything that could fail at the load of that checkpoint has been tried.
+    Checked(Tag, Result<(), String>),
+    /// The control connection is gone.
+    ControlClosed(String),
+    /// The data connection is gone; every complete message before has been delivered.
+    DataClosed(String),
+    /// The disk writes up to this epoch are durable in the base image.
+    DiskCommitted(Epoch),
+    /// The guest sent a frame.
+    GuestSent(Bytes),
+    /// The guest ended by itself; its VM is stopped.
+    GuestStopped(String),
+    /// A frame is on the guest's receive ring.
+    InputConsumed(Delivery),
+    /// The checkpoint is the VM's state; the VM is stopped.
+    Loaded(Tag),
+    /// The overlay or the stage is near its limit.
+    NearLimit,
+    /// The VM is stopped and its devices are quiet.
+    Paused,
+    /// The primary said something.
+    PeerSent(Message),
+    /// That record is durable.
+    RecordStored(RecordUpdate),
+    /// Something that the primary sent can't be staged.
+    StageFailed(String),
+    /// The operator asks for an orderly end.
+    StopAsked,
+    /// The operator says that the old primary is off for good.
+    TakeOverAsked,
+    /// The deadline has passed.
+    Timeout,
+    /// A machine or disk operation failed after which this side can't go on.
+    VmFailed(String),
+    /// The witness answered a claim.
+    WitnessAnswered(Generation, WitnessAnswer),
+}
+
+/// Something is to be done. Actions of one step are carried out in their order.
+#[derive(Debug)]
+pub enum Action {
+    /// Write these pages into the committed image at once: no VM runs on it yet.
+    ApplyPages(PageBatch),
+    /// Write to the base image at once: it is being synced.
+    ApplyWrite(DiskWrite),
+    /// Try everything that could fail at the load of the staged checkpoint; answered by `Checked`.
+    Check(Tag),
+    /// Ask the witness for a term; answered by `WitnessAnswered`.
+    Claim(Generation),
+    /// Close both connections; `ControlClosed` and `DataClosed` follow after what was still in them.
+    CloseLink,
+    /// The VM is stopped: make the writes up to this epoch the disk, drop the overlay; answered by
+    /// `DiskCommitted` when that is durable.
+    CommitDisk(Epoch),
+    /// Put a frame in front of the guest's network device.
+    Deliver(Delivery),
+    /// Forget the frames that the guest has not yet received.
+    DropDeliveries,
+    /// Forget the staged pages, devices and writes of an epoch that was not committed.
+    DropStage,
+    /// The run is over; nothing follows.
+    End(Outcome),
+    /// Stop the VM if it runs, apply the staged checkpoint, restore the devices; answered by `Loaded`.
+    Load(Tag),
+    /// Stop the VM; answered by `Paused`.
+    PauseVm,
+    /// Tell the operator.
+    Report(Report),
+    /// Let the VM run.
+    ResumeVm,
+    /// Queue a message on the data connection.
+    Send(Message),
+    /// Queue the hashes of all blocks of the disk, as `BlockHashes` of this tag.
+    SendBlockHashes(Tag),
+    /// Send a message on the control connection.
+    SendControl(Message),
+    /// Let the entropy device draw from this seed.
+    SeedEntropy([u8; 32]),
+    /// Keep the devices' state for the load.
+    StageDevices(DeviceState),
+    /// Keep these pages for the load.
+    StagePages(PageBatch),
+    /// Keep this write for the commit.
+    StageWrite(DiskWrite),
+    /// Write the record beside the image, durably; answered by `RecordStored`.
+    StoreRecord(RecordUpdate),
+}
+
+/// How a run as secondary ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// In order, for this reason.
+    Ended(GoodbyeReason),
+    /// The other side owns the VM; the reason.
+    Fenced(String),
+    /// This side can't go on.
+    Failed(String),
+    /// This side owns the VM; boxed for its size.
+    TakenOver(Box<TakenOver>),
+    /// The primary was lost before this side held a complete state; it may wait for another.
+    Unpaired(String),
+}
+
+/// What a side that took over goes on with.
+#[derive(Debug)]
+pub struct TakenOver {
+    /// The generation that it owns, won and recorded.
+    pub generation: Generation,
+    /// The epoch that its guest ran in.
+    pub last_epoch: Epoch,
+    /// Translation offsets and learned addresses.
+    pub network: NetworkPicture,
+    /// Frames that the guest has not yet received, in order, beside those that the shell still holds.
+    pub inputs: Vec<Delivery>,
+    /// Frames that the guest sent since the peer was lost.
+    pub outputs: Vec<Bytes>,
+}

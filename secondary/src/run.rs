@@ -1,0 +1,447 @@
+//! The secondary's loop: wait for an event, a deadline or a question; step; act. No decisions.
+
+use std::sync::Arc;
+use std::time::Duration as StdDuration;
+
+use bytes::Bytes;
+use checkpoint::pair::{Delivery, Report, WitnessAnswer};
+use checkpoint::wire::{Message, Session};
+use checkpoint::{Generation, Instant};
+use link::clock;
+use link::control::{Answer, Command as Question, ControlRequest};
+use link::port::{Observer, Port, PortBackend};
+use link::record::RecordPlace;
+use link::sentinel::Sentinel;
+use link::status::{Rates, Status};
+use link::{Established, Events as LinkEvents, Link, LinkEvent, Which};
+use machine::{PowerEvent, Vm};
+use storage::witness::{Claim, DirectoryWitness};
+use storage::{FileImage, Replica};
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+
+use crate::disk::{self, Disk, DiskThread, Follower};
+use crate::event::{Action, Event, Outcome};
+use crate::protocol::{Options, Secondary};
+use crate::vm::{Command, VmThread};
+
+/// Events of the machine that may wait for the loop; its threads block when there are more.
+const EVENTS_MAX: usize = 4_096;
+/// Longest time that an orderly end of the connections takes.
+const GOODBYE_MAX: StdDuration = StdDuration::from_millis(500);
+
+/// Everything a secondary runs with, once a primary has been accepted.
+pub struct Setup {
+    /// What the operator set.
+    pub options: Options,
+    /// Name of the pair.
+    pub pair: String,
+    /// Name of this host.
+    pub node: String,
+    /// The accepted primary.
+    pub established: Established,
+    /// The machine, empty and stopped; its memory is private over the committed image.
+    pub vm: Box<dyn Vm>,
+    /// The guest's network port.
+    pub port: Arc<Port>,
+    /// The disk's image.
+    pub image: Arc<FileImage>,
+    /// The disk's layers.
+    pub replica: Replica<FileImage>,
+    /// The record beside the image.
+    pub record: RecordPlace,
+    /// The witness, if there is one.
+    pub witness: Option<Arc<DirectoryWitness>>,
+    /// What the guest does with its power switch.
+    pub power: mpsc::UnboundedReceiver<PowerEvent>,
+    /// The process that ends the connections when this one dies.
+    pub sentinel: Arc<Sentinel>,
+}
+
+/// How the run ended, and the machine if it is to be run on.
+pub struct Finished {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Stopped, with the state to go on from; only after a takeover.
+    pub vm: Option<Box<dyn Vm>>,
+    /// What the guest does with its power switch.
+    pub power: mpsc::UnboundedReceiver<PowerEvent>,
+    /// Set when the image holds all that the guest was told is written; only after a takeover.
+    pub image_ready: Option<std::sync::mpsc::Receiver<Result<(), String>>>,
+}
+
+/// Runs as secondary to the end.
+///
+/// # Errors
+/// Fails if the host refuses a thread at the start.
+pub async fn run(
+    mut setup: Setup,
+    control: &mut mpsc::Receiver<ControlRequest>,
+    stop: &mut watch::Receiver<bool>,
+) -> std::io::Result<Finished> {
+    let (events, inbox) = mpsc::channel(EVENTS_MAX);
+    let disk = Disk::new(Arc::clone(&setup.image), setup.replica);
+    let net = PortBackend::new(Arc::clone(&setup.port), Events(events.clone()));
+    let block = Follower::new(disk.clone(), events.clone());
+    setup
+        .vm
+        .set_backends(Box::new(net), Box::new(block))
+        .map_err(std::io::Error::other)?;
+    let vm = Arc::new(VmThread::spawn(setup.vm, events.clone())?);
+    let check = Arc::downgrade(&vm);
+    let thread = DiskThread::spawn(disk.clone(), setup.record, events.clone(), move |tag, result| {
+        if let Some(vm) = check.upgrade() {
+            vm.send(Command::Check(tag, result));
+        }
+    })?;
+    let primary = setup.established.hello.node;
+    setup.sentinel.guard(&setup.established.link.sockets());
+    let role = Role {
+        protocol: Secondary::new(setup.options, primary, clock::now()),
+        actions: Vec::new(),
+        vm,
+        disk,
+        thread,
+        events,
+        address: setup.established.link.peer_addr().to_string(),
+        link: setup.established.link,
+        session: setup.established.welcome.session,
+        goodbye: false,
+        finishing: None,
+        closed: (false, false),
+        pair: setup.pair,
+        node: setup.node,
+        port: setup.port,
+        witness: setup.witness,
+        sentinel: setup.sentinel,
+        alarms: Vec::new(),
+        state: "starting",
+        started: clock::now(),
+        rates: Rates::default(),
+        sampled: (clock::now(), crate::protocol::Counters::default()),
+        outcome: None,
+    };
+    role.run(inbox, setup.established.events, setup.power, control, stop)
+        .await
+}
+
+/// The machine's threads tell the loop through this; they block while it is behind.
+struct Events(mpsc::Sender<Event>);
+
+impl Observer for Events {
+    fn sent(&mut self, frame: Bytes) {
+        // A closed channel means that the role has ended.
+        let _ = self.0.blocking_send(Event::GuestSent(frame));
+    }
+
+    fn consumed(&mut self, delivery: Delivery) {
+        let _ = self.0.blocking_send(Event::InputConsumed(delivery));
+    }
+}
+
+struct Role {
+    protocol: Secondary,
+    actions: Vec<Action>,
+    vm: Arc<VmThread>,
+    disk: Disk,
+    thread: DiskThread,
+    events: mpsc::Sender<Event>,
+    link: Link,
+    session: Session,
+    /// The peer has been told that this end is in order.
+    goodbye: bool,
+    finishing: Option<tokio::task::JoinHandle<()>>,
+    address: String,
+    /// Whether the control and the data connection have ended.
+    closed: (bool, bool),
+    pair: String,
+    node: String,
+    port: Arc<Port>,
+    witness: Option<Arc<DirectoryWitness>>,
+    sentinel: Arc<Sentinel>,
+    alarms: Vec<String>,
+    state: &'static str,
+    started: Instant,
+    rates: Rates,
+    sampled: (Instant, crate::protocol::Counters),
+    outcome: Option<Outcome>,
+}
+
+impl Role {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Event>,
+        mut peer: LinkEvents,
+        mut power: mpsc::UnboundedReceiver<PowerEvent>,
+        control: &mut mpsc::Receiver<ControlRequest>,
+        stop: &mut watch::Receiver<bool>,
+    ) -> std::io::Result<Finished> {
+        let mut stopping = *stop.borrow();
+        if stopping {
+            self.step(Event::StopAsked);
+        }
+        while self.outcome.is_none() {
+            let deadline = clock::sleep_until(self.protocol.deadline());
+            tokio::select! {
+                event = inbox.recv() => {
+                    self.step(event.expect("the loop holds a sender"));
+                    while let Ok(event) = inbox.try_recv() {
+                        self.step(event);
+                    }
+                }
+                Some(event) = peer.recv() => self.link_event(event),
+                Some(event) = power.recv() => self.step(guest_stopped(event)),
+                Some(request) = control.recv() => self.answer(request),
+                _ = stop.changed(), if !stopping => {
+                    stopping = true;
+                    self.step(Event::StopAsked);
+                }
+                () = deadline => self.step(Event::Timeout),
+            }
+        }
+        drop(inbox);
+        self.wind_up(power).await
+    }
+
+    async fn wind_up(mut self, power: mpsc::UnboundedReceiver<PowerEvent>) -> std::io::Result<Finished> {
+        self.close_link();
+        if let Some(finishing) = self.finishing.take() {
+            finishing.await.map_err(std::io::Error::other)?;
+        }
+        let outcome = self
+            .outcome
+            .take()
+            .unwrap_or(Outcome::Failed("the role ended without a reason".to_owned()));
+        let taken = matches!(outcome, Outcome::TakenOver(_));
+        let image_ready = taken.then(|| self.fold());
+        drop(self.thread);
+        let vm = Arc::try_unwrap(self.vm).ok();
+        let vm = tokio::task::spawn_blocking(move || vm.and_then(VmThread::join))
+            .await
+            .map_err(std::io::Error::other)?;
+        Ok(Finished {
+            outcome,
+            vm: vm.filter(|_| taken),
+            power,
+            image_ready,
+        })
+    }
+
+    /// Makes the own writes the disk, behind the commits that are still in the queue.
+    fn fold(&self) -> std::sync::mpsc::Receiver<Result<(), String>> {
+        let (done, ready) = std::sync::mpsc::channel();
+        let job = self.disk.replica().take_over();
+        self.thread.send(disk::Command::Fold(job, done));
+        ready
+    }
+
+    fn step(&mut self, event: Event) {
+        if self.outcome.is_none() {
+            self.protocol.step(clock::now(), event, &mut self.actions);
+            self.act();
+        }
+    }
+
+    fn act(&mut self) {
+        let mut actions = core::mem::take(&mut self.actions);
+        for action in actions.drain(..) {
+            self.carry_out(action);
+        }
+        self.actions = actions;
+        let state = self.protocol.state_name();
+        if state != self.state && self.outcome.is_none() {
+            if state != "checkpointing" && self.state != "checkpointing" {
+                info!(state, generation = self.protocol.tag().generation.0, "state");
+            }
+            self.state = state;
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::ApplyPages(batch) => self.vm.send(Command::ApplyPages(batch)),
+            Action::ApplyWrite(write) => self.thread.send(disk::Command::Apply(write)),
+            Action::Check(tag) => {
+                let first = self.protocol.is_first();
+                self.thread.send(disk::Command::Prepare { tag, first });
+            }
+            Action::Claim(term) => self.claim(term),
+            Action::CloseLink => self.close_link(),
+            Action::CommitDisk(epoch) => {
+                let job = self.disk.commit(epoch);
+                if let Some(job) = job {
+                    self.thread.send(disk::Command::Run(job));
+                }
+            }
+            Action::Deliver(delivery) => self.port.deliver(delivery),
+            Action::DropDeliveries => self.port.clear(),
+            Action::DropStage => self.vm.send(Command::DropStage),
+            Action::End(outcome) => self.outcome = Some(outcome),
+            Action::Load(tag) => self.vm.send(Command::Load(tag)),
+            Action::PauseVm => self.vm.send(Command::Pause),
+            Action::Report(report) => self.report(report),
+            Action::ResumeVm => self.vm.send(Command::Resume),
+            Action::Send(message) => self.link.send(message),
+            Action::SendBlockHashes(tag) => {
+                self.thread.send(disk::Command::Hash {
+                    tag,
+                    key: link::entropy::hash_key(self.session),
+                    bulk: self.link.bulk(),
+                });
+            }
+            Action::SendControl(message) => {
+                self.goodbye = matches!(message, Message::Goodbye(_));
+                self.link.send_control(message);
+            }
+            Action::SeedEntropy(seed) => self.vm.send(Command::Seed(seed)),
+            Action::StageDevices(state) => self.vm.send(Command::StageDevices(state)),
+            Action::StagePages(batch) => self.vm.send(Command::StagePages(batch)),
+            Action::StageWrite(write) => {
+                let staged = self.disk.replica().stage(write.tag.epoch, write.offset, &write.data);
+                if let Err(error) = staged {
+                    // Delivered after this step: actions are carried out in order.
+                    let events = self.events.clone();
+                    let event = Event::StageFailed(error.to_string());
+                    tokio::spawn(async move { events.send(event).await });
+                }
+            }
+            Action::StoreRecord(update) => self.thread.send(disk::Command::Store(update)),
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        match report {
+            Report::Alarm(text) => {
+                warn!("{text}");
+                self.alarms.truncate(15);
+                self.alarms.insert(0, text);
+            }
+            Report::Note(text) => info!("{text}"),
+            Report::State(_) => {}
+        }
+    }
+
+    fn claim(&mut self, term: Generation) {
+        let Some(witness) = self.witness.clone() else { return };
+        let events = self.events.clone();
+        tokio::task::spawn_blocking(move || {
+            let answer = match witness.claim(term) {
+                Ok(Claim::Won) => WitnessAnswer::Won,
+                Ok(Claim::LostTo(owner)) => WitnessAnswer::LostTo(owner),
+                Err(error) => WitnessAnswer::Unreachable(error.to_string()),
+            };
+            // A closed channel means that the role has ended.
+            let _ = events.blocking_send(Event::WitnessAnswered(term, answer));
+        });
+    }
+
+    fn close_link(&mut self) {
+        if !self.goodbye {
+            self.link.close();
+        } else if self.finishing.is_none() {
+            let link = self.link.clone();
+            self.finishing = Some(tokio::spawn(async move { link.finish(GOODBYE_MAX).await }));
+        }
+        self.sentinel.release();
+    }
+
+    fn link_event(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Message(message) => self.step(Event::PeerSent(message)),
+            LinkEvent::Closed {
+                which: Which::Control,
+                cause,
+            } => {
+                self.closed.0 = true;
+                self.step(Event::ControlClosed(format!("control connection: {cause}")));
+            }
+            LinkEvent::Closed {
+                which: Which::Data,
+                cause,
+            } => {
+                self.closed.1 = true;
+                self.step(Event::DataClosed(format!("data connection: {cause}")));
+            }
+        }
+    }
+
+    fn answer(&mut self, request: ControlRequest) {
+        let reply = match request.command {
+            Question::Status => Ok(Answer::Status(Box::new(self.status()))),
+            Question::Checkpoint => {
+                self.link.send(Message::Want(self.protocol.tag()));
+                Ok(Answer::Done("the primary is asked for a checkpoint".to_owned()))
+            }
+            Question::Stop => {
+                self.step(Event::StopAsked);
+                Ok(Answer::Done("ending in order".to_owned()))
+            }
+            Question::Takeover {
+                old_primary_is_off: true,
+            } if self.protocol.state_name() == "contending" => {
+                self.step(Event::TakeOverAsked);
+                Ok(Answer::Done("taking over".to_owned()))
+            }
+            Question::Takeover {
+                old_primary_is_off: true,
+            } => Err(format!(
+                "no takeover: this side is {}; it takes over only after it has lost its primary",
+                self.protocol.state_name()
+            )),
+            Question::Takeover {
+                old_primary_is_off: false,
+            } => Err(
+                "say --old-primary-is-off once you have made sure that it is: two running primaries destroy data"
+                    .to_owned(),
+            ),
+        };
+        // The asker may have gone.
+        let _ = request.reply.send(reply);
+    }
+
+    fn status(&mut self) -> Status {
+        let now = clock::now();
+        let counters = self.protocol.counters().clone();
+        let span = now.since(self.sampled.0);
+        if span.as_millis() >= 1_000 {
+            let before = &self.sampled.1;
+            self.rates = Rates::over(
+                span,
+                counters.inputs - before.inputs,
+                counters.outputs - before.outputs,
+                counters.pages - before.pages,
+                counters.page_bytes - before.page_bytes,
+            );
+            self.sampled = (now, counters);
+        }
+        let (overlay, staged) = {
+            let replica = self.disk.replica();
+            (replica.overlay_bytes(), replica.staged_bytes())
+        };
+        crate::status::status(
+            &self.protocol,
+            now,
+            &crate::status::Shell {
+                pair: &self.pair,
+                node: &self.node,
+                address: &self.address,
+                connected: self.closed == (false, false),
+                link_queued_bytes: self.link.queued_bytes() as u64,
+                overlay_bytes: overlay,
+                staged_bytes: staged,
+                rates: self.rates,
+                alarms: &self.alarms,
+                since: now.since(self.started),
+            },
+        )
+    }
+}
+
+fn guest_stopped(event: PowerEvent) -> Event {
+    match event {
+        PowerEvent::Off => Event::GuestStopped("it powered off".to_owned()),
+        PowerEvent::Reset => Event::GuestStopped("it asked for a reset".to_owned()),
+        PowerEvent::Panic => Event::GuestStopped("it panicked".to_owned()),
+        PowerEvent::Crashed { reason } => Event::GuestStopped(reason),
+    }
+}

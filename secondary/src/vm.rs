@@ -1,0 +1,189 @@
+//! The thread that owns the VM: it stages what the primary ships, tries it, and makes it the VM.
+//!
+//! Nothing of a checkpoint touches the machine before `Load`. No decision is made here.
+
+use std::sync::mpsc;
+use std::thread;
+
+use checkpoint::Tag;
+use checkpoint::limits::PAGE_BYTES;
+use checkpoint::pages::decode_batch;
+use checkpoint::wire::{DeviceState, PageBatch};
+use link::describe;
+use machine::{GuestRam, MachineState, Section, Vm};
+use tokio::sync::mpsc as events;
+
+use crate::event::Event;
+
+/// What the VM's thread is told.
+pub(crate) enum Command {
+    ApplyPages(PageBatch),
+    Check(Tag, Result<(), String>),
+    DropStage,
+    Load(Tag),
+    Pause,
+    Resume,
+    Seed([u8; 32]),
+    StageDevices(DeviceState),
+    StagePages(PageBatch),
+}
+
+/// Handle of the thread; it ends when the handle is dropped.
+pub(crate) struct VmThread {
+    commands: Option<mpsc::Sender<Command>>,
+    thread: Option<thread::JoinHandle<Box<dyn Vm>>>,
+}
+
+impl VmThread {
+    pub(crate) fn spawn(vm: Box<dyn Vm>, events: events::Sender<Event>) -> std::io::Result<Self> {
+        let (commands, orders) = mpsc::channel();
+        let ram = vm.ram();
+        let worker = Worker {
+            vm,
+            ram,
+            events,
+            stage: Stage::default(),
+        };
+        let thread = thread::Builder::new()
+            .name("vm".to_owned())
+            .spawn(move || worker.run(&orders))?;
+        Ok(Self {
+            commands: Some(commands),
+            thread: Some(thread),
+        })
+    }
+
+    pub(crate) fn send(&self, command: Command) {
+        if let Some(commands) = &self.commands {
+            // A thread that has ended has reported `VmFailed`; nothing is left to do for it.
+            let _ = commands.send(command);
+        }
+    }
+
+    /// Ends the thread and returns the VM, stopped.
+    pub(crate) fn join(mut self) -> Option<Box<dyn Vm>> {
+        self.commands = None;
+        self.thread.take().and_then(|thread| thread.join().ok())
+    }
+}
+
+/// A checkpoint in flight: decoded pages in the order in which they came, and the devices' state.
+#[derive(Default)]
+struct Stage {
+    pages: Vec<u64>,
+    content: Vec<u8>,
+    devices: Option<MachineState>,
+}
+
+struct Worker {
+    vm: Box<dyn Vm>,
+    ram: GuestRam,
+    events: events::Sender<Event>,
+    stage: Stage,
+}
+
+impl Worker {
+    fn run(mut self, orders: &mpsc::Receiver<Command>) -> Box<dyn Vm> {
+        while let Ok(order) = orders.recv() {
+            if let Some(event) = self.obey(order) {
+                // A closed channel means that the role has ended; the next receive ends this thread.
+                let _ = self.events.blocking_send(event);
+            }
+        }
+        self.vm
+    }
+
+    fn obey(&mut self, order: Command) -> Option<Event> {
+        match order {
+            Command::ApplyPages(batch) => self.apply(&batch).err().map(Event::StageFailed),
+            Command::Check(tag, disk) => Some(Event::Checked(tag, disk.and_then(|()| self.check()))),
+            Command::DropStage => {
+                self.stage = Stage::default();
+                None
+            }
+            Command::Load(tag) => Some(match self.load() {
+                Ok(()) => Event::Loaded(tag),
+                Err(error) => Event::VmFailed(format!(
+                    "checkpoint {tag} failed after its commit: {}",
+                    describe(&*error)
+                )),
+            }),
+            Command::Pause => Some(
+                self.vm
+                    .pause()
+                    .map_or_else(|error| Event::VmFailed(describe(&error)), |()| Event::Paused),
+            ),
+            Command::Resume => self.vm.resume().err().map(|error| Event::VmFailed(describe(&error))),
+            Command::Seed(seed) => {
+                self.vm.set_entropy_seed(Some(seed));
+                None
+            }
+            Command::StageDevices(state) => {
+                let sections = state.sections.into_iter();
+                self.stage.devices = Some(MachineState(
+                    sections
+                        .map(|section| Section {
+                            name: section.name,
+                            version: section.version,
+                            bytes: section.bytes,
+                        })
+                        .collect(),
+                ));
+                None
+            }
+            Command::StagePages(batch) => self.stage_pages(&batch).err().map(Event::StageFailed),
+        }
+    }
+
+    fn apply(&mut self, batch: &PageBatch) -> Result<(), String> {
+        let ram = &self.ram;
+        let mut failed = None;
+        let decoded = decode_batch(&batch.encoded, ram.pages(), |page, content| {
+            if let Err(error) = ram.write_committed(page, content) {
+                failed = Some(describe(&error));
+            }
+        });
+        counted(batch, decoded.map_err(|error| describe(&error)))?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn stage_pages(&mut self, batch: &PageBatch) -> Result<(), String> {
+        let most = self.ram.pages();
+        if self.stage.pages.len() as u64 + u64::from(batch.count) > most {
+            return Err("the checkpoint has more pages than the machine".to_owned());
+        }
+        let stage = &mut self.stage;
+        let decoded = decode_batch(&batch.encoded, most, |page, content| {
+            stage.pages.push(page);
+            stage.content.extend_from_slice(content);
+        });
+        counted(batch, decoded.map_err(|error| describe(&error)))
+    }
+
+    fn check(&mut self) -> Result<(), String> {
+        let devices = self.stage.devices.as_ref().ok_or("the devices' state is missing")?;
+        self.vm.check(devices).map_err(|error| describe(&error))
+    }
+
+    /// Stops the VM before the first byte is applied: a page that it has only read would show it.
+    fn load(&mut self) -> Result<(), Box<dyn std::error::Error>> {
+        let stage = core::mem::take(&mut self.stage);
+        let devices = stage.devices.unwrap_or_default();
+        self.vm.pause()?;
+        let own = self.vm.take_dirty()?;
+        for (page, content) in stage.pages.iter().zip(stage.content.chunks_exact(PAGE_BYTES)) {
+            let content = content.try_into().expect("the chunk is one page");
+            self.ram.write_committed(*page, content)?;
+        }
+        self.ram.revert(&own)?;
+        Ok(self.vm.restore(&devices)?)
+    }
+}
+
+fn counted(batch: &PageBatch, decoded: Result<u32, String>) -> Result<(), String> {
+    match decoded {
+        Ok(count) if count == batch.count => Ok(()),
+        Ok(count) => Err(format!("a batch of {} pages has {count}", batch.count)),
+        Err(error) => Err(format!("a page can't be decoded: {error}")),
+    }
+}

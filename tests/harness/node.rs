@@ -1,0 +1,329 @@
+//! One simulated host: a role's protocol, a toy guest, and a toy shell around them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use checkpoint::limits::PAGE_BYTES;
+use checkpoint::pages::{BatchEncoder, decode_batch};
+use checkpoint::pair::{Delivery, RecordUpdate};
+use checkpoint::staging::Totals;
+use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
+use checkpoint::{Epoch, Tag};
+use primary::event::Shipment;
+use primary::protocol::Primary;
+use secondary::protocol::Secondary;
+use storage::sim::{SimDisk, SimImage};
+use storage::{CommitJob, Image, Replica};
+
+use crate::checkers::Snapshot;
+use crate::toy_vm::{DISK_BYTES, PAGES, ToyVm};
+
+/// What a host does.
+pub enum Role {
+    /// Nothing: it is dead, fenced or has ended.
+    Off,
+    /// It listens for a primary.
+    Waiting,
+    /// It runs the VM.
+    Primary(Box<Primary>),
+    /// It follows.
+    Secondary(Box<Secondary>),
+}
+
+/// A host.
+pub struct Node {
+    /// Raised at every start and death: what was under way for an earlier life is dropped.
+    pub life: u64,
+    /// What it does.
+    pub role: Role,
+    /// Its guest.
+    pub vm: ToyVm,
+    /// Whether the guest runs.
+    pub running: bool,
+    /// Whether a turn of the guest is under way.
+    pub serving: bool,
+    /// Frames in front of the guest.
+    pub inbox: VecDeque<Delivery>,
+    /// The link it has, by its number.
+    pub link: Option<usize>,
+    /// The host executes nothing until then.
+    pub frozen_until: u64,
+    /// The durable record.
+    pub record: Option<RecordUpdate>,
+    /// Disk image.
+    pub image: Arc<SimImage>,
+    /// The secondary's layers over it.
+    pub replica: Option<Replica<SimImage>>,
+    journal: Arc<SimImage>,
+    committed: Vec<Vec<u8>>,
+    stage: Vec<PageBatch>,
+    devices: Option<DeviceState>,
+    unacknowledged: Vec<u64>,
+    jobs: VecDeque<CommitJob<SimImage>>,
+}
+
+impl Node {
+    /// Makes a host with an empty disk.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        let disk = SimDisk::new(seed);
+        let limits = storage::replica::Limits::default();
+        let journal = disk.image(storage::journal::size_for(limits.batch(DISK_BYTES)));
+        Self {
+            life: 0,
+            role: Role::Off,
+            vm: ToyVm::default(),
+            running: false,
+            serving: false,
+            inbox: VecDeque::new(),
+            link: None,
+            frozen_until: 0,
+            record: None,
+            image: disk.image(DISK_BYTES),
+            replica: None,
+            journal,
+            committed: ToyVm::default().pages,
+            stage: Vec::new(),
+            devices: None,
+            unacknowledged: Vec::new(),
+            jobs: VecDeque::new(),
+        }
+    }
+
+    /// Starts it with nothing in memory, to listen for a primary.
+    pub fn wait(&mut self) {
+        self.life += 1;
+        self.role = Role::Waiting;
+        self.vm = ToyVm::default();
+        self.committed = ToyVm::default().pages;
+        self.running = false;
+        self.serving = false;
+        self.inbox.clear();
+        self.link = None;
+        self.stage.clear();
+        self.devices = None;
+        self.unacknowledged.clear();
+        self.jobs.clear();
+        storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
+        let limits = storage::replica::Limits::default();
+        self.replica = Some(Replica::new(
+            Arc::clone(&self.image),
+            Arc::clone(&self.journal),
+            limits,
+            Tag::default(),
+        ));
+    }
+
+    /// Kills it.
+    pub fn die(&mut self) {
+        self.life += 1;
+        self.role = Role::Off;
+        self.running = false;
+        self.link = None;
+        self.replica = None;
+        self.jobs.clear();
+    }
+
+    /// Returns the whole state, as the guest sees it.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let mut disk = vec![0; usize::try_from(DISK_BYTES).expect("small")];
+        match &self.replica {
+            Some(replica) => replica.read(0, &mut disk).expect("in range"),
+            None => self.image.read_at(0, &mut disk).expect("in range"),
+        }
+        Snapshot {
+            pages: self.vm.pages.clone(),
+            served: self.vm.served,
+            disk,
+        }
+    }
+
+    // Primary's shell.
+
+    /// Ships all of memory.
+    pub fn sync_memory(&mut self, mut totals: Totals) -> (Vec<Message>, Shipment) {
+        self.unacknowledged.clear();
+        self.vm.dirty.clear();
+        let mut messages = Vec::new();
+        self.batch(&mut totals, &(0..PAGES).collect::<Vec<_>>(), &mut messages);
+        (
+            messages,
+            Shipment {
+                totals,
+                pages: PAGES,
+                bytes: 0,
+                entropy: [0; 32],
+            },
+        )
+    }
+
+    /// Ships a checkpoint.
+    pub fn ship(&mut self, blocks: &[u64], mut totals: Totals, entropy: u64) -> (Vec<Message>, Shipment) {
+        let tag = totals.tag();
+        let dirty: Vec<u64> = core::mem::take(&mut self.vm.dirty).into_iter().collect();
+        let mut messages = Vec::new();
+        self.batch(&mut totals, &dirty, &mut messages);
+        let pages = dirty.len() as u64;
+        self.unacknowledged = dirty;
+        for &block in blocks {
+            let (offset, length) = storage::verify::block_range(self.image.size(), block);
+            let mut data = vec![0; length];
+            self.image.read_at(offset, &mut data).expect("in range");
+            let write = DiskWrite {
+                tag,
+                offset,
+                data: data.into(),
+            };
+            totals.write(&write).expect("of this epoch");
+            messages.push(Message::Write(write));
+        }
+        let registers = Section {
+            name: "toy".to_owned(),
+            version: 1,
+            bytes: self.vm.served.to_le_bytes().to_vec(),
+        };
+        let devices = DeviceState {
+            tag,
+            sections: vec![registers],
+        };
+        totals.device_state(&devices).expect("once");
+        messages.push(Message::DeviceState(devices));
+        let mut seed = [0; 32];
+        seed[..8].copy_from_slice(&entropy.to_le_bytes());
+        (
+            messages,
+            Shipment {
+                totals,
+                pages,
+                bytes: 0,
+                entropy: seed,
+            },
+        )
+    }
+
+    /// The dirty pages of the abandoned checkpoint belong to the next one.
+    pub fn keep_dirty(&mut self) {
+        self.vm.dirty.extend(core::mem::take(&mut self.unacknowledged));
+    }
+
+    fn batch(&self, totals: &mut Totals, pages: &[u64], messages: &mut Vec<Message>) {
+        let mut encoder = BatchEncoder::new(256 * 1024);
+        for few in pages.chunks(8) {
+            for &page in few {
+                let content = &self.vm.pages[usize::try_from(page).expect("small")];
+                assert!(
+                    !encoder.push(page, content.as_slice().try_into().expect("a page")),
+                    "eight pages fit"
+                );
+            }
+            let (count, encoded) = encoder.finish();
+            let batch = PageBatch {
+                tag: totals.tag(),
+                count,
+                encoded,
+            };
+            totals.pages(&batch).expect("of this epoch");
+            messages.push(Message::Pages(batch));
+        }
+    }
+
+    // Secondary's shell.
+
+    /// Applies pages to the committed image.
+    pub fn apply(&mut self, batch: &PageBatch) {
+        let committed = &mut self.committed;
+        decode_batch(&batch.encoded, PAGES, |page, content: &[u8; PAGE_BYTES]| {
+            committed[usize::try_from(page).expect("small")].copy_from_slice(content);
+        })
+        .expect("the simulated wire keeps bytes whole");
+    }
+
+    /// Keeps pages for the load.
+    pub fn stage_pages(&mut self, batch: PageBatch) {
+        self.stage.push(batch);
+    }
+
+    /// Keeps device state for the load.
+    pub fn stage_devices(&mut self, state: DeviceState) {
+        self.devices = Some(state);
+    }
+
+    /// Forgets what is staged.
+    pub fn drop_stage(&mut self) {
+        self.stage.clear();
+        self.devices = None;
+        if let Some(replica) = &mut self.replica {
+            replica.abandon();
+        }
+    }
+
+    /// Tries what could fail.
+    pub fn prepare(&mut self, tag: Tag, first: bool) -> Result<(), String> {
+        let replica = self.replica.as_mut().expect("a secondary");
+        if first {
+            self.image.flush().map_err(|error| error.to_string())?;
+            replica.end_sync(Tag {
+                generation: tag.generation,
+                epoch: Epoch(tag.epoch.0 - 1),
+            });
+        }
+        replica.reserve(tag.epoch).map_err(|error| error.to_string())
+    }
+
+    /// Makes the staged checkpoint the guest's state.
+    pub fn load(&mut self) {
+        self.running = false;
+        for batch in core::mem::take(&mut self.stage) {
+            self.apply(&batch);
+        }
+        self.vm.pages = self.committed.clone();
+        self.vm.dirty.clear();
+        let devices = self.devices.take().expect("checked");
+        self.vm.served = u64::from_le_bytes(
+            devices.sections[0]
+                .bytes
+                .as_slice()
+                .try_into()
+                .expect("the toy's section"),
+        );
+    }
+
+    /// Makes the writes up to this epoch the disk.
+    pub fn commit_disk(&mut self, epoch: Epoch) {
+        let job = self.replica.as_mut().expect("a secondary").commit(epoch);
+        self.jobs.extend(job);
+    }
+
+    /// Runs the I/O of commits; returns the last epoch that is durable now.
+    pub fn run_jobs(&mut self) -> Option<Epoch> {
+        let mut last = None;
+        while let Some(job) = self.jobs.pop_front() {
+            let done = job.run().expect("the simulated disk is whole");
+            last = Some(done.last().tag.epoch);
+            self.jobs.extend(self.replica.as_mut()?.committed(&done));
+        }
+        last
+    }
+
+    /// Makes the guest's own writes the disk.
+    pub fn fold(&mut self) {
+        self.run_jobs();
+        let mut replica = self.replica.take().expect("a secondary");
+        let mut next = replica.take_over();
+        while let Some(job) = next {
+            let done = job.run().expect("the simulated disk is whole");
+            next = replica.committed(&done);
+        }
+        replica.into_image().expect("the simulated disk is whole");
+    }
+
+    /// Writes to the disk that the guest sees.
+    pub fn write_disk(&mut self, offset: u64, data: &Bytes) {
+        match &mut self.replica {
+            Some(replica) => replica.write(offset, data).expect("the overlay has room"),
+            None => self.image.write_at(offset, data).expect("in range"),
+        }
+    }
+}
