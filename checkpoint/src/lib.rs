@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod epoch;
+pub mod failover;
 pub mod handshake;
 pub mod limits;
 pub mod liveness;
