@@ -1,5 +1,23 @@
 //! The tandem program as a library: its commands, and the laboratory that the demo and the tests share.
+//!
+//! ```text
+//!   main ─► cli ─┬─ args, options, settings, units     what is wanted
+//!                ├─ role, bundle                       a role, run with it
+//!                ├─ operator                           questions to a running role
+//!                └─ demo ─┬─ lab                       two hosts and a client on one machine
+//!                         └─ clients                   what the client does
+//! ```
 
 #![forbid(unsafe_code)]
 
+pub mod args;
+pub mod bundle;
+pub mod cli;
+pub mod clients;
+pub mod demo;
 pub mod lab;
+pub mod operator;
+pub mod options;
+pub mod role;
+pub mod settings;
+pub mod units;

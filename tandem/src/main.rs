@@ -1,5 +1,9 @@
-//! The tandem program.
+//! The tandem program: reads the command line, does it, and tells how it ended.
 
 #![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tandem::cli::main()
+}

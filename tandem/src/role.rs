@@ -1,4 +1,4 @@
-//! Runs a role from its settings to its end, and feeds a takeover into the next role.
+//! From checked settings to a running role, and from its outcome to the next one.
 //!
 //! Order of a start: what can be refused without a trace first (KVM, image, TAP, witness), then the contest
 //! for the right to run, then the machine. Nothing is left half-started: everything is dropped on the way out.
@@ -13,12 +13,12 @@ use checkpoint::failover::{self, Decision};
 use checkpoint::handshake::{self, Local};
 use checkpoint::pair::RecordUpdate;
 use checkpoint::wire::{GoodbyeReason, MachineShape};
-use checkpoint::{Duration, Epoch, Generation, Role, Tag};
+use checkpoint::{Duration, Epoch, Generation, Role, Tag, limits};
 use link::control::{Answer, Command, ControlRequest, Server};
 use link::port::Port;
 use link::record::RecordPlace;
-use link::{Listener, Sentinel};
 use link::status::{Peer, State, Status};
+use link::{Listener, Sentinel};
 use machine::tap::Tap;
 use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
@@ -28,81 +28,103 @@ use secondary::event::{Outcome as SecondaryOutcome, TakenOver};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
 use storage::{FileImage, Image, Record, Replica};
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-/// The bundled guest, built with the program.
-pub const BUNDLED_GUEST: &[u8] = include_bytes!(env!("TANDEM_GUEST"));
+use crate::bundle::GUEST_IMAGE;
+use crate::settings::{RunSettings, Settings, VmSettings, Witness};
 
-/// What a role is set to.
-#[derive(Clone, Debug)]
-pub struct RoleSettings {
-    /// Name of the pair.
-    pub pair: String,
-    /// Name of this host.
-    pub node: String,
-    /// The disk's image.
-    pub image: PathBuf,
-    /// Guest memory in bytes.
-    pub memory_bytes: u64,
-    /// The TAP device.
-    pub tap: String,
-    /// The guest's hardware address.
-    pub mac: [u8; 6],
-    /// Where the secondary listens.
-    pub peer: Option<SocketAddr>,
-    /// Where this host listens as secondary.
-    pub listen: Option<SocketAddr>,
-    /// The witness's directory.
-    pub witness: Option<PathBuf>,
-    /// Silence after which the peer is lost.
-    pub takeover_limit: Duration,
-    /// Longest epoch.
-    pub epoch_age_max: Duration,
-    /// Longest wait of a frame for its equal.
-    pub unmatched_max: Duration,
-    /// The bundled guest's settings.
-    pub command_line: String,
-    /// The control socket.
-    pub control: PathBuf,
-}
-
-/// How a role ended, for the exit code.
+/// How a role's process ends when nothing failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
+pub enum Ending {
     /// In order.
-    Orderly(String),
-    /// The other side owns the VM.
+    Done,
+    /// The contest was lost: the other side runs. Holds the reason.
     Fenced(String),
-    /// It can't go on.
-    Failed(String),
 }
 
-/// Runs a primary, or the VM unprotected if no peer is set.
+/// Runs the VM and has it protected by the other host.
 ///
 /// # Errors
-/// Fails if it can't start; the error names cause and cure.
-pub async fn run_primary(settings: RoleSettings, stop: watch::Receiver<bool>) -> Result<End> {
-    let host = Host::open(settings)?;
+/// Fails if anything that the role needs is missing; nothing was started then. Later, if this side can't go on.
+pub fn run_primary(settings: Settings) -> Result<Ending> {
+    runtime()?.block_on(async {
+        let stop = stop_signals()?;
+        primary(Host::open(settings.into())?, stop).await
+    })
+}
+
+/// Protects the VM of the other host.
+///
+/// # Errors
+/// Fails if anything that the role needs is missing; nothing was started then. Later, if this side can't go on.
+pub fn run_secondary(settings: Settings) -> Result<Ending> {
+    runtime()?.block_on(async {
+        let stop = stop_signals()?;
+        secondary(Host::open(settings.into())?, stop).await
+    })
+}
+
+/// Runs the VM unprotected.
+///
+/// # Errors
+/// Fails if anything that the VM needs is missing; nothing was started then.
+pub fn run_alone(settings: RunSettings) -> Result<Ending> {
+    runtime()?.block_on(async {
+        let stop = stop_signals()?;
+        primary(Host::open(settings.into())?, stop).await
+    })
+}
+
+fn runtime() -> Result<Runtime> {
+    // The loop and the connections' tasks: more threads only move them about.
+    Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the host refuses threads: raise its limits (ulimit -u)")
+}
+
+/// Turns Ctrl-C and SIGTERM into an orderly end.
+fn stop_signals() -> Result<watch::Receiver<bool>> {
+    let (stop, asked) = watch::channel(false);
+    let mut interrupt = signal(SignalKind::interrupt()).context("can't listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("can't listen for SIGTERM")?;
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            stop.send_replace(true);
+        }
+    });
+    Ok(asked)
+}
+
+async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let (generation, last_epoch) = host.contest()?;
-    let (_server, control) = Server::start(&host.settings.control)?;
+    let (_server, control) = Server::start(&host.settings.vm.control)?;
     let mut outside = Outside { control, stop };
-    let port = Port::new().context("the host refuses a descriptor")?;
+    let port = Port::new().context("the host refuses a descriptor: raise its limits (ulimit -n)")?;
     let (mut vm, power) = host.machine(Mapping::Shared, &port)?;
-    vm.boot(BUNDLED_GUEST, &host.settings.command_line).context("the guest can't be booted")?;
+    vm.boot(GUEST_IMAGE, &host.settings.vm.cmdline)
+        .context("the guest can't be booted")?;
     info!(node = host.settings.node, generation = generation.0, "running");
     let start = Start::Boot { generation, last_epoch };
-    host.be_primary(Box::new(vm), port, power, start, None, &mut outside).await
+    host.be_primary(Box::new(vm), port, power, start, None, &mut outside)
+        .await
 }
 
 /// Waits for primaries, follows them, and takes over.
-///
-/// # Errors
-/// Fails if it can't start; the error names cause and cure.
-pub async fn run_secondary(settings: RoleSettings, stop: watch::Receiver<bool>) -> Result<End> {
-    let host = Host::open(settings)?;
-    let address = host.settings.listen.ok_or_else(|| anyhow!("a secondary needs --listen ADDRESS:PORT"))?;
-    let (_server, control) = Server::start(&host.settings.control)?;
+async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
+    let address = host
+        .settings
+        .listen
+        .ok_or_else(|| anyhow!("a secondary needs --listen ADDRESS:PORT"))?;
+    let (_server, control) = Server::start(&host.settings.vm.control)?;
     let mut listener = Listener::bind(address)?;
     let mut outside = Outside { control, stop };
     info!(node = host.settings.node, %address, "waiting for a primary");
@@ -116,7 +138,7 @@ pub async fn run_secondary(settings: RoleSettings, stop: watch::Receiver<bool>) 
                 host.answer_waiting(request, address);
                 continue;
             }
-            _ = outside.stop.changed() => return Ok(End::Orderly("stopped by its operator".to_owned())),
+            _ = outside.stop.changed() => return Ok(Ending::Done),
         };
         let port = Port::new().context("the host refuses a descriptor")?;
         let (vm, power) = host.machine(Mapping::Private, &port)?;
@@ -126,7 +148,7 @@ pub async fn run_secondary(settings: RoleSettings, stop: watch::Receiver<bool>) 
                 takeover_limit: host.settings.takeover_limit,
                 generation: record.as_ref().map_or(Generation(0), |record| record.tag.generation),
             },
-            pair: host.settings.pair.clone(),
+            pair: host.pair().to_owned(),
             node: host.settings.node.clone(),
             established,
             vm: Box::new(vm),
@@ -140,20 +162,85 @@ pub async fn run_secondary(settings: RoleSettings, stop: watch::Receiver<bool>) 
         };
         let finished = secondary::run(setup, &mut outside.control, &mut outside.stop).await?;
         match finished.outcome {
-            SecondaryOutcome::Ended(reason) => return Ok(End::Orderly(reason.to_string())),
-            SecondaryOutcome::Fenced(reason) => return Ok(End::Fenced(reason)),
-            SecondaryOutcome::Failed(reason) => return Ok(End::Failed(reason)),
+            SecondaryOutcome::Ended(reason) => {
+                info!("ended: {reason}");
+                return Ok(Ending::Done);
+            }
+            SecondaryOutcome::Fenced(reason) => return Ok(Ending::Fenced(reason)),
+            SecondaryOutcome::Failed(reason) => bail!("{reason}"),
             SecondaryOutcome::Unpaired(reason) => warn!("{reason}; waiting for a primary"),
             SecondaryOutcome::TakenOver(taken) => {
                 drop(listener);
-                let vm = finished.vm.ok_or_else(|| anyhow!("the machine was lost at the takeover"))?;
-                let TakenOver { generation, last_epoch, network, inputs, outputs } = *taken;
+                let vm = finished
+                    .vm
+                    .ok_or_else(|| anyhow!("the machine was lost at the takeover"))?;
+                let TakenOver {
+                    generation,
+                    last_epoch,
+                    network,
+                    inputs,
+                    outputs,
+                } = *taken;
                 info!(generation = generation.0, "took over");
                 let stale = host.tap.drain().context("the TAP can't be read")?;
                 tracing::debug!(stale, "frames that the primary's guest already had");
-                let start = Start::TakenOver { generation, last_epoch, network, inputs, outputs };
-                return host.be_primary(vm, port, finished.power, start, finished.image_ready, &mut outside).await;
+                let start = Start::TakenOver {
+                    generation,
+                    last_epoch,
+                    network,
+                    inputs,
+                    outputs,
+                };
+                return host
+                    .be_primary(vm, port, finished.power, start, finished.image_ready, &mut outside)
+                    .await;
             }
+        }
+    }
+}
+
+/// What both kinds of settings have in common for a role.
+struct RoleSettings {
+    /// Name of the pair; an unprotected VM has none.
+    pair: Option<String>,
+    node: String,
+    vm: VmSettings,
+    peer: Option<SocketAddr>,
+    listen: Option<SocketAddr>,
+    witness: Option<Witness>,
+    takeover_limit: Duration,
+    epoch_age_max: Duration,
+    unmatched_max: Duration,
+}
+
+impl From<Settings> for RoleSettings {
+    fn from(settings: Settings) -> Self {
+        Self {
+            pair: Some(settings.pair),
+            node: settings.node,
+            vm: settings.vm,
+            peer: settings.peer,
+            listen: settings.listen,
+            witness: settings.witness,
+            takeover_limit: settings.takeover_limit.into(),
+            epoch_age_max: settings.epoch_max_age.into(),
+            unmatched_max: settings.unmatched_limit.into(),
+        }
+    }
+}
+
+impl From<RunSettings> for RoleSettings {
+    fn from(settings: RunSettings) -> Self {
+        Self {
+            pair: None,
+            node: settings.node,
+            vm: settings.vm,
+            peer: None,
+            listen: None,
+            witness: None,
+            takeover_limit: limits::TAKEOVER_LIMIT_DEFAULT,
+            epoch_age_max: limits::EPOCH_AGE_MAX,
+            unmatched_max: limits::UNMATCHED_MAX,
         }
     }
 }
@@ -176,36 +263,57 @@ impl Host {
         // Before guest memory is mapped: it must never be part of the sentinel.
         let sentinel = Arc::new(Sentinel::spawn()?);
         let cpu = machine::cpu_identity()?;
-        let image = Arc::new(FileImage::open(&settings.image)?);
-        let record_path = Record::path_for(&settings.image);
+        let image = Arc::new(FileImage::open(&settings.vm.image)?);
+        let record_path = Record::path_for(&settings.vm.image);
         let batch = Limits::default().batch(image.size());
-        let journal = Arc::new(FileImage::open_journal(Record::journal_for(&settings.image), batch)?);
+        let journal = Arc::new(FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?);
         let recovery = storage::recover(&*image, &*journal)?;
-        let mut record = Record::load(&record_path)?;
-        if let Some(record) = &mut record {
-            if record.pair != settings.pair {
-                bail!(
-                    "the image {} belongs to pair '{}', not '{}': use --pair {}, or another image",
-                    settings.image.display(), record.pair, settings.pair, record.pair
-                );
-            }
-            record.advance(&recovery);
+        let record = Record::load(&record_path)?;
+        if let (Some(record), Some(pair)) = (&record, &settings.pair)
+            && record.pair != *pair
+        {
+            bail!(
+                "the image {} belongs to pair '{}', not '{pair}': say --pair {}, or use another image",
+                settings.vm.image.display(),
+                record.pair,
+                record.pair
+            );
         }
-        let tap = Arc::new(Tap::open(&settings.tap)?);
+        if let Some(mut record) = record.clone() {
+            let before = record.tag;
+            record.advance(&recovery);
+            if record.tag != before {
+                record.store(&record_path)?;
+            }
+        }
+        let tap = Arc::new(Tap::open(&settings.vm.tap)?);
         let known = record.as_ref().and_then(|record| record.witness.as_deref());
-        let witness = settings
-            .witness
-            .as_ref()
-            .map(|directory| DirectoryWitness::open(directory, &settings.pair, &settings.node, known))
-            .transpose()?
-            .map(Arc::new);
-        Ok(Self { settings, image, journal, record_path, tap, witness, sentinel, cpu })
+        let witness = match (&settings.witness, &settings.pair) {
+            (Some(Witness::Directory(path)), Some(pair)) => {
+                Some(Arc::new(DirectoryWitness::open(path, pair, &settings.node, known)?))
+            }
+            _ => None,
+        };
+        Ok(Self {
+            settings,
+            image,
+            journal,
+            record_path,
+            tap,
+            witness,
+            sentinel,
+            cpu,
+        })
+    }
+
+    fn pair(&self) -> &str {
+        self.settings.pair.as_deref().unwrap_or("none")
     }
 
     fn place(&self) -> RecordPlace {
         RecordPlace {
-            path: self.record_path.clone(),
-            pair: self.settings.pair.clone(),
+            path: self.settings.pair.is_some().then(|| self.record_path.clone()),
+            pair: self.pair().to_owned(),
             node: self.settings.node.clone(),
             witness: self.witness.as_ref().map(|witness| witness.mark().to_owned()),
         }
@@ -217,15 +325,32 @@ impl Host {
 
     fn replica(&self, record: Option<&Record>) -> Replica<FileImage> {
         let at = record.map_or(Tag::default(), |record| record.tag);
-        Replica::new(Arc::clone(&self.image), Arc::clone(&self.journal), Limits::default(), at)
+        Replica::new(
+            Arc::clone(&self.image),
+            Arc::clone(&self.journal),
+            Limits::default(),
+            at,
+        )
     }
 
     fn shape(&self) -> MachineShape {
-        let mac: Vec<String> = self.settings.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mac: Vec<String> = self
+            .settings
+            .vm
+            .mac
+            .0
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         MachineShape {
-            memory_bytes: self.settings.memory_bytes,
+            memory_bytes: self.settings.vm.memory,
             vcpus: 1,
-            devices: vec![format!("net={}", mac.join(":")), "block".to_owned(), "console".to_owned(), "entropy".to_owned()],
+            devices: vec![
+                format!("net={}", mac.join(":")),
+                "block".to_owned(),
+                "console".to_owned(),
+                "entropy".to_owned(),
+            ],
             disk_bytes: self.image.size(),
             cpu: self.cpu,
         }
@@ -233,7 +358,7 @@ impl Host {
 
     fn local(&self, record: Option<&Record>) -> Local {
         Local {
-            pair: self.settings.pair.clone(),
+            pair: self.pair().to_owned(),
             node: self.settings.node.clone(),
             shape: self.shape(),
             generation: record.map_or(Generation(0), |record| record.tag.generation),
@@ -246,7 +371,21 @@ impl Host {
     /// A start without a peer is a contest too: refuses unless this host's state is provably the newest.
     fn contest(&self) -> Result<(Generation, Epoch)> {
         let record = self.record()?;
-        let latest = self.witness.as_ref().map(|witness| witness.latest()).transpose()?.flatten();
+        if self.settings.pair.is_none() {
+            if record.as_ref().is_some_and(|record| !record.complete) {
+                bail!(
+                    "the image {} is in the middle of a sync: start it as a secondary",
+                    self.settings.vm.image.display()
+                );
+            }
+            return Ok((Generation(1), Epoch(0)));
+        }
+        let latest = self
+            .witness
+            .as_ref()
+            .map(|witness| witness.latest())
+            .transpose()?
+            .flatten();
         let known = record.as_ref().map(|record| failover::KnownState {
             generation: record.tag.generation,
             role: record.role,
@@ -275,9 +414,9 @@ impl Host {
     fn machine(&self, mapping: Mapping, port: &Arc<Port>) -> Result<(KvmVm, mpsc::UnboundedReceiver<PowerEvent>)> {
         let (sender, power) = mpsc::unbounded_channel();
         let config = MachineConfig {
-            memory_bytes: self.settings.memory_bytes,
+            memory_bytes: self.settings.vm.memory,
             mapping,
-            mac: self.settings.mac,
+            mac: self.settings.vm.mac.0,
             console: Box::new(Console(Vec::new())),
             on_power: Arc::new(move |event| {
                 // A closed channel means that the role has ended.
@@ -298,7 +437,7 @@ impl Host {
         start: Start,
         image_ready: Option<std::sync::mpsc::Receiver<Result<(), String>>>,
         outside: &mut Outside,
-    ) -> Result<End> {
+    ) -> Result<Ending> {
         let setup = primary::Setup {
             options: primary::protocol::Options {
                 witness: self.witness.is_some(),
@@ -308,7 +447,7 @@ impl Host {
                 disk_bytes: self.image.size(),
             },
             start,
-            pair: self.settings.pair.clone(),
+            pair: self.pair().to_owned(),
             node: self.settings.node.clone(),
             peer: self.settings.peer.clone(),
             shape: self.shape(),
@@ -323,21 +462,27 @@ impl Host {
             sentinel: Arc::clone(&self.sentinel),
         };
         Ok(match primary::run(setup, outside).await? {
-            PrimaryOutcome::Ended(GoodbyeReason::Failed(reason)) => End::Failed(reason),
-            PrimaryOutcome::Ended(reason) => End::Orderly(reason.to_string()),
-            PrimaryOutcome::Fenced(reason) => End::Fenced(reason),
-            PrimaryOutcome::Failed(reason) => End::Failed(reason),
+            PrimaryOutcome::Ended(GoodbyeReason::Failed(reason)) | PrimaryOutcome::Failed(reason) => bail!("{reason}"),
+            PrimaryOutcome::Ended(reason) => {
+                info!("ended: {reason}");
+                Ending::Done
+            }
+            PrimaryOutcome::Fenced(reason) => Ending::Fenced(reason),
         })
     }
 
     fn answer_waiting(&self, request: ControlRequest, address: SocketAddr) {
         let reply = match request.command {
             Command::Status => Ok(Answer::Status(Box::new(Status {
-                pair: self.settings.pair.clone(),
+                pair: self.pair().to_owned(),
                 node: self.settings.node.clone(),
                 role: "secondary".to_owned(),
                 state: State::Starting,
-                peer: Peer { node: None, addr: address.to_string(), connected: false },
+                peer: Peer {
+                    node: None,
+                    addr: address.to_string(),
+                    connected: false,
+                },
                 reason: Some("waiting for a primary".to_owned()),
                 pid: std::process::id(),
                 ..Status::default()

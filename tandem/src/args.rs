@@ -1,0 +1,131 @@
+//! The command line: what can be asked of `tandem`, in words.
+//!
+//! Only names, help and forms are here; what a command does is found in the module of its name.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::demo::DemoOptions;
+use crate::options::{PairOptions, VmOptions};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done, or ended in order (Ctrl-C, SIGTERM, the guest powered off)
+  1  failed; the last lines say why. `demo`: something was lost
+  2  an option or the configuration file is wrong; nothing was started
+  3  fenced: the other side runs alone, and this one stopped for good";
+
+/// Keeps a virtual machine running when its host dies.
+///
+/// Two hosts run the same VM in lockstep; clients see one machine. See the whole with `tandem demo`.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Die when this parent process does.
+    #[arg(long, value_name = "PID", global = true, hide = true)]
+    pub parent: Option<i32>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the VM and let the other host protect it
+    Primary(PairOptions),
+    /// Protect the VM of the other host, and take it over when that host dies
+    Secondary(PairOptions),
+    /// Run the VM unprotected
+    Run(VmOptions),
+    /// Show a pair on this machine: clients at work, a host killed, nothing lost
+    Demo(DemoOptions),
+    /// Show how a role is
+    Status(StatusOptions),
+    /// Make the secondary go on without the primary, where no witness decides
+    Takeover(TakeoverOptions),
+    /// Take a checkpoint now
+    Checkpoint(ControlOptions),
+    /// End a role in order
+    Stop(ControlOptions),
+    /// The small process that tells the peer of a role's death.
+    #[command(hide = true)]
+    Sentinel,
+}
+
+/// Which role is meant.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ControlOptions {
+    /// The role's control socket [default: the only one in /run/tandem]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+}
+
+/// What `status` is told.
+#[derive(Args, Clone, Debug, Default)]
+pub struct StatusOptions {
+    /// Which role is meant.
+    #[command(flatten)]
+    pub control: ControlOptions,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Go on, once a second
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// What `takeover` is told.
+#[derive(Args, Clone, Debug)]
+pub struct TakeoverOptions {
+    /// Which role is meant.
+    #[command(flatten)]
+    pub control: ControlOptions,
+    /// You have made sure that the old primary does not run, and will not: two running VMs destroy data
+    #[arg(long, required = true)]
+    pub old_primary_is_off: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_misspelt_option_is_told_with_the_nearest_right_one() {
+        let error = Cli::try_parse_from(["tandem", "primary", "--takeover-limt", "1s"]).unwrap_err();
+        assert!(error.to_string().contains("--takeover-limit"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+        let error = Cli::try_parse_from(["tandem", "primray"]).unwrap_err();
+        assert!(error.to_string().contains("primary"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_value_is_told_with_its_cure() {
+        let error = Cli::try_parse_from(["tandem", "primary", "--memory", "lots"])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("'lots' is no size: write a whole number and K, M or G"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn takeover_must_be_meant() {
+        let error = Cli::try_parse_from(["tandem", "takeover"]).unwrap_err().to_string();
+        assert!(error.contains("--old-primary-is-off"), "{error}");
+    }
+
+    #[test]
+    fn the_sentinel_is_hidden() {
+        assert!(!Cli::command().render_help().to_string().contains("sentinel"));
+    }
+}

@@ -1,0 +1,440 @@
+//! What a role can be told, by options and by a configuration file.
+//!
+//! Both have the same names; an option wins over the file. The file is flat TOML:
+//!
+//! ```toml
+//! pair = "shop"
+//! memory = "1G"
+//! witness = "dir:/mnt/shared/witness"
+//! ```
+//!
+//! Nothing is checked here beyond the form of each value; `settings` decides whether they fit together.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::Args;
+use toml::de::{DeTable, DeValue};
+
+use crate::settings::{Mac, Witness};
+use crate::units::{ByteSize, Span};
+
+/// How much a process tells about what it does.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+#[command(next_help_heading = "Logging")]
+pub struct LogOptions {
+    /// What is logged: error, warn, info, debug, trace, or a filter such as `info,primary=debug`
+    #[arg(long, value_name = "LEVEL", env = "TANDEM_LOG")]
+    pub log: Option<String>,
+    /// Log one JSON object a line
+    #[arg(long)]
+    pub log_json: bool,
+}
+
+/// What any VM is told, protected or not.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "The VM")]
+pub struct VmOptions {
+    /// File with the same options as `name = "value"` lines (TOML); options win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// This host's name [default: the host name]
+    #[arg(long, value_name = "NODE")]
+    pub name: Option<String>,
+    /// The VM's disk, a raw image file
+    #[arg(long, value_name = "PATH")]
+    pub image: Option<PathBuf>,
+    /// The VM's memory, a multiple of 2M [default: 256M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<ByteSize>,
+    /// The TAP device, made beforehand, that connects the VM to the clients
+    #[arg(long, value_name = "IFACE")]
+    pub tap: Option<String>,
+    /// The VM's MAC address [default: derived from the pair's name]
+    #[arg(long, value_name = "MAC")]
+    pub mac: Option<Mac>,
+    /// Settings of the bundled guest, such as "ip=192.168.1.5/24 gw=192.168.1.1"
+    #[arg(long, value_name = "SETTINGS")]
+    pub cmdline: Option<String>,
+    /// The control socket [default: /run/tandem/<pair>-<node>.sock]
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+    /// How to log.
+    #[command(flatten)]
+    pub logging: LogOptions,
+}
+
+/// What one host of a pair is told.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "The pair")]
+pub struct PairOptions {
+    /// The pair's name, the same on both hosts
+    #[arg(long, value_name = "NAME")]
+    pub pair: Option<String>,
+    /// The other host, to be called
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub peer: Option<String>,
+    /// Where the other host may call
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Who decides which side may run alone: `dir:PATH`, a directory that both hosts reach. Without one the
+    /// secondary takes over only when told to
+    #[arg(long, value_name = "WITNESS")]
+    pub witness: Option<Witness>,
+    /// How long a silent peer is waited for before it is held for dead [default: 300ms]
+    #[arg(long, value_name = "SPAN")]
+    pub takeover_limit: Option<Span>,
+    /// Longest time between two checkpoints [default: 1s]
+    #[arg(long, value_name = "SPAN")]
+    pub epoch_max_age: Option<Span>,
+    /// How long an output may wait for its equal before a checkpoint is taken [default: 200ms]
+    #[arg(long, value_name = "SPAN")]
+    pub unmatched_limit: Option<Span>,
+    /// The options that any VM has.
+    #[command(flatten)]
+    pub vm: VmOptions,
+}
+
+/// Why the configuration file can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It can't be read.
+    #[error("can't read the configuration file {}: check --config", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no TOML.
+    #[error("{} is no valid TOML: correct it as told below", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: toml::de::Error,
+    },
+    /// A key that is no option.
+    #[error("{}:{line}: unknown key '{key}'{}", path.display(), suggestion(nearest.as_deref()))]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key.
+        key: String,
+        /// The nearest right one.
+        nearest: Option<String>,
+    },
+    /// A value that does not fit its key.
+    #[error("{}:{line}: {key}: {reason}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key.
+        key: String,
+        /// What is wrong and how it should be.
+        reason: String,
+    },
+}
+
+/// All keys of the file. `config` can't be in it.
+const KEYS: [&str; 16] = [
+    "cmdline",
+    "control",
+    "epoch-max-age",
+    "image",
+    "listen",
+    "log",
+    "log-json",
+    "mac",
+    "memory",
+    "name",
+    "pair",
+    "peer",
+    "takeover-limit",
+    "tap",
+    "unmatched-limit",
+    "witness",
+];
+
+/// A word this unlike every key is no misspelling of one.
+const SIMILARITY_MIN: f64 = 0.7;
+
+impl PairOptions {
+    /// Adds what the configuration file says, if there is one, where no option says otherwise.
+    ///
+    /// # Errors
+    /// Fails if the file can't be read, or says something unknown or wrong.
+    pub fn with_file(self) -> Result<Self, ConfigError> {
+        let Some(path) = &self.vm.config else { return Ok(self) };
+        let file = read(path)?;
+        Ok(Self {
+            pair: self.pair.or(file.pair),
+            peer: self.peer.or(file.peer),
+            listen: self.listen.or(file.listen),
+            witness: self.witness.or(file.witness),
+            takeover_limit: self.takeover_limit.or(file.takeover_limit),
+            epoch_max_age: self.epoch_max_age.or(file.epoch_max_age),
+            unmatched_limit: self.unmatched_limit.or(file.unmatched_limit),
+            vm: self.vm.or(file.vm),
+        })
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        match key {
+            "cmdline" => self.vm.cmdline = Some(value.to_owned()),
+            "control" => self.vm.control = Some(value.into()),
+            "epoch-max-age" => self.epoch_max_age = Some(parsed(value)?),
+            "image" => self.vm.image = Some(value.into()),
+            "listen" => self.listen = Some(parsed(value).map_err(|e| format!("'{value}': {e}, as in 10.0.0.1:7100"))?),
+            "log" => self.vm.logging.log = Some(value.to_owned()),
+            "log-json" => self.vm.logging.log_json = parsed(value).map_err(|_| "write true or false")?,
+            "mac" => self.vm.mac = Some(parsed(value)?),
+            "memory" => self.vm.memory = Some(parsed(value)?),
+            "name" => self.vm.name = Some(value.to_owned()),
+            "pair" => self.pair = Some(value.to_owned()),
+            "peer" => self.peer = Some(value.to_owned()),
+            "takeover-limit" => self.takeover_limit = Some(parsed(value)?),
+            "tap" => self.vm.tap = Some(value.to_owned()),
+            "unmatched-limit" => self.unmatched_limit = Some(parsed(value)?),
+            "witness" => self.witness = Some(parsed(value)?),
+            _ => unreachable!("the keys are checked before"),
+        }
+        Ok(())
+    }
+}
+
+impl VmOptions {
+    /// Adds what the configuration file says, if there is one, where no option says otherwise.
+    ///
+    /// Keys that only a pair has are allowed and ignored: one file serves the VM alone and protected.
+    ///
+    /// # Errors
+    /// Fails if the file can't be read, or says something unknown or wrong.
+    pub fn with_file(self) -> Result<(Self, Option<String>), ConfigError> {
+        let options = PairOptions {
+            vm: self,
+            ..PairOptions::default()
+        }
+        .with_file()?;
+        Ok((options.vm, options.pair))
+    }
+
+    fn or(self, file: Self) -> Self {
+        Self {
+            config: self.config,
+            name: self.name.or(file.name),
+            image: self.image.or(file.image),
+            memory: self.memory.or(file.memory),
+            tap: self.tap.or(file.tap),
+            mac: self.mac.or(file.mac),
+            cmdline: self.cmdline.or(file.cmdline),
+            control: self.control.or(file.control),
+            logging: LogOptions {
+                log: self.logging.log.or(file.logging.log),
+                log_json: self.logging.log_json || file.logging.log_json,
+            },
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<PairOptions, ConfigError> {
+    let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    parse(path, &text)
+}
+
+fn parse(path: &Path, text: &str) -> Result<PairOptions, ConfigError> {
+    let table = DeTable::parse(text)
+        .map_err(|source| ConfigError::Syntax {
+            path: path.to_owned(),
+            source,
+        })?
+        .into_inner();
+    let mut options = PairOptions::default();
+    // In the order of the file, so that the first fault is the one told.
+    let mut entries: Vec<_> = table.iter().collect();
+    entries.sort_by_key(|(key, _)| key.span().start);
+    for (spanned, value) in entries {
+        let (key, line) = (spanned.get_ref().as_ref(), line_of(text, spanned.span().start));
+        if !KEYS.contains(&key) {
+            let nearest = nearest(key).map(str::to_owned);
+            return Err(ConfigError::UnknownKey {
+                path: path.to_owned(),
+                line,
+                key: key.to_owned(),
+                nearest,
+            });
+        }
+        let wrong = |reason| ConfigError::Value {
+            path: path.to_owned(),
+            line,
+            key: key.to_owned(),
+            reason,
+        };
+        let value = match value.get_ref() {
+            DeValue::String(text) => text.to_string(),
+            DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_owned(),
+            DeValue::Boolean(flag) => flag.to_string(),
+            _ => return Err(wrong("write one value in quotes".to_owned())),
+        };
+        options.set(key, &value).map_err(wrong)?;
+    }
+    Ok(options)
+}
+
+fn parsed<T: FromStr<Err: ToString>>(value: &str) -> Result<T, String> {
+    value.parse().map_err(|error: T::Err| error.to_string())
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
+}
+
+fn nearest(key: &str) -> Option<&'static str> {
+    let key = key.to_ascii_lowercase().replace('_', "-");
+    let scored = KEYS.map(|known| (strsim::jaro_winkler(&key, known), known));
+    let best = scored.into_iter().max_by(|(a, _), (b, _)| a.total_cmp(b))?;
+    (best.0 >= SIMILARITY_MIN).then_some(best.1)
+}
+
+fn suggestion(nearest: Option<&str>) -> String {
+    nearest.map_or_else(
+        || format!(": the keys are {}", KEYS.join(", ")),
+        |near| format!(": did you mean '{near}'?"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, Command};
+
+    use super::*;
+
+    fn parse_text(text: &str) -> Result<PairOptions, ConfigError> {
+        parse(Path::new("pair.toml"), text)
+    }
+
+    #[test]
+    fn a_whole_file_is_read() {
+        let options = parse_text(
+            "# a pair\npair = \"shop\"\nname = 'a'\nimage = \"/srv/shop.img\"\nmemory = \"1G\"\ntap = \"tap0\"\n\
+             mac = \"02:00:00:00:00:01\"\ncmdline = \"ip=10.0.0.5/24\"\ncontrol = \"/tmp/c.sock\"\nlog = \"debug\"\n\
+             log-json = true\npeer = \"b:7100\"\nlisten = \"0.0.0.0:7100\"\nwitness = \"dir:/mnt/w\"\n\
+             takeover-limit = \"300ms\"\nepoch-max-age = \"1s\"\nunmatched-limit = \"200ms\"\n",
+        )
+        .unwrap();
+        assert_eq!(options.pair.as_deref(), Some("shop"));
+        assert_eq!(options.vm.memory, Some(ByteSize(1 << 30)));
+        assert_eq!(options.witness, Some(Witness::Directory("/mnt/w".into())));
+        assert_eq!(options.takeover_limit, Some(Span::ms(300)));
+        assert!(options.vm.logging.log_json);
+        assert_eq!(
+            parse_text("memory = 268435456").unwrap().vm.memory,
+            Some(ByteSize::mib(256))
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_is_told_with_its_line_and_the_nearest_right_one() {
+        for (wrong, right) in [
+            ("memmory", "memory"),
+            ("takeover_limit", "takeover-limit"),
+            ("Witnes", "witness"),
+            ("epoch-age-max", "epoch-max-age"),
+            ("unmatched", "unmatched-limit"),
+        ] {
+            let error = parse_text(&format!("pair = \"x\"\n\n{wrong} = \"1\"\nzzz = 1\n"))
+                .unwrap_err()
+                .to_string();
+            assert_eq!(
+                error,
+                format!("pair.toml:3: unknown key '{wrong}': did you mean '{right}'?")
+            );
+        }
+        let error = parse_text("qqq = 1").unwrap_err().to_string();
+        assert!(error.contains("the keys are cmdline, control,"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_value_is_told_with_its_line() {
+        for (text, expected) in [
+            (
+                "\nmemory = \"lots\"",
+                "pair.toml:2: memory: 'lots' is no size: write a whole number",
+            ),
+            (
+                "takeover-limit = 300",
+                "pair.toml:1: takeover-limit: '300' is no span of time",
+            ),
+            ("witness = \"etcd\"", "pair.toml:1: witness: 'etcd' is no witness"),
+            ("mac = \"1:2\"", "pair.toml:1: mac: '1:2' is no MAC address"),
+            (
+                "listen = \"here\"",
+                "pair.toml:1: listen: 'here': invalid socket address syntax, as in 10.0.0.1:7100",
+            ),
+            ("log-json = \"yes\"", "pair.toml:1: log-json: write true or false"),
+            ("memory = [1]", "pair.toml:1: memory: write one value in quotes"),
+        ] {
+            let error = parse_text(text).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+        assert!(matches!(parse_text("pair = "), Err(ConfigError::Syntax { .. })));
+        assert!(matches!(
+            parse_text("pair = 'a'\npair = 'b'"),
+            Err(ConfigError::Syntax { .. })
+        ));
+    }
+
+    #[test]
+    fn options_win_over_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, "pair = 'file'\nname = 'file'\nmemory = '512M'").unwrap();
+        let vm = VmOptions {
+            config: Some(file.path().into()),
+            name: Some("flag".into()),
+            ..VmOptions::default()
+        };
+        let options = PairOptions {
+            vm,
+            ..PairOptions::default()
+        }
+        .with_file()
+        .unwrap();
+        assert_eq!(options.pair.as_deref(), Some("file"));
+        assert_eq!(options.vm.name.as_deref(), Some("flag"));
+        assert_eq!(options.vm.memory, Some(ByteSize::mib(512)));
+    }
+
+    #[test]
+    fn a_missing_file_is_told() {
+        let vm = VmOptions {
+            config: Some("/nowhere/pair.toml".into()),
+            ..VmOptions::default()
+        };
+        let error = vm.with_file().unwrap_err();
+        assert!(
+            error.to_string().contains("/nowhere/pair.toml: check --config"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_file_has_a_key_for_every_option() {
+        let command = PairOptions::augment_args(Command::new("primary"));
+        let mut options: Vec<_> = command.get_arguments().filter_map(clap::Arg::get_long).collect();
+        options.retain(|name| !["config", "help"].contains(name));
+        options.sort_unstable();
+        assert_eq!(options, KEYS);
+    }
+}
