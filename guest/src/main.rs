@@ -13,12 +13,10 @@ extern crate alloc;
 mod bare;
 
 use guest::abi::{BOOT_MAGIC, BootInfo, POWER_OFF, POWER_RESET};
-use guest::clock::Moment;
-use guest::dirtier::Arena;
 use guest::kv::{DiskError, Kv, Status};
 use guest::server::Server;
 use guest::settings::Settings;
-use guest::world::{Power, World};
+use guest::world::{Limits, Power, World};
 
 use bare::block::{Block, Polled};
 use bare::clock::Clock;
@@ -60,22 +58,21 @@ extern "C" fn rust_main(boot: *const BootInfo) -> ! {
         give_up(&"there is no network device: give the machine one")
     };
     let mut block = devices.block.map(Block::new);
-    let kv = load(block.as_mut(), layout.store_bytes);
+    let limits = Limits::new(&settings, layout.heap_bytes).unwrap_or_else(|error| give_up(&error));
+    let kv = load(block.as_mut(), limits.store);
     print(&alloc::format!(
         "tandem guest: {} MiB heap, {} MiB to write on",
         layout.heap_bytes >> 20,
         layout.arena.pages() >> 8
     ));
     let seed = entropy.as_mut().map_or_else(|| clock.reseed(), Entropy::draw);
-    let server = start(settings, kv, layout.arena, &mut net, &seed, clock.now());
+    let now = clock.now();
+    let mac = net.mac();
+    let server = World::new(settings, limits, kv, layout.arena, now.ns)
+        .and_then(|world| Server::new(world, mac, &seed, &mut net, now))
+        .unwrap_or_else(|error| give_up(&error));
     print("tandem guest: ready");
     run(server, net, block, entropy, clock)
-}
-
-fn start(settings: Settings, kv: Kv, arena: Arena, net: &mut Net, seed: &guest::random::Seed, now: Moment) -> Server {
-    let mac = net.mac();
-    let server = World::new(settings, kv, arena, now.ns).and_then(|world| Server::new(world, mac, seed, net, now));
-    server.unwrap_or_else(|error| give_up(&error))
 }
 
 /// Ends a guest that can't do what it is asked to.

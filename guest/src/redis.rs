@@ -21,7 +21,10 @@ pub(crate) const PORT: u16 = 6379;
 
 const OUTPUT_MAX: usize = 256 * 1024;
 const HELD_MAX: usize = 4096;
+const HELD_BYTES: usize = size_of::<(usize, Ticket)>();
 const REPLY_MAX: usize = 1024 * 1024;
+/// What a connection may always buffer, however crowded it is.
+const SMALL: usize = 16 * 1024;
 
 /// One connection.
 #[derive(Debug, Default)]
@@ -29,6 +32,8 @@ pub(crate) struct Redis {
     input: Vec<u8>,
     output: Output,
     closing: bool,
+    /// What is counted of this connection in `World::buffered`.
+    counted: usize,
 }
 
 /// Replies, and which of them still wait for the disk.
@@ -51,16 +56,8 @@ impl Stream for Redis {
         loop {
             moved |= self.execute_all(world, now);
             moved |= self.output.send(socket, world.kv.durable());
-            if self.closing || self.input.len() >= resp::COMMAND_MAX {
-                break;
-            }
-            let input = &mut self.input;
-            let taken = socket.recv(|bytes| {
-                let count = bytes.len().min(resp::COMMAND_MAX - input.len());
-                input.extend_from_slice(&bytes[..count]);
-                (count, count)
-            });
-            if !matches!(taken, Ok(1..)) {
+            self.count(world);
+            if !self.receive(socket, world) {
                 break;
             }
             moved = true;
@@ -72,11 +69,58 @@ impl Stream for Redis {
         }
         moved
     }
+
+    fn end(&mut self, world: &mut World) {
+        *self = Self {
+            counted: self.counted,
+            ..Self::default()
+        };
+        self.count(world);
+    }
 }
 
 impl Redis {
     fn is_blocked(&self, world: &World) -> bool {
-        self.output.is_full() || world.kv.is_congested()
+        let most = if is_crowded(world) { SMALL } else { OUTPUT_MAX };
+        self.output.is_full(most) || world.kv.is_congested()
+    }
+
+    /// Takes in more of what the client has sent; returns whether there was any.
+    fn receive(&mut self, socket: &mut Socket<'static>, world: &World) -> bool {
+        if self.closing || self.input.len() >= resp::COMMAND_MAX {
+            return false;
+        }
+        if is_crowded(world) && self.input.len() > SMALL && !self.is_blocked(world) && socket.can_recv() {
+            // Commands that wait for their ends hold the memory; this one would wait for ever.
+            resp::error(&mut self.output.bytes, "ERR too many large commands at once: try again");
+            self.input = Vec::new();
+            self.closing = true;
+            return true;
+        }
+        let input = &mut self.input;
+        let taken = socket.recv(|bytes| {
+            let count = bytes.len().min(resp::COMMAND_MAX - input.len());
+            if input.capacity() - input.len() < count {
+                // In small steps, not by doubling: what is reserved counts.
+                input.reserve_exact(count.max(SMALL));
+            }
+            input.extend_from_slice(&bytes[..count]);
+            (count, count)
+        });
+        matches!(taken, Ok(1..))
+    }
+
+    /// Gives back memory that is not needed any more, and counts the rest.
+    fn count(&mut self, world: &mut World) {
+        if self.input.is_empty() && self.input.capacity() > SMALL {
+            self.input = Vec::new();
+        }
+        if self.output.bytes.is_empty() && self.output.bytes.capacity() > SMALL {
+            self.output.bytes = Vec::new();
+        }
+        let now = self.input.capacity() + self.output.bytes.capacity() + self.output.held.capacity() * HELD_BYTES;
+        world.buffered = world.buffered + now - self.counted;
+        self.counted = now;
     }
 
     fn execute_all(&mut self, world: &mut World, now: Moment) -> bool {
@@ -109,8 +153,8 @@ impl Output {
         self.sent == self.bytes.len()
     }
 
-    fn is_full(&self) -> bool {
-        self.bytes.len() - self.sent > OUTPUT_MAX || self.held.len() > HELD_MAX
+    fn is_full(&self, most: usize) -> bool {
+        self.bytes.len() - self.sent > most || self.held.len() > HELD_MAX
     }
 
     fn hold(&mut self, start: usize, ticket: Ticket, durable: Ticket) {
@@ -138,6 +182,11 @@ impl Output {
     }
 }
 
+/// Whether commands and replies under way take up all the memory they may.
+fn is_crowded(world: &World) -> bool {
+    world.buffered > world.limits.buffered
+}
+
 /// What is left to do after a reply was written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Done {
@@ -161,6 +210,7 @@ fn execute(world: &mut World, now: Moment, words: &[&[u8]], out: &mut Vec<u8>) -
         resp::error(out, &format!("ERR the store has failed: {reason}"));
         return Done::default();
     }
+    let longest = REPLY_MAX.min(world.limits.buffered.saturating_sub(world.buffered) / 2);
     let kv = &mut world.kv;
     let ticket = match (&upper[..], args) {
         (b"PING", []) => plain(|| resp::status(out, "PONG")),
@@ -179,7 +229,7 @@ fn execute(world: &mut World, now: Moment, words: &[&[u8]], out: &mut Vec<u8>) -
             resp::number_reply(out, count(value.map_or(0, |value| value.len())));
             ticket
         }
-        (b"MGET", [_, ..]) => values_reply(kv, args, out),
+        (b"MGET", [_, ..]) => values_reply(kv, args, longest, out),
         (b"MSET", [_, _, ..]) if args.len().is_multiple_of(2) => set_many(kv, args, out),
         (b"DBSIZE", []) => {
             resp::number_reply(out, count(kv.keys()));
@@ -246,15 +296,15 @@ fn value_reply(kv: &Kv, key: &[u8], out: &mut Vec<u8>) -> Ticket {
     ticket
 }
 
-fn values_reply(kv: &Kv, keys: &[&[u8]], out: &mut Vec<u8>) -> Ticket {
+fn values_reply(kv: &Kv, keys: &[&[u8]], most: usize, out: &mut Vec<u8>) -> Ticket {
     let start = out.len();
     let mut last = 0;
     resp::array(out, keys.len());
     for key in keys {
         last = value_reply(kv, key, out).max(last);
-        if out.len() - start > REPLY_MAX {
+        if out.len() - start > most {
             out.truncate(start);
-            resp::error(out, "ERR the reply is longer than 1048576 bytes: ask for fewer keys");
+            resp::error(out, "ERR the reply is too long: ask for fewer keys");
             return 0;
         }
     }

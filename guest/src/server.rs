@@ -90,14 +90,15 @@ impl Server {
         let udp_echo = sockets.add(udp_socket(ECHO_PORT)?);
         let udp_discard = sockets.add(udp_socket(DISCARD_PORT)?);
         let outgoing = Outgoing::new(&mut random);
+        let limits = world.limits;
         let mut server = Self {
             interface,
             sockets,
             world,
-            http: Pool::new(http::PORT),
-            redis: Pool::new(redis::PORT),
-            echo: Pool::new(ECHO_PORT),
-            discard: Pool::new(DISCARD_PORT),
+            http: Pool::new(http::PORT, limits.connections),
+            redis: Pool::new(redis::PORT, limits.connections),
+            echo: Pool::new(ECHO_PORT, limits.side_connections),
+            discard: Pool::new(DISCARD_PORT, limits.side_connections),
             udp_echo,
             udp_discard,
             outgoing,
@@ -202,11 +203,11 @@ impl Server {
     }
 
     fn rearm(&mut self, now: Moment) {
-        let settings = self.world.settings;
-        self.http.rearm(&mut self.sockets, &settings, now);
-        self.redis.rearm(&mut self.sockets, &settings, now);
-        self.echo.rearm(&mut self.sockets, &settings, now);
-        self.discard.rearm(&mut self.sockets, &settings, now);
+        let Self { sockets, world, .. } = self;
+        self.http.rearm(sockets, world, now);
+        self.redis.rearm(sockets, world, now);
+        self.echo.rearm(sockets, world, now);
+        self.discard.rearm(sockets, world, now);
     }
 
     /// After each accepted connection the next initial sequence number is moved on by an unknown distance.

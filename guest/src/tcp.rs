@@ -15,8 +15,6 @@ use crate::clock::Moment;
 use crate::settings::Settings;
 use crate::world::World;
 
-/// Most connections of one port at the same time.
-pub(crate) const CONNECTIONS_MAX: usize = 128;
 const LISTENING: usize = 4;
 const IDLE_NS: u64 = 300 * 1_000_000_000;
 
@@ -24,12 +22,16 @@ const IDLE_NS: u64 = 300 * 1_000_000_000;
 pub(crate) trait Stream: Default {
     /// Moves what can be moved between the socket and the service; returns whether anything was.
     fn serve(&mut self, socket: &mut Socket<'static>, world: &mut World, now: Moment) -> bool;
+
+    /// Gives back what is shared; the connection is over.
+    fn end(&mut self, _world: &mut World) {}
 }
 
 /// All connections of a port.
 #[derive(Debug)]
 pub(crate) struct Pool<S> {
     port: u16,
+    most: usize,
     slots: Vec<Slot<S>>,
     listening: usize,
 }
@@ -43,9 +45,10 @@ struct Slot<S> {
 }
 
 impl<S: Stream> Pool<S> {
-    pub(crate) fn new(port: u16) -> Self {
+    pub(crate) fn new(port: u16, most: usize) -> Self {
         Self {
             port,
+            most,
             slots: Vec::new(),
             listening: 0,
         }
@@ -59,7 +62,7 @@ impl<S: Stream> Pool<S> {
             let socket = sockets.get_mut::<Socket<'_>>(slot.handle);
             match socket.state() {
                 State::Listen => self.listening += 1,
-                State::Closed | State::TimeWait => slot.release(),
+                State::Closed | State::TimeWait => slot.release(world),
                 _ => {
                     if !slot.taken {
                         slot.taken = true;
@@ -77,14 +80,14 @@ impl<S: Stream> Pool<S> {
     }
 
     /// Makes sure that some sockets listen. To be called when all output has been sent.
-    pub(crate) fn rearm(&mut self, sockets: &mut SocketSet<'static>, settings: &Settings, now: Moment) {
+    pub(crate) fn rearm(&mut self, sockets: &mut SocketSet<'static>, world: &mut World, now: Moment) {
         while self.listening < LISTENING {
             let free = |slot: &&mut Slot<S>| !sockets.get::<Socket<'_>>(slot.handle).is_open();
             if let Some(slot) = self.slots.iter_mut().find(free) {
-                slot.release();
+                slot.release(world);
                 listen(sockets.get_mut(slot.handle), self.port);
-            } else if self.slots.len() < CONNECTIONS_MAX {
-                let mut socket = socket(settings);
+            } else if self.slots.len() < self.most {
+                let mut socket = socket(&world.settings);
                 listen(&mut socket, self.port);
                 let handle = sockets.add(socket);
                 self.slots.push(Slot {
@@ -115,9 +118,10 @@ impl<S: Stream> Pool<S> {
 }
 
 impl<S: Stream> Slot<S> {
-    fn release(&mut self) {
+    fn release(&mut self, world: &mut World) {
         if self.taken {
             self.taken = false;
+            self.stream.end(world);
             self.stream = S::default();
         }
     }

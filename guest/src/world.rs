@@ -73,15 +73,58 @@ pub struct World {
     pub dials: Vec<Dial>,
     /// Set when the guest is to end.
     pub power: Option<Power>,
+    /// What the heap's size allows.
+    pub(crate) limits: Limits,
+    /// Bytes that connections have taken in or made and not yet sent.
+    pub(crate) buffered: usize,
     pub(crate) scratch: Vec<u8>,
 }
+
+/// How the heap is divided, so that no client can use it up.
+///
+/// Of the heap, 9/20 are for the TCP sockets' buffers, 1/4 for the key-value store, 1/12 for commands and replies
+/// under way; the rest is for what has a fixed size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at the same time to each of HTTP and Redis.
+    pub connections: usize,
+    /// Connections at the same time to each of echo and discard.
+    pub side_connections: usize,
+    /// Bytes of commands and replies under way.
+    pub buffered: usize,
+    /// Bytes of the key-value store.
+    pub store: usize,
+}
+
+impl Limits {
+    /// Divides a heap of `heap` bytes.
+    ///
+    /// # Errors
+    /// What of the settings does not fit.
+    pub fn new(settings: &Settings, heap: usize) -> Result<Self, &'static str> {
+        let sockets = heap / 20 * 9 / (settings.tcp_receive + settings.tcp_send);
+        let limits = Self {
+            connections: (sockets * 2 / 5).min(CONNECTIONS_MAX),
+            side_connections: (sockets / 10).min(CONNECTIONS_MAX),
+            buffered: heap / 12,
+            store: heap / 4,
+        };
+        if limits.side_connections < SIDE_CONNECTIONS_MIN {
+            return Err("settings tcp_rx, tcp_tx: the machine has too little memory for buffers this large");
+        }
+        Ok(limits)
+    }
+}
+
+const CONNECTIONS_MAX: usize = 128;
+const SIDE_CONNECTIONS_MIN: usize = 8;
 
 impl World {
     /// Puts the parts together, and starts what the settings ask for.
     ///
     /// # Errors
     /// What of the settings is impossible on this machine.
-    pub fn new(settings: Settings, kv: Kv, arena: Arena, now_ns: u64) -> Result<Self, &'static str> {
+    pub fn new(settings: Settings, limits: Limits, kv: Kv, arena: Arena, now_ns: u64) -> Result<Self, &'static str> {
         let mut dirtier = Dirtier::default();
         let mut touch = Touch::default();
         dirtier
@@ -102,6 +145,8 @@ impl World {
             counters: Counters::default(),
             dials: Vec::new(),
             power: None,
+            limits,
+            buffered: 0,
             scratch: Vec::new(),
         })
     }

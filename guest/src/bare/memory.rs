@@ -12,15 +12,13 @@ use guest::dirtier::{Arena, PAGE_BYTES, Page};
 use rlsf::Tlsf;
 
 const MIB: usize = 1 << 20;
-const HEAP_MIN: usize = 48 * MIB;
+const HEAP_MIN: usize = 52 * MIB;
 const HEAP_MAX: usize = 128 * MIB;
-const HEAP_LEAST: usize = 16 * MIB;
+const HEAP_LEAST: usize = 24 * MIB;
 
 /// What became of the memory.
 pub(crate) struct Layout {
     pub(crate) heap_bytes: usize,
-    /// How much of the heap the key-value store may use.
-    pub(crate) store_bytes: usize,
     pub(crate) arena: Arena,
 }
 
@@ -47,7 +45,6 @@ pub(crate) fn take(boot: &BootInfo) -> Layout {
     }
     Layout {
         heap_bytes,
-        store_bytes: heap_bytes / 3,
         arena: Arena::new(pieces),
     }
 }
