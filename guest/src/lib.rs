@@ -21,6 +21,8 @@ pub mod dirtier;
 #[cfg(feature = "services")]
 mod echo;
 #[cfg(feature = "services")]
+mod gate;
+#[cfg(feature = "services")]
 mod http;
 #[cfg(feature = "services")]
 pub mod kv;

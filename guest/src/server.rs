@@ -16,6 +16,7 @@ use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpEndpo
 
 use crate::clock::Moment;
 use crate::echo::{DISCARD_PORT, Discard, ECHO_PORT, Echo};
+use crate::gate::Gate;
 use crate::http::{self, Http};
 use crate::outgoing::Outgoing;
 use crate::random::{Random, Seed};
@@ -130,7 +131,15 @@ impl Server {
             self.burn((now.tsc >> 3) & 15);
         }
         self.interface.poll_maintenance(at);
-        let ingress = self.interface.poll_ingress_single(at, device, &mut self.sockets);
+        let full = [
+            self.http.full(),
+            self.redis.full(),
+            self.echo.full(),
+            self.discard.full(),
+        ];
+        let ingress = self
+            .interface
+            .poll_ingress_single(at, &mut Gate { device, full }, &mut self.sockets);
         let mut moved = ingress != PollIngressSingleResult::None;
         moved |= self.serve(now);
         let mut egress = false;

@@ -79,6 +79,11 @@ impl<S: Stream> Pool<S> {
         moved
     }
 
+    /// The port, if it takes no new connection now.
+    pub(crate) fn full(&self) -> Option<u16> {
+        (self.listening == 0).then_some(self.port)
+    }
+
     /// Makes sure that some sockets listen. To be called when all output has been sent.
     pub(crate) fn rearm(&mut self, sockets: &mut SocketSet<'static>, world: &mut World, now: Moment) {
         while self.listening < LISTENING {

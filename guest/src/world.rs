@@ -116,7 +116,7 @@ impl Limits {
     }
 }
 
-const CONNECTIONS_MAX: usize = 128;
+const CONNECTIONS_MAX: usize = 256;
 const SIDE_CONNECTIONS_MIN: usize = 8;
 
 impl World {

@@ -442,6 +442,27 @@ fn many_connections_at_once_and_again() {
 }
 
 #[test]
+fn a_full_port_lets_newcomers_wait() {
+    let mut lab = Lab::new("");
+    lab.log = false;
+    let most = lab.server.world().limits.connections;
+    let mut handles: Vec<_> = (0..most + 20).map(|_| lab.connect(SERVER4, 6379)).collect();
+    lab.run_until(|lab| lab.server.world().counters.accepted == most as u64);
+    lab.settle();
+    let waiting = handles.split_off(most);
+    for handle in &waiting {
+        assert_eq!(lab.socket(*handle).state(), smol_tcp::State::SynSent);
+    }
+    for handle in handles {
+        lab.socket(handle).close();
+    }
+    for handle in waiting {
+        lab.send(handle, b"PING\r\n");
+        assert_eq!(lab.receive(handle, 7), b"+PONG\r\n");
+    }
+}
+
+#[test]
 fn the_server_closing_first_does_not_use_up_its_sockets() {
     let mut lab = Lab::new("");
     for number in 0..300 {
