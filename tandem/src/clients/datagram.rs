@@ -17,7 +17,7 @@ use crate::lab::Namespace;
 const UDP_PERIOD: Duration = Duration::from_millis(2);
 const PING_PERIOD: Duration = Duration::from_millis(50);
 /// After the last request, answers are waited for this long.
-const LAST_ANSWERS: Duration = Duration::from_secs(2);
+const LAST_ANSWERS: Duration = Duration::from_millis(1_200);
 const LISTEN_PERIOD: Duration = Duration::from_millis(50);
 const UDP_MARK: u64 = 0x7461_6e64_656d_2e31;
 const ECHO_REQUEST: u8 = 8;

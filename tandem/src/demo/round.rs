@@ -1,0 +1,435 @@
+//! One round of the demo: a pair comes up, is loaded, loses a host or its link, and is audited.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use link::control::ask_status;
+use link::status::{State, Status};
+
+use super::process::Process;
+use super::random::Random;
+use super::report::Round;
+use super::story::Story;
+use super::tidy::Tidy;
+use super::{DemoOptions, Victim};
+use crate::clients::{Clients, Counter, Load, Report as ClientReport, Target, http_get, stored_count};
+use crate::lab::{Host, Lab, TAP};
+
+const PAIR: &str = "demo";
+const IMAGE_BYTES: u64 = 64 << 20;
+const PORT: u16 = 7100;
+/// A pair with a large memory on a slow machine takes its time.
+const PROTECTED_LIMIT: Duration = Duration::from_secs(120);
+const BOOT_LIMIT: Duration = Duration::from_secs(30);
+const TAKEOVER_LIMIT: Duration = Duration::from_secs(20);
+const ADMIN_LIMIT: Duration = Duration::from_secs(60);
+const AUDIT_LIMIT: Duration = Duration::from_secs(10);
+/// The kill comes at a random moment within this span after the clients have begun.
+const BEFORE_KILL: (Duration, Duration) = (Duration::from_millis(800), Duration::from_millis(2_800));
+/// Work of the clients on the survivor.
+const AFTER_TAKEOVER: Duration = Duration::from_millis(1_500);
+/// A UDP answer may have been held back for so long when the host died.
+const UDP_IN_FLIGHT: Duration = Duration::from_millis(1_000);
+const WATCH_PERIOD: Duration = Duration::from_millis(2);
+
+/// Runs a round and returns its numbers.
+pub(super) fn run(options: &DemoOptions, story: &Story, tidy: &Tidy, random: &mut Random) -> Result<Round> {
+    let mut stage = Stage::start(options, tidy)?;
+    let mut round = Round::default();
+    stage.protect(story, tidy, &mut round)?;
+    stage.prepare(options, story, tidy)?;
+    let clients = Clients::start(stage.lab.client(), Target::bundled(), Load::default(), "demo:")
+        .context("can't start the clients")?;
+    story.tell("clients at work: HTTP, increments, echo, UDP, ping");
+    tidy.sleep(random.span(BEFORE_KILL.0, BEFORE_KILL.1))?;
+    let last = stage.await_protected(tidy)?;
+    round.epochs = last.epoch;
+    round.divergences = last.divergences;
+    round.mid_checkpoint = last.state == State::Checkpointing;
+    if options.nondeterminism > 0 {
+        story.tell(&format!(
+            "{} divergences, {} checkpoints so far",
+            last.divergences, last.checkpoints.total
+        ));
+    }
+
+    let strike = stage.strike(options, story)?;
+    let noticed = stage.watch(options)?;
+    let answer = tidy.wait("an answer after the kill", TAKEOVER_LIMIT, || {
+        Ok(clients.first_answer_since(strike))
+    });
+    let survivor = stage.survivor(options, tidy);
+    if answer.is_err() || survivor.is_err() {
+        let report = clients.stop();
+        noticed.give_up();
+        return Err(stage.post_mortem(&report, answer.err().or_else(|| survivor.err())));
+    }
+    let (answer, survivor) = (answer?, survivor?);
+    let noticed = noticed.join();
+    if let Some(noticed) = noticed {
+        round.detection_ms = Some(ms(noticed.saturating_duration_since(strike)));
+        story.tell_of(noticed, "the survivor notices");
+    }
+    round.takeover_ms = Some(ms(answer - strike));
+    story.tell_of(
+        answer,
+        &format!(
+            "first answer: {:.1} ms after the {}",
+            ms(answer - strike),
+            blow(options)
+        ),
+    );
+    tidy.sleep(AFTER_TAKEOVER)?;
+    let report = clients.stop();
+    count(&mut round, &report, strike, answer);
+    story.tell(&format!(
+        "the same connections go on: {} requests, {} failed",
+        round.requests, round.failed_requests
+    ));
+    for fault in &report.tcp.faults {
+        story.tell(&format!("FAULT {fault}"));
+    }
+    stage.audit(survivor, story, tidy, &report.tcp.counters, &mut round)?;
+    Ok(round)
+}
+
+/// The lab and the pair in it.
+struct Stage {
+    /// Dropped before the lab, so that no process outlives it.
+    roles: Vec<(Host, Process)>,
+    lab: Lab,
+    folder: std::path::PathBuf,
+    memory: String,
+}
+
+impl Stage {
+    fn start(options: &DemoOptions, tidy: &Tidy) -> Result<Self> {
+        let lab = Lab::new().context("can't build the lab for the demo")?;
+        let folder = tidy.folder().to_owned();
+        fs::create_dir_all(folder.join("witness")).context("can't make the witness's folder")?;
+        for host in [Host::A, Host::B] {
+            let image = File::create(image(&folder, host)).context("can't make an image")?;
+            image.set_len(IMAGE_BYTES).context("can't make an image")?;
+        }
+        Ok(Self {
+            roles: Vec::new(),
+            lab,
+            folder,
+            memory: options.memory.to_string(),
+        })
+        .and_then(|stage| stage.with_roles(options))
+    }
+
+    fn with_roles(mut self, options: &DemoOptions) -> Result<Self> {
+        for (host, role) in [(Host::B, "secondary"), (Host::A, "primary")] {
+            let address = |host: Host| SocketAddr::from((host.replication_address(), PORT)).to_string();
+            let mut arguments = self.vm_arguments(role, host);
+            arguments.extend(words([
+                "--pair",
+                PAIR,
+                "--takeover-limit",
+                &options.takeover_limit.to_string(),
+            ]));
+            arguments.extend(words(["--listen", &address(host), "--peer", &address(host.other())]));
+            arguments.extend(words([
+                "--witness",
+                &format!("dir:{}", self.folder.join("witness").display()),
+            ]));
+            let process = Process::start(&self.lab, host, role, &self.folder, &arguments)?;
+            self.roles.push((host, process));
+        }
+        Ok(self)
+    }
+
+    fn vm_arguments(&self, command: &str, host: Host) -> Vec<String> {
+        let image = image(&self.folder, host).display().to_string();
+        words([
+            command,
+            "--name",
+            host.name(),
+            "--image",
+            &image,
+            "--memory",
+            &self.memory,
+            "--tap",
+            TAP,
+        ])
+    }
+
+    fn role(&mut self, host: Host) -> Result<&mut Process> {
+        let found = self.roles.iter_mut().find(|(at, _)| *at == host);
+        found
+            .map(|(_, process)| process)
+            .context("a role that was ended is not asked")
+    }
+
+    /// Waits until the pair is protected.
+    fn protect(&mut self, story: &Story, tidy: &Tidy, round: &mut Round) -> Result<()> {
+        let start = Instant::now();
+        story.tell("two hosts, their networks, a primary and a secondary started");
+        let status = self.await_protected(tidy)?;
+        round.protected_ms = ms(start.elapsed());
+        story.tell(&format!("protected, epoch {}", status.epoch));
+        Ok(())
+    }
+
+    /// Returns the primary's status once both sides say that they are protected.
+    fn await_protected(&mut self, tidy: &Tidy) -> Result<Status> {
+        tidy.wait("protection", PROTECTED_LIMIT, || {
+            let secondary = self.role(Host::B)?.status()?;
+            let primary = self.role(Host::A)?.status()?;
+            let protected = |status: &Status| status.state.is_protected();
+            Ok(primary
+                .filter(protected)
+                .filter(|_| secondary.as_ref().is_some_and(protected)))
+        })
+    }
+
+    /// Has the guest use its memory, and lets some of its answers differ between the hosts.
+    fn prepare(&mut self, options: &DemoOptions, story: &Story, tidy: &Tidy) -> Result<()> {
+        self.await_guest(tidy)?;
+        let touched = options.touch_mib();
+        if touched > 0 {
+            self.admin(&format!("/touch/{touched}"))?;
+            story.tell(&format!("the guest has written {touched} MiB of its memory"));
+        }
+        if options.nondeterminism > 0 {
+            self.admin(&format!("/set?nondeterminism={}", options.nondeterminism))?;
+            story.tell(&format!(
+                "{} ‰ of the HTTP answers now differ between the hosts",
+                options.nondeterminism
+            ));
+        }
+        self.await_protected(tidy).map(drop)
+    }
+
+    fn await_guest(&mut self, tidy: &Tidy) -> Result<()> {
+        tidy.wait("an answer of the guest", BOOT_LIMIT, || {
+            for (_, process) in &mut self.roles {
+                process.check()?;
+            }
+            let asked = self
+                .lab
+                .client()
+                .run(|| http_get(Target::bundled().http_address(), "/", Duration::from_secs(1)));
+            Ok(asked.is_ok().then_some(()))
+        })
+    }
+
+    fn admin(&self, path: &str) -> Result<()> {
+        let (path, asked) = (path.to_owned(), path.to_owned());
+        let answer = self
+            .lab
+            .client()
+            .run(move || http_get(Target::bundled().http_address(), &asked, ADMIN_LIMIT));
+        let answer = answer.with_context(|| format!("the guest does not answer {path}"))?;
+        if answer.status != 200 {
+            bail!(
+                "the guest refuses {path}: {}",
+                String::from_utf8_lossy(&answer.body).trim_end()
+            );
+        }
+        Ok(())
+    }
+
+    /// Does the harm, and returns the moment.
+    fn strike(&mut self, options: &DemoOptions, story: &Story) -> Result<Instant> {
+        let moment = if options.cut {
+            let moment = Instant::now();
+            self.lab.cut_replication()?;
+            moment
+        } else {
+            self.role(victim(options))?.kill()?
+        };
+        story.tell_of(moment, &format!("the {}", blow(options)));
+        Ok(moment)
+    }
+
+    /// Begins to watch, from outside, when a survivor notices.
+    fn watch(&mut self, options: &DemoOptions) -> Result<Noticed> {
+        let watched = if options.cut { Host::A } else { victim(options).other() };
+        let control = self.role(watched)?.control().to_owned();
+        Noticed::watch(&control)
+    }
+
+    /// Waits until one side says that it runs alone, and returns its host.
+    fn survivor(&mut self, options: &DemoOptions, tidy: &Tidy) -> Result<Host> {
+        let hosts = if options.cut {
+            vec![Host::A, Host::B]
+        } else {
+            vec![victim(options).other()]
+        };
+        tidy.wait("a survivor that runs alone", TAKEOVER_LIMIT, || {
+            for host in &hosts {
+                // One that lost the contest may have ended.
+                let status = if options.cut {
+                    self.role(*host)?.status().ok().flatten()
+                } else {
+                    self.role(*host)?.status()?
+                };
+                if status.is_some_and(|status| status.state == State::Alone) {
+                    return Ok(Some(*host));
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    /// Looks for every acknowledged increment: in the survivor, and in a new VM booted from its image.
+    fn audit(
+        &mut self,
+        survivor: Host,
+        story: &Story,
+        tidy: &Tidy,
+        counters: &[Counter],
+        round: &mut Round,
+    ) -> Result<()> {
+        self.count_stored(counters, round)?;
+        let at = self
+            .roles
+            .iter()
+            .position(|(host, _)| *host == survivor)
+            .context("the survivor is there")?;
+        let (_, process) = self.roles.swap_remove(at);
+        let ended = process.end(tidy)?;
+        if !ended.success() {
+            bail!("the survivor was asked to end, and ended with {ended}");
+        }
+        // The other one is dead, or stopped for good.
+        self.roles.clear();
+        let arguments = self.vm_arguments("run", survivor);
+        let fresh = Process::start(&self.lab, survivor, "fresh", &self.folder, &arguments)?;
+        self.roles.push((survivor, fresh));
+        self.await_guest(tidy)?;
+        self.count_stored(counters, round)?;
+        story.tell(&format!(
+            "a new VM booted from the survivor's image has {} of {} increments",
+            round.writes.saturating_sub(round.lost_writes),
+            round.writes
+        ));
+        let (_, fresh) = self.roles.swap_remove(0);
+        fresh.end(tidy).map(drop)
+    }
+
+    fn count_stored(&self, counters: &[Counter], round: &mut Round) -> Result<()> {
+        let mut lost = 0;
+        for counter in counters {
+            let key = counter.key.clone();
+            let address = Target::bundled().store_address();
+            let stored = self.lab.client().run(move || stored_count(address, &key, AUDIT_LIMIT));
+            let stored = stored.with_context(|| format!("can't read {} back", counter.key))?;
+            lost += counter.acknowledged.saturating_sub(stored);
+            // More than was ever asked for: something was done twice.
+            round.wrong_answers += stored.saturating_sub(counter.requested);
+        }
+        round.lost_writes = round.lost_writes.max(lost);
+        Ok(())
+    }
+
+    fn post_mortem(&self, report: &ClientReport, error: Option<anyhow::Error>) -> anyhow::Error {
+        let mut text = format!("{} TCP requests, {} failed", report.tcp.requests, report.tcp.failed);
+        for (host, process) in &self.roles {
+            text.push_str(&format!(
+                "\nthe end of the log on {}:\n{}",
+                host.name(),
+                process.log_end()
+            ));
+        }
+        error.unwrap_or_else(|| anyhow::anyhow!("no survivor")).context(text)
+    }
+}
+
+/// A thread that finds out when a role leaves `protected`.
+struct Noticed {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Option<Instant>>,
+}
+
+impl Noticed {
+    fn watch(control: &Path) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, control) = (Arc::clone(&stop), control.to_owned());
+        let watcher = std::thread::Builder::new().name("watch".into());
+        let thread = watcher.spawn(move || {
+            let deadline = Instant::now() + TAKEOVER_LIMIT;
+            while Instant::now() < deadline && !stopped.load(Ordering::Relaxed) {
+                let asked = Instant::now();
+                if let Ok(status) = ask_status(&control)
+                    && !status.state.is_protected()
+                {
+                    // It may have noticed a while ago; but not before the answer before this one.
+                    return Some(
+                        asked
+                            .checked_sub(Duration::from_millis(status.since_ms))
+                            .unwrap_or(asked),
+                    );
+                }
+                std::thread::sleep(WATCH_PERIOD);
+            }
+            None
+        });
+        Ok(Self {
+            stop,
+            thread: thread.context("can't watch the survivor")?,
+        })
+    }
+
+    fn give_up(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Its answer is of no use any more.
+        let _ = self.thread.join();
+    }
+
+    fn join(self) -> Option<Instant> {
+        self.thread.join().ok().flatten()
+    }
+}
+
+fn count(round: &mut Round, report: &ClientReport, strike: Instant, answer: Instant) {
+    round.requests = report.tcp.requests;
+    round.failed_requests = report.tcp.failed;
+    round.wrong_answers = report.tcp.wrong + report.udp.wrong;
+    round.broken_connections = report.tcp.broken;
+    round.writes = report.tcp.counters.iter().map(|counter| counter.acknowledged).sum();
+    round.udp_requests = report.udp.sent();
+    round.udp_lost = report.udp.lost();
+    round.udp_lost_elsewhere = report
+        .udp
+        .lost_outside(strike.checked_sub(UDP_IN_FLIGHT).unwrap_or(strike), answer);
+    round.longest_tcp_gap_ms = ms(report.tcp.longest_gap);
+    round.pings = report.ping.sent;
+    round.pings_answered = report.ping.answered;
+}
+
+fn victim(options: &DemoOptions) -> Host {
+    match options.kill {
+        Victim::Primary => Host::A,
+        Victim::Secondary => Host::B,
+    }
+}
+
+fn blow(options: &DemoOptions) -> &'static str {
+    match (options.cut, options.kill) {
+        (true, _) => "link between the hosts is cut",
+        (false, Victim::Primary) => "primary is killed (SIGKILL)",
+        (false, Victim::Secondary) => "secondary is killed (SIGKILL)",
+    }
+}
+
+fn image(folder: &Path, host: Host) -> std::path::PathBuf {
+    folder.join(format!("{}.img", host.name()))
+}
+
+fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
+    words.map(str::to_owned).into()
+}
+
+fn ms(span: Duration) -> f64 {
+    span.as_secs_f64() * 1e3
+}
