@@ -10,8 +10,8 @@ use storage::record::RecordError;
 /// Where the record is, and what in it never changes while a role runs.
 #[derive(Clone, Debug)]
 pub struct RecordPlace {
-    /// The file.
-    pub path: PathBuf,
+    /// The file; an unprotected VM keeps none.
+    pub path: Option<PathBuf>,
     /// Name of the pair.
     pub pair: String,
     /// Name of this host.
@@ -26,6 +26,7 @@ impl RecordPlace {
     /// # Errors
     /// Fails if the file can't be written.
     pub fn store(&self, update: RecordUpdate) -> Result<(), RecordError> {
+        let Some(path) = &self.path else { return Ok(()) };
         let record = Record {
             pair: self.pair.clone(),
             node: self.node.clone(),
@@ -38,6 +39,6 @@ impl RecordPlace {
             complete: update.complete,
             witness: self.witness.clone(),
         };
-        record.store(&self.path)
+        record.store(path)
     }
 }
