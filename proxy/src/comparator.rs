@@ -609,3 +609,6 @@ impl std::fmt::Display for Mode {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
