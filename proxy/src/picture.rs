@@ -17,6 +17,19 @@ impl NetworkPicture {
         Self::default()
     }
 
+    /// Makes a picture of a guest that has sent nothing yet, and is known by its hardware address.
+    #[must_use]
+    pub fn of(mac: [u8; 6]) -> Self {
+        let mut picture = Self::default();
+        let mut frame = [0; 60];
+        frame[..6].fill(0xff);
+        frame[6..12].copy_from_slice(&mac);
+        // An EtherType for local experiments: nothing but the source address is learned from the frame.
+        frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+        picture.0.addresses.learn(&frame);
+        picture
+    }
+
     /// Follows a primary from here on.
     pub fn follow(&mut self) {
         self.0.translator.follow();
@@ -69,5 +82,19 @@ impl NetworkPicture {
     #[must_use]
     pub fn announcements(&self) -> Vec<Bytes> {
         self.0.addresses.announcements()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_has_sent_nothing_is_announced_by_its_hardware_address() {
+        let mac = [2, 0, 0, 1, 2, 3];
+        let frames = NetworkPicture::of(mac).announcements();
+        assert_eq!(frames.len(), 1, "RARP: nothing else is known");
+        assert_eq!(&frames[0][6..14], &[2, 0, 0, 1, 2, 3, 0x80, 0x35]);
+        assert!(NetworkPicture::new().announcements().is_empty());
     }
 }
