@@ -611,4 +611,6 @@ impl std::fmt::Display for Mode {
 }
 
 #[cfg(test)]
+pub(crate) mod properties;
+#[cfg(test)]
 mod tests;

@@ -158,7 +158,7 @@ impl Segment {
         }
     }
 
-    /// Makes the pure acknowledgement that would follow this segment: its headers without its payload. Nothing if the
+    /// Makes the pure acknowledgement that would follow this segment: its headers without payload and SACK. Nothing if the
     /// IP header has options or extensions, which may change what the checksum covers.
     pub(crate) fn acknowledgement(&self, frame: &[u8], ack: Seq) -> Option<Vec<u8>> {
         let mut reply = frame[..self.payload].to_vec();
@@ -177,6 +177,7 @@ impl Segment {
         } else {
             return None;
         };
+        self.blank_sack(&mut reply);
         let tcp = &mut reply[self.tcp..];
         tcp[TCP_SEQ_AT..TCP_SEQ_AT + 4].copy_from_slice(&self.end_seq().0.to_be_bytes());
         tcp[TCP_ACK_AT..TCP_ACK_AT + 4].copy_from_slice(&ack.0.to_be_bytes());
