@@ -402,6 +402,14 @@ fn map(
         .with_mmap_flags(sharing | libc::MAP_NORESERVE)
         .build()
         .map_err(MemoryError::Map)?;
+    // A core dump of guest memory would keep the dead process's connections open for as long as it takes.
+    // SAFETY: the range is the mapping just made; the advice changes what a core dump holds, not its content.
+    unsafe { rustix::mm::madvise(region.as_ptr().cast(), index(bytes), Advice::LinuxDontDump) }.map_err(|error| {
+        MemoryError::Create {
+            bytes,
+            source: error.into(),
+        }
+    })?;
     Ok(GuestRegionMmap::new(region, GuestAddress(address)).expect("RAM ends far below 2^64"))
 }
 
