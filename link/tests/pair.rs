@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint::wire::{
-    DiskWrite, GoodbyeReason, Hello, Input, MachineShape, Message, PageBatch, Refusal, Session, Welcome, encode_into,
+    DiskWrite, GoodbyeReason, Heartbeat, Hello, Input, MachineShape, Message, PageBatch, Refusal, Session, Welcome,
+    encode_into,
 };
-use checkpoint::{InputNumber, Tag};
+use checkpoint::{InputNumber, Instant, Tag};
 use link::{
     CloseCause, ConnectError, Established, Events, Link, LinkEvent, ListenError, Listener, Which, clock, connect,
 };
@@ -18,6 +19,10 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 const LIMIT: Duration = Duration::from_secs(20);
+const HEARTBEAT: Message = Message::Heartbeat(Heartbeat {
+    sent: Instant(1),
+    echo: Instant(2),
+});
 
 fn hello(node: &str) -> Hello {
     Hello {
@@ -124,9 +129,9 @@ async fn both_sides_know_each_other_and_messages_arrive_in_order() {
         }
     }
     secondary.link.send(Message::Acknowledge(Tag::default()));
-    secondary.link.send_control(Message::Heartbeat);
+    secondary.link.send_control(HEARTBEAT);
     let both = [message(&mut primary_events).await, message(&mut primary_events).await];
-    assert!(both.contains(&Message::Heartbeat) && both.contains(&Message::Acknowledge(Tag::default())));
+    assert!(both.contains(&HEARTBEAT) && both.contains(&Message::Acknowledge(Tag::default())));
     assert!(clock::now().since(primary.last_heard()) < checkpoint::Duration::from_millis(10_000));
     assert_eq!(primary.queued_bytes(), 0);
 }
@@ -142,9 +147,9 @@ async fn heartbeats_pass_while_data_is_backed_up_and_nothing_is_lost() {
     assert!(!sender.is_finished(), "a sender waits for a peer that does not read");
     let queued = primary.link.queued_bytes();
     assert!((8 << 20..10 << 20).contains(&queued), "{queued} bytes queued");
-    primary.link.send_control(Message::Heartbeat);
+    primary.link.send_control(HEARTBEAT);
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(message(&mut secondary.events).await, Message::Heartbeat);
+    assert_eq!(message(&mut secondary.events).await, HEARTBEAT);
     for _ in 0..MEGABYTES {
         assert_eq!(message(&mut secondary.events).await, pages(1_000_000));
     }
@@ -192,7 +197,7 @@ async fn closing_lets_go_of_everyone_who_waits() {
         .unwrap();
     assert_eq!(primary.link.queued_bytes(), 0);
     assert!(next(&mut primary.events).await.is_none());
-    primary.link.send(Message::Heartbeat);
+    primary.link.send(HEARTBEAT);
     while next(&mut secondary.events).await.is_some() {}
 }
 
@@ -213,9 +218,9 @@ async fn a_second_primary_is_told_that_the_secondary_is_busy_until_the_link_is_c
         }
         other => panic!("{other:?}"),
     }
-    primary.link.send(Message::Heartbeat);
+    primary.link.send(HEARTBEAT);
     let Established { link, mut events, .. } = secondary;
-    assert_eq!(message(&mut events).await, Message::Heartbeat);
+    assert_eq!(message(&mut events).await, HEARTBEAT);
     link.close();
     let (again, _) = established(&mut listener).await;
     assert_eq!(again.hello.node, "a");
@@ -281,7 +286,7 @@ async fn strangers_do_not_disturb_a_link_nor_keep_one_from_being_made() {
     )
     .await;
     assert!(!garbage.is_empty(), "a stranger is told that this is the wrong place");
-    raw(addr, &bytes_of(&Message::Heartbeat)).await;
+    raw(addr, &bytes_of(&HEARTBEAT)).await;
     let (primary, mut secondary) = timeout(LIMIT, established(&mut listener)).await.unwrap();
     raw(addr, &[0xff; 10_000]).await;
     raw(addr, &bytes_of(&Message::Hello(hello("c")))).await;

@@ -32,7 +32,7 @@ use crate::event::{Action, Event, GuestEnd, Outcome, Shipment};
 const CLAIM_RETRY: Duration = Duration::from_millis(100);
 /// Longest time that an orderly end waits for its last checkpoint.
 const ENDING_MAX: Duration = Duration::from_millis(5_000);
-/// When announcements are repeated after a takeover.
+/// When announcements are repeated after a start or a takeover.
 const ANNOUNCE_AFTER: [Duration; 6] = [
     Duration(0),
     Duration::from_millis(20),
@@ -55,6 +55,8 @@ pub struct Options {
     pub unmatched_max: Duration,
     /// Size of the disk in bytes.
     pub disk_bytes: u64,
+    /// The guest's hardware address, announced when it boots.
+    pub mac: [u8; 6],
 }
 
 /// How this side came to run.
@@ -182,14 +184,15 @@ impl Primary {
     /// Makes the protocol of a side that owns its generation; the VM is built and stopped.
     #[must_use]
     pub fn new(options: Options, start: Start, now: Instant, actions: &mut Vec<Action>) -> Self {
-        let (generation, last_epoch, network, inputs, outputs, announce) = match start {
+        let (generation, last_epoch, network, inputs, outputs, taken_over) = match start {
             Start::Boot { generation, last_epoch } => (
                 generation,
                 last_epoch,
-                NetworkPicture::new(),
+                // The network may still send the guest's frames to where it ran before.
+                NetworkPicture::of(options.mac),
                 Vec::new(),
                 Vec::new(),
-                None,
+                false,
             ),
             Start::TakenOver {
                 generation,
@@ -197,7 +200,7 @@ impl Primary {
                 network,
                 inputs,
                 outputs,
-            } => (generation, last_epoch, network, inputs, outputs, Some((now, 0))),
+            } => (generation, last_epoch, network, inputs, outputs, true),
         };
         let mut primary = Self {
             state: State::Alone,
@@ -234,14 +237,14 @@ impl Primary {
                     epoch: last_epoch,
                 },
             ),
-            announce,
+            announce: Some((now, 0)),
             ending: None,
             counters: Counters::default(),
             verdicts: Vec::new(),
             options,
         };
         primary.network.lead();
-        if primary.announce.is_some() {
+        if taken_over {
             actions.push(Action::Reseed);
         }
         actions.push(Action::SeedEntropy(None));
@@ -258,6 +261,9 @@ impl Primary {
     pub fn step(&mut self, now: Instant, event: Event, actions: &mut Vec<Action>) {
         if self.state == State::Over {
             return;
+        }
+        if let Some(liveness) = &mut self.liveness {
+            liveness.poll(now);
         }
         match event {
             Event::CheckpointAsked => self.trigger(now, Trigger::Admin, actions),
@@ -287,10 +293,7 @@ impl Primary {
     /// Returns when to call `step` with `Event::Timeout`.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        let liveness = self
-            .liveness
-            .as_ref()
-            .map(|liveness| liveness.heartbeat_due().min(liveness.suspect_at()));
+        let liveness = self.liveness.as_ref().map(Liveness::deadline);
         let state = match self.state {
             State::Protected { since } => Some(since + self.options.epoch_age_max),
             State::Contending { retry, .. } => retry,
@@ -327,6 +330,31 @@ impl Primary {
             State::Protected { .. } => "protected",
             State::Contending { .. } => "contending",
             State::Over => "ended",
+        }
+    }
+
+    /// Returns what this side is in the middle of, in finer steps than its state; for logs and tests.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        match self.state {
+            State::Alone => "alone",
+            State::Pairing { .. } => "pairing",
+            State::Syncing { .. } => "syncing",
+            State::Protected { .. } => "protected",
+            State::Stopping {
+                trigger: Trigger::Sync, ..
+            } => "stopping first",
+            State::Sending {
+                trigger: Trigger::Sync, ..
+            } => "sending first",
+            State::Awaiting {
+                trigger: Trigger::Sync, ..
+            } => "awaiting first",
+            State::Stopping { .. } => "stopping",
+            State::Sending { .. } => "sending",
+            State::Awaiting { .. } => "awaiting",
+            State::Contending { .. } => "contending",
+            State::Over => "over",
         }
     }
 
@@ -602,7 +630,11 @@ impl Primary {
             return self.misbehaved(now, "it speaks of another generation", actions);
         }
         match message {
-            Message::Heartbeat => {}
+            Message::Heartbeat(heartbeat) => {
+                if let Err(error) = liveness.heartbeat(now, heartbeat) {
+                    self.misbehaved(now, &error.to_string(), actions);
+                }
+            }
             Message::Goodbye(reason) => self.link_lost(now, &format!("the secondary said goodbye: {reason}"), actions),
             Message::BlockHashes(hashes) if matches!(self.state, State::Syncing { disk: false, .. }) => {
                 actions.push(Action::CompareBlocks(hashes));
@@ -856,8 +888,7 @@ impl Primary {
             return self.link_lost(now, &format!("silent for more than {limit}"), actions);
         }
         if liveness.heartbeat_due() <= now {
-            liveness.sent(now);
-            actions.push(Action::SendControl(Message::Heartbeat));
+            actions.push(Action::SendControl(Message::Heartbeat(liveness.beat(now))));
         }
     }
 
@@ -866,7 +897,10 @@ impl Primary {
         if start + ANNOUNCE_AFTER[next] > now {
             return;
         }
-        self.transmit(self.network.announcements(), None, actions);
+        // While contending nothing leaves; the next repetition may.
+        if !matches!(self.state, State::Contending { .. }) {
+            self.transmit(self.network.announcements(), self.lease(), actions);
+        }
         self.announce = (next + 1 < ANNOUNCE_AFTER.len()).then_some((start, next + 1));
     }
 
@@ -909,11 +943,7 @@ impl Primary {
                 Verdict::Violation(what) => violation = Some(what),
             }
         }
-        let not_after = self
-            .protected()
-            .then(|| self.liveness.as_ref().map(Liveness::fence_at))
-            .flatten();
-        self.transmit(frames, not_after, actions);
+        self.transmit(frames, self.lease(), actions);
         if let Some(what) = violation {
             self.misbehaved(now, &what, actions);
         }
@@ -926,6 +956,12 @@ impl Primary {
         if !frames.is_empty() {
             actions.push(Action::Transmit { frames, not_after });
         }
+    }
+
+    /// Returns until when output may leave, if that is bounded: as soon as the peer may contend.
+    fn lease(&self) -> Option<Instant> {
+        let liveness = self.liveness.as_ref().filter(|_| self.peer_entitled)?;
+        Some(liveness.lease_until())
     }
 
     fn hold_input(&mut self, actions: &mut Vec<Action>) {

@@ -1,5 +1,7 @@
 //! What the secondary's protocol hears and what it orders.
 
+use core::fmt;
+
 use bytes::Bytes;
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::wire::{DeviceState, DiskWrite, GoodbyeReason, Message, PageBatch};
@@ -15,9 +17,9 @@ pub enum Event {
     /// Everything that could fail at the load of that checkpoint has been tried.
     Checked(Tag, Result<(), String>),
     /// The control connection is gone.
-    ControlClosed(String),
+    ControlClosed(LinkEnd),
     /// The data connection is gone; every complete message before has been delivered.
-    DataClosed(String),
+    DataClosed(LinkEnd),
     /// The disk writes up to this epoch are durable in the base image.
     DiskCommitted(Epoch),
     /// The guest sent a frame.
@@ -48,6 +50,24 @@ pub enum Event {
     VmFailed(String),
     /// The witness answered a claim.
     WitnessAnswered(Generation, WitnessAnswer),
+}
+
+/// How a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkEnd {
+    /// The primary's kernel ended it in order. A primary does that when it dies, or stops its output first.
+    PeerEnded,
+    /// In any other way: the primary may live, and believe in its lease.
+    Broken(String),
+}
+
+impl fmt::Display for LinkEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PeerEnded => f.write_str("it ended the connection"),
+            Self::Broken(cause) => f.write_str(cause),
+        }
+    }
 }
 
 /// Something is to be done. Actions of one step are carried out in their order.

@@ -4,11 +4,18 @@
 //!   Idle ──Begin──► Syncing ──End, checked, recorded──► Following ◄───────── Loaded
 //!     │               │                                  │   │ End, checked: commit point, acknowledge
 //!     │ link lost     │ link lost                        │   └────────────► (loading) ──┘
-//!     ▼               ▼                                  │ link lost
-//!   Over (unpaired)  Over (unpaired)                  Draining ──read to its end──► Contending
-//!                                                                                  │ won, recorded, VM quiet
-//!                                                        Over (fenced) ◄── lost ───┴──► Over (taken over)
+//!     ▼               ▼                  a connection ended │   │ it broke the protocol
+//!   Over (unpaired)  Over (unpaired)                  Draining  Severed
+//!               ended by its kernel, and read to the end │   │ its lease is over │
+//!                                                        ▼   ▼                   │
+//!                        Over (fenced) ◄── lost ── Contending ◄──────────────────┘
+//!                                                        │ won, recorded, VM quiet
+//!                                                        ▼
+//!                                                  Over (taken over)
 //! ```
+//!
+//! The primary may hold a lease until the takeover limit has passed since it was last heard; before that, only an end
+//! of the connection that its kernel made tells that it releases nothing more.
 //!
 //! A checkpoint is all or nothing: until its end mark has arrived, verified and been checked, nothing
 //! touches the VM, its memory or its disk; from then on a takeover is in the new state. It never reads
@@ -19,11 +26,11 @@ use checkpoint::limits;
 use checkpoint::liveness::Liveness;
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::staging::{StagingError, Totals};
-use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Input, Message, Output};
+use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Heartbeat, Input, Message, Output};
 use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
 use proxy::NetworkPicture;
 
-use crate::event::{Action, Event, Outcome, TakenOver};
+use crate::event::{Action, Event, LinkEnd, Outcome, TakenOver};
 
 /// Time between two claims of a term that the witness did not answer.
 const CLAIM_RETRY: Duration = Duration::from_millis(100);
@@ -69,8 +76,16 @@ enum State {
     Idle,
     Syncing,
     Following,
-    /// The control connection is gone; the data connection is read to its end, at most until then.
+    /// A connection is gone. What the primary had sent is still read; it may hold a lease until then.
     Draining {
+        until: Instant,
+        /// A connection was ended by the primary's kernel: no lease is in use any more.
+        ended: bool,
+        /// The data connection is not at its end.
+        unread: bool,
+    },
+    /// The primary broke the protocol: nothing more of it is taken. It may hold a lease until then.
+    Severed {
         until: Instant,
     },
     /// `retry` is when to claim again, `None` while an answer is outstanding or none is asked for.
@@ -177,10 +192,11 @@ impl Secondary {
         if self.state == State::Over {
             return;
         }
+        self.liveness.poll(now);
         match event {
             Event::Checked(tag, result) => self.checked(now, tag, result, actions),
-            Event::ControlClosed(cause) => self.control_closed(now, &cause, actions),
-            Event::DataClosed(cause) => self.link_lost(now, &cause, actions),
+            Event::ControlClosed(end) => self.closed(&end, false, actions),
+            Event::DataClosed(end) => self.closed(&end, true, actions),
             Event::DiskCommitted(epoch) => self.send_tagged(Message::Committed, epoch, actions),
             Event::GuestSent(frame) => self.guest_sent(frame, actions),
             Event::GuestStopped(reason) => {
@@ -212,10 +228,8 @@ impl Secondary {
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {
-            State::Idle | State::Syncing | State::Following => {
-                Some(self.liveness.heartbeat_due().min(self.liveness.suspect_at()))
-            }
-            State::Draining { until } => Some(until),
+            State::Idle | State::Syncing | State::Following => Some(self.liveness.deadline()),
+            State::Draining { until, .. } | State::Severed { until } => Some(until),
             State::Contending { retry, .. } => retry,
             State::Over => None,
         }
@@ -231,9 +245,35 @@ impl Secondary {
                 Flight::Loading(..) => "checkpointing",
                 _ => "protected",
             },
-            State::Draining { .. } | State::Contending { claim: Claim::Open, .. } => "contending",
+            State::Draining { .. } | State::Severed { .. } | State::Contending { claim: Claim::Open, .. } => {
+                "contending"
+            }
             State::Contending { .. } => "promoting",
             State::Over => "ended",
+        }
+    }
+
+    /// Returns what this side is in the middle of, in finer steps than its state; for logs and tests.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        match (self.state, &self.flight) {
+            (State::Idle, _) => "idle",
+            (State::Syncing | State::Following, Flight::Checking(_)) => "checking",
+            (State::Syncing | State::Following, Flight::Recording(_)) => "recording",
+            (State::Syncing | State::Following, Flight::Loading(..)) => "loading",
+            (State::Syncing, Flight::Staging) => "receiving",
+            (State::Following, Flight::Staging) => "following",
+            (State::Draining { .. }, _) => "draining",
+            (State::Severed { .. }, _) => "severed",
+            (State::Contending { claim: Claim::Open, .. }, _) => "claiming",
+            (State::Contending { claim: Claim::Won, .. }, _) => "won",
+            (
+                State::Contending {
+                    claim: Claim::Recorded, ..
+                },
+                _,
+            ) => "recorded",
+            (State::Over, _) => "over",
         }
     }
 
@@ -273,7 +313,6 @@ impl Secondary {
     // The primary.
 
     fn peer_sent(&mut self, now: Instant, message: Message, actions: &mut Vec<Action>) {
-        self.liveness.heard(now);
         if self.leaving.is_some()
             || !matches!(
                 self.state,
@@ -282,24 +321,25 @@ impl Secondary {
         {
             return;
         }
+        self.liveness.heard(now);
         if let Message::Begin(tag) = message {
-            return self.begin(now, tag, actions);
+            return self.begin(tag, actions);
         }
         if message
             .generation()
             .is_some_and(|generation| generation != self.generation)
         {
-            return self.misbehaved(now, "it speaks of another generation", actions);
+            return self.misbehaved("it speaks of another generation", actions);
         }
         match message {
-            Message::Heartbeat => {}
+            Message::Heartbeat(heartbeat) => self.heartbeat(now, heartbeat, actions),
             Message::Goodbye(reason) => self.goodbye(reason, actions),
             Message::SyncBlock(write) if self.state == State::Syncing => actions.push(Action::ApplyWrite(write)),
-            Message::Input(input) => self.input(now, input, actions),
-            Message::Write(write) => self.write(now, write, actions),
+            Message::Input(input) => self.input(input, actions),
+            Message::Write(write) => self.write(write, actions),
             Message::Pages(batch) => {
                 if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.pages(&batch)?)) {
-                    return self.misbehaved(now, &error.to_string(), actions);
+                    return self.misbehaved(&error.to_string(), actions);
                 }
                 self.counters.pages += u64::from(batch.count);
                 self.counters.page_bytes += batch.encoded.len() as u64;
@@ -311,31 +351,46 @@ impl Secondary {
             }
             Message::DeviceState(state) => {
                 if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.device_state(&state)?)) {
-                    return self.misbehaved(now, &error.to_string(), actions);
+                    return self.misbehaved(&error.to_string(), actions);
                 }
                 actions.push(Action::StageDevices(state));
             }
             Message::NetworkState(state) => {
                 if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.network_state(&state)?)) {
-                    return self.misbehaved(now, &error.to_string(), actions);
+                    return self.misbehaved(&error.to_string(), actions);
                 }
                 match NetworkPicture::decode(&state.encoded) {
                     Ok(picture) => self.staged_network = Some(picture),
-                    Err(error) => self.misbehaved(now, &format!("its network state is broken: {error}"), actions),
+                    Err(error) => self.misbehaved(&format!("its network state is broken: {error}"), actions),
                 }
             }
-            Message::End(mark) => self.end_mark(now, mark, actions),
+            Message::End(mark) => self.end_mark(mark, actions),
             _ => self.misbehaved(
-                now,
                 "it sent a message that only a secondary sends, or out of order",
                 actions,
             ),
         }
     }
 
-    fn begin(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
+    /// Answers at once, which renews the primary's lease; not after the loss of a connection.
+    fn heartbeat(&mut self, now: Instant, heartbeat: Heartbeat, actions: &mut Vec<Action>) {
+        if let State::Draining { .. } = self.state {
+            return;
+        }
+        if let Err(error) = self.liveness.heartbeat(now, heartbeat) {
+            return self.misbehaved(&error.to_string(), actions);
+        }
+        self.beat(now, actions);
+    }
+
+    fn beat(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        actions.push(Action::SendControl(Message::Heartbeat(self.liveness.beat(now))));
+        self.confirm(actions);
+    }
+
+    fn begin(&mut self, tag: Tag, actions: &mut Vec<Action>) {
         if self.state != State::Idle || tag.generation <= self.generation || tag.epoch.0 == 0 {
-            return self.misbehaved(now, "it began a sync out of order, or in an old generation", actions);
+            return self.misbehaved("it began a sync out of order, or in an old generation", actions);
         }
         self.generation = tag.generation;
         self.running = tag.epoch;
@@ -347,14 +402,14 @@ impl Secondary {
         self.report_state(actions);
     }
 
-    fn input(&mut self, now: Instant, input: Input, actions: &mut Vec<Action>) {
+    fn input(&mut self, input: Input, actions: &mut Vec<Action>) {
         if self.first || input.number != self.received.next() {
-            return self.misbehaved(now, "its inputs are out of order", actions);
+            return self.misbehaved("its inputs are out of order", actions);
         }
         let loading = matches!(self.flight, Flight::Loading(..));
         let due = if loading { self.running.next() } else { self.running };
         if input.tag.epoch != due || self.later.len() as u64 >= limits::INPUTS_UNCONFIRMED_MAX {
-            return self.misbehaved(now, "its inputs are of another epoch, or too many", actions);
+            return self.misbehaved("its inputs are of another epoch, or too many", actions);
         }
         self.received = input.number;
         if loading {
@@ -370,9 +425,9 @@ impl Secondary {
         actions.push(Action::Deliver(delivery));
     }
 
-    fn write(&mut self, now: Instant, write: DiskWrite, actions: &mut Vec<Action>) {
+    fn write(&mut self, write: DiskWrite, actions: &mut Vec<Action>) {
         if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.write(&write)?)) {
-            return self.misbehaved(now, &error.to_string(), actions);
+            return self.misbehaved(&error.to_string(), actions);
         }
         actions.push(if self.state == State::Syncing {
             Action::ApplyWrite(write)
@@ -390,13 +445,12 @@ impl Secondary {
         }
     }
 
-    fn end_mark(&mut self, now: Instant, mark: EndMark, actions: &mut Vec<Action>) {
+    fn end_mark(&mut self, mark: EndMark, actions: &mut Vec<Action>) {
         if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.verify(&mark)?)) {
-            return self.misbehaved(now, &error.to_string(), actions);
+            return self.misbehaved(&error.to_string(), actions);
         }
         if mark.input != self.received || matches!(self.flight, Flight::Loading(..)) {
             return self.misbehaved(
-                now,
                 "its end mark names inputs that it did not send, or comes too early",
                 actions,
             );
@@ -428,6 +482,8 @@ impl Secondary {
         self.flight = Flight::Loading(mark, now);
         self.totals.advance();
         self.quiet = false;
+        // What the guest sent in an execution that this checkpoint replaces must not leave.
+        self.outputs.clear();
         if self.state == State::Syncing {
             self.state = State::Following;
         }
@@ -479,11 +535,20 @@ impl Secondary {
     }
 
     /// The peer broke the protocol: its connections are closed, and it counts as lost.
-    fn misbehaved(&mut self, now: Instant, what: &str, actions: &mut Vec<Action>) {
+    fn misbehaved(&mut self, what: &str, actions: &mut Vec<Action>) {
         actions.push(Action::Report(Report::Alarm(format!(
             "the primary broke the protocol: {what}"
         ))));
-        self.link_lost(now, "it broke the protocol", actions);
+        let until = match self.state {
+            State::Following => self.liveness.suspect_at(),
+            State::Draining {
+                until, ended: false, ..
+            } => until,
+            _ => return self.link_lost("it broke the protocol", actions),
+        };
+        actions.push(Action::CloseLink);
+        self.state = State::Severed { until };
+        self.report_state(actions);
     }
 
     // The machine.
@@ -496,7 +561,9 @@ impl Secondary {
         let frame = self.network.leaving(frame);
         match self.state {
             State::Following => actions.push(Action::Send(Message::Output(Output { tag: self.tag(), frame }))),
-            State::Draining { .. } | State::Contending { .. } if self.outputs.len() < PENDING_OUTPUTS_MAX => {
+            State::Draining { .. } | State::Severed { .. } | State::Contending { .. }
+                if self.outputs.len() < PENDING_OUTPUTS_MAX =>
+            {
                 self.outputs.push(frame);
             }
             _ => {}
@@ -533,23 +600,28 @@ impl Secondary {
 
     // Loss of the primary.
 
-    fn control_closed(&mut self, now: Instant, cause: &str, actions: &mut Vec<Action>) {
-        match self.state {
+    fn closed(&mut self, end: &LinkEnd, data: bool, actions: &mut Vec<Action>) {
+        let clean = *end == LinkEnd::PeerEnded;
+        let (until, ended, unread) = match self.state {
+            State::Idle | State::Syncing => return self.link_lost(&end.to_string(), actions),
             State::Following => {
-                let until = now + Duration(self.options.takeover_limit.0 / 4);
-                self.state = State::Draining { until };
                 actions.push(Action::Report(Report::Note(format!(
-                    "primary {} lost: {cause}",
+                    "a connection of primary {} is gone: {end}",
                     self.primary
                 ))));
+                (self.liveness.suspect_at(), clean, !data)
             }
-            State::Idle | State::Syncing => self.link_lost(now, cause, actions),
-            _ => {}
+            State::Draining { until, ended, unread } => (until, ended || clean, unread && !data),
+            State::Severed { .. } | State::Contending { .. } | State::Over => return,
+        };
+        self.state = State::Draining { until, ended, unread };
+        if ended && !unread {
+            self.link_lost(&end.to_string(), actions);
         }
     }
 
-    /// Nothing more comes from the primary: its state is final.
-    fn link_lost(&mut self, _now: Instant, cause: &str, actions: &mut Vec<Action>) {
+    /// Nothing more comes from the primary, and it lets nothing more out: its state is final.
+    fn link_lost(&mut self, cause: &str, actions: &mut Vec<Action>) {
         if self.leaving.is_some() {
             return;
         }
@@ -559,7 +631,7 @@ impl Secondary {
                 let reason = format!("primary {} lost before the first checkpoint: {cause}", self.primary);
                 self.finish(Outcome::Unpaired(reason), actions);
             }
-            State::Following | State::Draining { .. } => {
+            State::Following | State::Draining { .. } | State::Severed { .. } => {
                 actions.push(Action::CloseLink);
                 actions.push(Action::Report(Report::Note(format!(
                     "primary {} lost: {cause}",
@@ -714,7 +786,7 @@ impl Secondary {
 
     fn leave(&mut self, reason: GoodbyeReason, actions: &mut Vec<Action>) {
         match self.state {
-            State::Contending { .. } | State::Draining { .. } => {
+            State::Contending { .. } | State::Draining { .. } | State::Severed { .. } => {
                 self.finish(Outcome::Ended(reason), actions);
             }
             _ => {
@@ -734,16 +806,14 @@ impl Secondary {
             State::Idle | State::Syncing | State::Following => {
                 if self.liveness.is_suspect(now) {
                     let limit = self.options.takeover_limit;
-                    return self.link_lost(now, &format!("silent for more than {limit}"), actions);
+                    return self.link_lost(&format!("silent for more than {limit}"), actions);
                 }
                 if self.liveness.heartbeat_due() <= now {
-                    self.liveness.sent(now);
-                    actions.push(Action::SendControl(Message::Heartbeat));
-                    self.confirm(actions);
+                    self.beat(now, actions);
                 }
             }
-            State::Draining { until } if until <= now => {
-                self.link_lost(now, "its connection did not end in time", actions)
+            State::Draining { until, .. } | State::Severed { until } if until <= now => {
+                self.link_lost("nothing was heard of it within the limit", actions);
             }
             State::Contending {
                 term,

@@ -13,7 +13,7 @@ use link::port::{Observer, Port, PortBackend};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
-use link::{Established, Events as LinkEvents, Link, LinkEvent, Which};
+use link::{CloseCause, Established, Events as LinkEvents, Link, LinkEvent, Which};
 use machine::{PowerEvent, Vm};
 use storage::witness::{Claim, DirectoryWitness};
 use storage::{FileImage, Replica};
@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use crate::disk::{self, Disk, DiskThread, Follower};
-use crate::event::{Action, Event, Outcome};
+use crate::event::{Action, Event, LinkEnd, Outcome};
 use crate::protocol::{Options, Secondary};
 use crate::vm::{Command, VmThread};
 
@@ -353,14 +353,14 @@ impl Role {
                 cause,
             } => {
                 self.closed.0 = true;
-                self.step(Event::ControlClosed(format!("control connection: {cause}")));
+                self.step(Event::ControlClosed(link_end("control", cause)));
             }
             LinkEvent::Closed {
                 which: Which::Data,
                 cause,
             } => {
                 self.closed.1 = true;
-                self.step(Event::DataClosed(format!("data connection: {cause}")));
+                self.step(Event::DataClosed(link_end("data", cause)));
             }
         }
     }
@@ -434,6 +434,14 @@ impl Role {
                 since: now.since(self.started),
             },
         )
+    }
+}
+
+fn link_end(which: &str, cause: CloseCause) -> LinkEnd {
+    match cause {
+        CloseCause::Eof => LinkEnd::PeerEnded,
+        CloseCause::Broken(error) => LinkEnd::Broken(format!("{which} connection: it broke: {error}")),
+        CloseCause::Garbage(error) => LinkEnd::Broken(format!("{which} connection: {error}")),
     }
 }
 

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use checkpoint::{Epoch, Generation, Tag};
 
-use crate::toy_vm::{Answer, Request};
+use crate::toy_vm::{Answer, Memory, Request};
 
 /// A machine's whole state, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Memory.
-    pub pages: Vec<Vec<u8>>,
+    pub pages: Memory,
     /// Registers.
     pub served: u64,
     /// Disk, as the guest sees it.
@@ -38,6 +38,8 @@ pub struct Checkers {
     pub loads: u64,
     /// Frames released while paired.
     pub released: u64,
+    /// Frames dropped because the lease was over.
+    pub late: u64,
 }
 
 impl Checkers {
@@ -63,10 +65,13 @@ impl Checkers {
 
     /// The primary stopped for this checkpoint in this state.
     pub fn stopped(&mut self, tag: Tag, snapshot: Snapshot) {
-        assert!(
-            self.stops.insert(tag.epoch, snapshot).is_none(),
-            "rule 5: {tag} is stopped for twice"
-        );
+        let last = self.stops.last_key_value().map_or(Epoch(0), |(epoch, _)| *epoch);
+        assert!(tag.epoch > last, "rule 5: {tag} is stopped for twice, or after {last}");
+        self.stops.insert(tag.epoch, snapshot);
+        // At most one is uncommitted.
+        while self.stops.len() > 4 {
+            self.stops.pop_first();
+        }
     }
 
     /// The secondary made this checkpoint its state.

@@ -6,7 +6,11 @@
 #![forbid(unsafe_code)]
 
 pub mod checkers;
+pub mod faults;
+mod network;
 pub mod node;
 pub mod random;
+mod shells;
 pub mod toy_vm;
+pub mod trace;
 pub mod world;

@@ -9,7 +9,7 @@ use checkpoint::pages::{BatchEncoder, decode_batch};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
-use checkpoint::{Epoch, Tag};
+use checkpoint::{Epoch, Instant, Tag};
 use primary::event::Shipment;
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
@@ -17,7 +17,8 @@ use storage::sim::{SimDisk, SimImage};
 use storage::{CommitJob, Image, Replica};
 
 use crate::checkers::Snapshot;
-use crate::toy_vm::{DISK_BYTES, PAGES, ToyVm};
+use crate::random::Random;
+use crate::toy_vm::{DISK_BYTES, Memory, PAGES, ToyVm};
 
 /// What a host does.
 pub enum Role {
@@ -49,14 +50,26 @@ pub struct Node {
     pub link: Option<usize>,
     /// The host executes nothing until then.
     pub frozen_until: u64,
+    /// A deadline that is due together with an event is seen first.
+    pub deadline_first: bool,
+    /// When the last order to the VM's thread is carried out.
+    pub ordered_until: u64,
+    /// How the last role ended.
+    pub outcome: Option<&'static str>,
+    /// Where its own clock began.
+    clock_start: u64,
+    /// Its speed, in millionths.
+    clock_speed: u64,
     /// The durable record.
     pub record: Option<RecordUpdate>,
+    /// The disk under both images.
+    pub disk: Arc<SimDisk>,
     /// Disk image.
     pub image: Arc<SimImage>,
     /// The secondary's layers over it.
     pub replica: Option<Replica<SimImage>>,
     journal: Arc<SimImage>,
-    committed: Vec<Vec<u8>>,
+    committed: Memory,
     stage: Vec<PageBatch>,
     devices: Option<DeviceState>,
     unacknowledged: Vec<u64>,
@@ -66,7 +79,7 @@ pub struct Node {
 impl Node {
     /// Makes a host with an empty disk.
     #[must_use]
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, random: &mut Random) -> Self {
         let disk = SimDisk::new(seed);
         let limits = storage::replica::Limits::default();
         let journal = disk.image(storage::journal::size_for(limits.batch(DISK_BYTES)));
@@ -79,8 +92,14 @@ impl Node {
             inbox: VecDeque::new(),
             link: None,
             frozen_until: 0,
+            deadline_first: false,
+            ordered_until: 0,
+            outcome: None,
+            clock_start: 1 + random.below(1 << 40),
+            clock_speed: 950_000 + random.below(100_000),
             record: None,
             image: disk.image(DISK_BYTES),
+            disk,
             replica: None,
             journal,
             committed: ToyVm::default().pages,
@@ -89,6 +108,23 @@ impl Node {
             unacknowledged: Vec::new(),
             jobs: VecDeque::new(),
         }
+    }
+
+    /// Returns what its clock shows.
+    #[must_use]
+    pub fn clock(&self, world: u64) -> Instant {
+        Instant(
+            self.clock_start + world / 1_000_000 * self.clock_speed + world % 1_000_000 * self.clock_speed / 1_000_000,
+        )
+    }
+
+    /// Returns the first moment at which its clock shows that time or a later one.
+    #[must_use]
+    pub fn world_time(&self, clock: Instant) -> u64 {
+        let span = u128::from(clock.0.saturating_sub(self.clock_start)) * 1_000_000;
+        let world = span.div_ceil(u128::from(self.clock_speed));
+        // The clock rounds down twice; one more nanosecond makes up for it.
+        u64::try_from(world).map_or(u64::MAX, |world| world.saturating_add(2))
     }
 
     /// Starts it with nothing in memory, to listen for a primary.
@@ -235,7 +271,7 @@ impl Node {
     pub fn apply(&mut self, batch: &PageBatch) {
         let committed = &mut self.committed;
         decode_batch(&batch.encoded, PAGES, |page, content: &[u8; PAGE_BYTES]| {
-            committed[usize::try_from(page).expect("small")].copy_from_slice(content);
+            committed[usize::try_from(page).expect("small")] = Arc::new(content.to_vec());
         })
         .expect("the simulated wire keeps bytes whole");
     }

@@ -4,6 +4,7 @@
 //! depend on the host, and two copies diverge.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use checkpoint::limits::PAGE_BYTES;
@@ -15,8 +16,8 @@ pub const PAGES: u64 = 40;
 pub const KEYS: u64 = 16;
 /// Clients, one page each for the last answer.
 pub const CLIENTS: u64 = 8;
-/// Bytes of the toy's disk.
-pub const DISK_BYTES: u64 = 128 * 1024;
+/// Bytes of the toy's disk: one block of the comparison, and a short one.
+pub const DISK_BYTES: u64 = 72 * 1024;
 const ANSWERS: u64 = KEYS;
 const NOISE: u64 = KEYS + CLIENTS;
 
@@ -44,11 +45,14 @@ pub struct Answer {
     pub value: u64,
 }
 
+/// Pages that are copied when written.
+pub type Memory = Vec<Arc<Vec<u8>>>;
+
 /// The guest.
 #[derive(Clone, Debug)]
 pub struct ToyVm {
-    /// Memory.
-    pub pages: Vec<Vec<u8>>,
+    /// Memory; a copy shares the pages that neither has written since.
+    pub pages: Memory,
     /// Pages written since last asked.
     pub dirty: BTreeSet<u64>,
     /// Requests served: the registers.
@@ -66,9 +70,9 @@ pub struct Served {
 
 impl Default for ToyVm {
     fn default() -> Self {
-        let pages = (0..PAGES).map(|_| vec![0; PAGE_BYTES]).collect();
+        let zero = Arc::new(vec![0; PAGE_BYTES]);
         Self {
-            pages,
+            pages: (0..PAGES).map(|_| Arc::clone(&zero)).collect(),
             dirty: BTreeSet::new(),
             served: 0,
         }
@@ -113,13 +117,8 @@ impl ToyVm {
         };
         Served {
             output: Some(answer.frame(noise)),
-            write: Some((key * 512, sector.into())),
+            write: Some((key * 512 + key % 2 * 64 * 1024, sector.into())),
         }
-    }
-
-    /// Writes a page and marks it.
-    pub fn load_page(&mut self, page: u64, content: &[u8]) {
-        self.pages[index(page)].copy_from_slice(content);
     }
 
     fn word(&self, page: u64, word: usize) -> u64 {
@@ -128,7 +127,7 @@ impl ToyVm {
     }
 
     fn set(&mut self, page: u64, word: usize, value: u64) {
-        self.pages[index(page)][word * 8..word * 8 + 8].copy_from_slice(&value.to_le_bytes());
+        Arc::make_mut(&mut self.pages[index(page)])[word * 8..word * 8 + 8].copy_from_slice(&value.to_le_bytes());
         self.dirty.insert(page);
     }
 }

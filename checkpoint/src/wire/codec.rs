@@ -23,10 +23,11 @@ use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX, SECTIONS_MAX,
     TEXT_BYTES_MAX,
 };
+use crate::time::Instant;
 use crate::wire::header::{HEADER_BYTES, Header, Kind};
 use crate::wire::{
-    BlockHashes, DeviceState, DiskWrite, EndMark, GoodbyeReason, Hello, Input, Message, NetworkState, Output,
-    PROTOCOL_VERSION, PageBatch, Refusal, Section, Session, Welcome,
+    BlockHashes, DeviceState, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Hello, Input, Message, NetworkState,
+    Output, PROTOCOL_VERSION, PageBatch, Refusal, Section, Session, Welcome,
 };
 
 /// Bytes of one block hash.
@@ -140,7 +141,7 @@ pub fn encode(message: &Message) -> Encoded {
         Message::Welcome(welcome) => (Kind::Welcome, 0, 0, archive(welcome)),
         Message::Refuse(refusal) => (Kind::Refuse, 0, 0, archive(&cut_refusal(refusal))),
         Message::Attach(session) => (Kind::Attach, 0, 0, Bytes::copy_from_slice(&session.0.to_le_bytes())),
-        Message::Heartbeat => (Kind::Heartbeat, 0, 0, Bytes::new()),
+        Message::Heartbeat(heartbeat) => (Kind::Heartbeat, 0, 0, encode_heartbeat(heartbeat)),
         Message::Goodbye(reason) => (Kind::Goodbye, 0, 0, archive(&cut_goodbye(reason))),
         Message::Begin(_) => (Kind::Begin, 0, 0, Bytes::new()),
         Message::BlockHashes(hashes) => (Kind::BlockHashes, hashes.first, 0, Bytes::from(hashes.hashes.concat())),
@@ -222,7 +223,7 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
         Kind::Refuse => Message::Refuse(checked_refusal(unarchive(kind, &body)?)?),
         Kind::Goodbye => Message::Goodbye(checked_goodbye(unarchive(kind, &body)?)?),
         Kind::Attach => Message::Attach(Session(u128::from_le_bytes(fixed(kind, &body)?))),
-        Kind::Heartbeat => Message::Heartbeat,
+        Kind::Heartbeat => Message::Heartbeat(decode_heartbeat(fixed(kind, &body)?)),
         Kind::Begin => Message::Begin(tag),
         Kind::BlockHashes => Message::BlockHashes(decode_hashes(header, &body)?),
         Kind::SyncBlock => Message::SyncBlock(decode_write(header, body)?),
@@ -260,6 +261,22 @@ pub fn cut_text(text: &str, most: usize) -> String {
         .chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
+}
+
+fn encode_heartbeat(heartbeat: &Heartbeat) -> Bytes {
+    Bytes::copy_from_slice(
+        [heartbeat.sent, heartbeat.echo]
+            .map(|at| at.0.to_le_bytes())
+            .as_flattened(),
+    )
+}
+
+fn decode_heartbeat(body: [u8; 16]) -> Heartbeat {
+    let [sent, echo]: [[u8; 8]; 2] = zerocopy::transmute!(body);
+    Heartbeat {
+        sent: Instant(u64::from_le_bytes(sent)),
+        echo: Instant(u64::from_le_bytes(echo)),
+    }
 }
 
 /// The end mark without its tag, which the header carries.

@@ -208,14 +208,8 @@ impl Kind {
     /// Returns the bound of a body of this kind.
     pub(super) const fn body_bytes_max(self) -> usize {
         match self {
-            Self::Heartbeat
-            | Self::Begin
-            | Self::Confirm
-            | Self::Want
-            | Self::Acknowledge
-            | Self::Loaded
-            | Self::Committed => 0,
-            Self::Attach => 16,
+            Self::Begin | Self::Confirm | Self::Want | Self::Acknowledge | Self::Loaded | Self::Committed => 0,
+            Self::Attach | Self::Heartbeat => 16,
             Self::End => 256,
             Self::Welcome => 1024,
             Self::Refuse | Self::Goodbye => 8 * 1024,

@@ -20,6 +20,7 @@ pub use header::{HEADER_BYTES, Header};
 pub use reasons::{GoodbyeReason, Refusal};
 
 use crate::epoch::{Epoch, Generation, InputNumber, Tag};
+use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -35,8 +36,8 @@ pub enum Message {
     Refuse(Refusal),
     /// Primary, first on the data connection: this belongs to the session of that `Welcome`.
     Attach(Session),
-    /// Either, control: I live. Sent every eighth of the takeover limit.
-    Heartbeat,
+    /// Either, control: I live. Sent every eighth of the takeover limit; the secondary also answers each at once.
+    Heartbeat(Heartbeat),
     /// Either, control: I end in order; this is no failure.
     Goodbye(GoodbyeReason),
 
@@ -72,6 +73,15 @@ pub enum Message {
     Loaded(Tag),
     /// Secondary: that checkpoint's disk writes are durable here.
     Committed(Tag),
+}
+
+/// A sign of life, and the proof of an earlier one (see `liveness`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// When it was sent, by the sender's clock.
+    pub sent: Instant,
+    /// The newest `sent` that the sender has received, by the receiver's clock; 0 if none.
+    pub echo: Instant,
 }
 
 /// Random number that ties a data connection to its control connection.
@@ -239,7 +249,7 @@ impl Message {
             | Self::Welcome(_)
             | Self::Refuse(_)
             | Self::Attach(_)
-            | Self::Heartbeat
+            | Self::Heartbeat(_)
             | Self::Goodbye(_) => None,
             Self::Begin(tag)
             | Self::Confirm(tag, _)
@@ -324,7 +334,10 @@ pub(crate) fn wire_samples() -> Vec<Message> {
             secondary: "4".into(),
         }),
         Message::Attach(Session(12)),
-        Message::Heartbeat,
+        Message::Heartbeat(Heartbeat {
+            sent: Instant(13),
+            echo: Instant(14),
+        }),
         Message::Goodbye(GoodbyeReason::Failed("disk full".into())),
         Message::Begin(tag),
         Message::BlockHashes(BlockHashes {

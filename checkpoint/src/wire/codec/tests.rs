@@ -127,7 +127,10 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
         }),
         refusals().prop_map(Message::Refuse),
         any::<u128>().prop_map(|session| Message::Attach(Session(session))),
-        Just(Message::Heartbeat),
+        (any::<u64>(), any::<u64>()).prop_map(|(sent, echo)| Message::Heartbeat(Heartbeat {
+            sent: Instant(sent),
+            echo: Instant(echo)
+        })),
         Just(Message::Goodbye(GoodbyeReason::Operator)),
         Just(Message::Goodbye(GoodbyeReason::PowerOff)),
         name().prop_map(|why| Message::Goodbye(GoodbyeReason::Failed(why))),

@@ -1,0 +1,293 @@
+//! The two roles' shells in the world: they carry out what the protocols order, and decide nothing.
+
+use bytes::Bytes;
+use checkpoint::pair::{Delivery, RecordUpdate, Report};
+use checkpoint::wire::{BlockHashes, DiskWrite, Message};
+use checkpoint::{Duration, Instant};
+use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, Outcome as PrimaryOutcome};
+use primary::protocol::{Options as PrimaryOptions, Primary, Start};
+use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome as SecondaryOutcome};
+use storage::Image;
+use storage::verify::{BlockHash, HashKey};
+
+use crate::node::Role;
+use crate::toy_vm::DISK_BYTES;
+use crate::trace::{Line, brief};
+use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, VmOrder, World};
+
+const KEY: HashKey = HashKey([7; 32]);
+
+impl World {
+    // The primary's shell.
+
+    pub(crate) fn start_primary(&mut self, node: usize, start: Start) {
+        let options = PrimaryOptions {
+            witness: self.witness,
+            takeover_limit: TAKEOVER_LIMIT,
+            epoch_age_max: Duration::from_millis(1_000),
+            unmatched_max: Duration::from_millis(200),
+            disk_bytes: DISK_BYTES,
+            mac: [2, 0, 0, 0, 0, 1],
+        };
+        let mut actions = Vec::new();
+        let primary = Primary::new(options, start, self.nodes[node].clock(self.now), &mut actions);
+        self.nodes[node].role = Role::Primary(Box::new(primary));
+        self.act_primary(node, actions);
+    }
+
+    pub(crate) fn step_primary(&mut self, node: usize, event: PrimaryEvent) {
+        let mut actions = core::mem::take(&mut self.primary_actions);
+        let now = self.nodes[node].clock(self.now);
+        let Role::Primary(primary) = &mut self.nodes[node].role else {
+            return;
+        };
+        let quiet = matches!(
+            event,
+            PrimaryEvent::Timeout | PrimaryEvent::PeerSent(Message::Heartbeat(_))
+        );
+        let line = (!quiet).then(|| Line::Primary(node, primary.tag(), event.clone()));
+        primary.step(now, event, &mut actions);
+        line.into_iter().for_each(|line| self.note(line));
+        self.act_primary(node, actions);
+        self.spring();
+    }
+
+    fn act_primary(&mut self, node: usize, mut actions: Vec<PrimaryAction>) {
+        let life = self.nodes[node].life;
+        let event = |event| Happening::PrimaryEvent(node, life, event);
+        for action in actions.drain(..) {
+            match action {
+                PrimaryAction::Claim(term) => {
+                    let answer = self.claim(node, term);
+                    self.soon(event(PrimaryEvent::WitnessAnswered(term, answer)));
+                }
+                PrimaryAction::CloseLink => self.close(node),
+                PrimaryAction::CompareBlocks(hashes) => self.compare(node, &hashes),
+                PrimaryAction::Deliver(delivery) => self.deliver(node, delivery),
+                PrimaryAction::Dial => self.later(20 * MILLISECOND, Happening::Dial(node, life)),
+                PrimaryAction::End(outcome) => return self.primary_ended(node, &outcome),
+                PrimaryAction::HoldInput(_) | PrimaryAction::Reseed | PrimaryAction::SeedEntropy(_) => {}
+                PrimaryAction::Report(report) => self.report(node, &report),
+                PrimaryAction::KeepDirty => self.order(node, VmOrder::KeepDirty),
+                PrimaryAction::PauseVm => self.order(node, VmOrder::Pause),
+                PrimaryAction::ResumeVm => self.order(node, VmOrder::Resume),
+                PrimaryAction::Send(message) => self.send(node, false, message),
+                PrimaryAction::SendCheckpoint { tag, blocks, totals } => {
+                    let snapshot = self.nodes[node].snapshot();
+                    self.checkers.stopped(tag, snapshot);
+                    self.order(node, VmOrder::Ship(totals, blocks));
+                }
+                PrimaryAction::SendControl(message) => self.send(node, true, message),
+                PrimaryAction::StoreRecord(record) => self.store_record(node, record),
+                PrimaryAction::SyncMemory(totals) => self.order(node, VmOrder::Sync(totals)),
+                PrimaryAction::Transmit { frames, not_after } => self.transmit(node, &frames, not_after),
+            }
+        }
+        self.primary_actions = actions;
+    }
+
+    fn transmit(&mut self, node: usize, frames: &[Bytes], not_after: Option<Instant>) {
+        if not_after.is_some_and(|limit| self.nodes[node].clock(self.now) > limit) {
+            self.checkers.late += frames.len() as u64;
+            return self.note(Line::Note(format!(
+                "host {node} drops {} frames that are late",
+                frames.len()
+            )));
+        }
+        let Role::Primary(primary) = &self.nodes[node].role else {
+            return;
+        };
+        let paired = matches!(primary.state_name(), "protected" | "checkpointing");
+        let generation = primary.tag().generation;
+        for frame in frames {
+            self.checkers.released(node, generation, paired, frame);
+            self.later(50_000, Happening::ClientHears(frame.clone()));
+        }
+    }
+
+    fn compare(&mut self, node: usize, hashes: &BlockHashes) {
+        let life = self.nodes[node].life;
+        let theirs: Vec<BlockHash> = hashes.hashes.iter().copied().map(BlockHash).collect();
+        let image = self.nodes[node].image.clone();
+        let different =
+            storage::verify::differing(&*image, &KEY, hashes.first, &theirs).expect("the blocks are in range");
+        for block in different {
+            let (offset, length) = storage::verify::block_range(image.size(), block);
+            let mut data = vec![0; length];
+            image.read_at(offset, &mut data).expect("in range");
+            let write = DiskWrite {
+                tag: hashes.tag,
+                offset,
+                data: data.into(),
+            };
+            self.send(node, false, Message::SyncBlock(write));
+        }
+        let event = PrimaryEvent::DiskSynced(hashes.tag.generation);
+        self.soon(Happening::PrimaryEvent(node, life, event));
+    }
+
+    fn primary_ended(&mut self, node: usize, outcome: &PrimaryOutcome) {
+        self.note(Line::Note(format!("host {node} ended as primary: {outcome:?}")));
+        let name = match outcome {
+            PrimaryOutcome::Ended(_) => "ended",
+            PrimaryOutcome::Fenced(_) => "fenced",
+            PrimaryOutcome::Failed(_) => "failed",
+        };
+        self.ended(node, name);
+    }
+
+    // The secondary's shell.
+
+    pub(crate) fn step_secondary(&mut self, node: usize, event: SecondaryEvent) {
+        let mut actions = core::mem::take(&mut self.secondary_actions);
+        let now = self.nodes[node].clock(self.now);
+        let Role::Secondary(secondary) = &mut self.nodes[node].role else {
+            return;
+        };
+        let quiet = matches!(
+            event,
+            SecondaryEvent::Timeout | SecondaryEvent::PeerSent(Message::Heartbeat(_))
+        );
+        let line = (!quiet).then(|| Line::Secondary(node, secondary.tag(), event.clone()));
+        secondary.step(now, event, &mut actions);
+        line.into_iter().for_each(|line| self.note(line));
+        self.act_secondary(node, actions);
+        self.spring();
+    }
+
+    fn act_secondary(&mut self, node: usize, mut actions: Vec<SecondaryAction>) {
+        let life = self.nodes[node].life;
+        let event = |event| Happening::SecondaryEvent(node, life, event);
+        for action in actions.drain(..) {
+            match action {
+                SecondaryAction::ApplyPages(batch) => self.order(node, VmOrder::Apply(batch)),
+                SecondaryAction::ApplyWrite(write) => {
+                    let image = &self.nodes[node].image;
+                    image.write_at(write.offset, &write.data).expect("in range");
+                }
+                SecondaryAction::Check(tag) => self.order(node, VmOrder::Check(tag)),
+                SecondaryAction::Claim(term) => {
+                    let answer = self.claim(node, term);
+                    self.soon(event(SecondaryEvent::WitnessAnswered(term, answer)));
+                }
+                SecondaryAction::CloseLink => self.close_secondary(node),
+                SecondaryAction::CommitDisk(epoch) => {
+                    self.nodes[node].commit_disk(epoch);
+                    let snapshot = self.nodes[node].snapshot();
+                    self.checkers.loaded(epoch, &snapshot);
+                    self.soon(Happening::DiskJobs(node, life));
+                }
+                SecondaryAction::Deliver(delivery) => self.deliver(node, delivery),
+                SecondaryAction::DropDeliveries => self.nodes[node].inbox.clear(),
+                SecondaryAction::DropStage => self.order(node, VmOrder::DropStage),
+                SecondaryAction::End(outcome) => return self.secondary_ended(node, outcome),
+                SecondaryAction::Load(tag) => self.order(node, VmOrder::Load(tag)),
+                SecondaryAction::PauseVm => self.order(node, VmOrder::Pause),
+                SecondaryAction::Report(report) => self.report(node, &report),
+                SecondaryAction::SeedEntropy(_) => {}
+                SecondaryAction::ResumeVm => self.order(node, VmOrder::Resume),
+                SecondaryAction::Send(message) => {
+                    if let Message::Acknowledge(tag) = &message {
+                        self.checkers.acknowledge(*tag);
+                    }
+                    self.send(node, false, message);
+                }
+                SecondaryAction::SendBlockHashes(tag) => self.send_hashes(node, tag),
+                SecondaryAction::SendControl(message) => self.send(node, true, message),
+                SecondaryAction::StageDevices(state) => self.order(node, VmOrder::StageDevices(state)),
+                SecondaryAction::StagePages(batch) => self.order(node, VmOrder::StagePages(batch)),
+                SecondaryAction::StageWrite(write) => {
+                    let replica = self.nodes[node].replica.as_mut().expect("a secondary");
+                    replica
+                        .stage(write.tag.epoch, write.offset, &write.data)
+                        .expect("the primary keeps the rules");
+                }
+                SecondaryAction::StoreRecord(record) => self.store_record(node, record),
+            }
+        }
+        self.secondary_actions = actions;
+    }
+
+    fn send_hashes(&mut self, node: usize, tag: checkpoint::Tag) {
+        let image = self.nodes[node].image.clone();
+        let replica = self.nodes[node].replica.as_mut().expect("a secondary");
+        replica.begin_sync().expect("the disk is whole");
+        let hashes = storage::verify::hashes(&*image, &KEY, 0, usize::MAX).expect("in range");
+        let hashes = hashes.into_iter().map(|hash| hash.0).collect();
+        self.send(node, false, Message::BlockHashes(BlockHashes { tag, first: 0, hashes }));
+    }
+
+    /// A reader that is being stopped may still report an end that is this side's own doing.
+    fn close_secondary(&mut self, node: usize) {
+        self.close(node);
+        let life = self.nodes[node].life;
+        let end = SecondaryEvent::DataClosed(LinkEnd::PeerEnded);
+        self.soon(Happening::SecondaryEvent(node, life, end));
+    }
+
+    fn secondary_ended(&mut self, node: usize, outcome: SecondaryOutcome) {
+        self.note(Line::Note(format!(
+            "host {node} ended as secondary: {}",
+            brief(&outcome)
+        )));
+        let name = match outcome {
+            SecondaryOutcome::Ended(_) => "ended",
+            SecondaryOutcome::Fenced(_) => "fenced",
+            SecondaryOutcome::Failed(_) => "failed",
+            SecondaryOutcome::Unpaired(_) => "unpaired",
+            SecondaryOutcome::TakenOver(taken) => {
+                self.close(node);
+                let host = &mut self.nodes[node];
+                host.link = None;
+                host.life += 1;
+                host.serving = false;
+                host.fold();
+                let taken = *taken;
+                return self.start_primary(
+                    node,
+                    Start::TakenOver {
+                        generation: taken.generation,
+                        last_epoch: taken.last_epoch,
+                        network: taken.network,
+                        inputs: taken.inputs,
+                        outputs: taken.outputs,
+                    },
+                );
+            }
+        };
+        self.ended(node, name);
+    }
+
+    // Both.
+
+    fn ended(&mut self, node: usize, outcome: &'static str) {
+        self.close(node);
+        self.nodes[node].die();
+        self.nodes[node].outcome = Some(outcome);
+        if self.restarts {
+            let life = self.nodes[node].life;
+            self.later(300 * MILLISECOND, Happening::Restart(node, life));
+        }
+    }
+
+    fn deliver(&mut self, node: usize, delivery: Delivery) {
+        self.nodes[node].inbox.push_back(delivery);
+        self.wake(node);
+    }
+
+    fn report(&mut self, node: usize, report: &Report) {
+        if let Report::Alarm(text) = report {
+            self.note(Line::Note(format!("host {node} ALARM {text}")));
+        }
+    }
+
+    fn store_record(&mut self, node: usize, record: RecordUpdate) {
+        self.nodes[node].record = Some(record);
+        let life = self.nodes[node].life;
+        let happening = match self.nodes[node].role {
+            Role::Primary(_) => Happening::PrimaryEvent(node, life, PrimaryEvent::RecordStored(record)),
+            _ => Happening::SecondaryEvent(node, life, SecondaryEvent::RecordStored(record)),
+        };
+        self.soon(happening);
+    }
+}
