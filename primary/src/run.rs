@@ -289,7 +289,7 @@ impl Role {
             .map_err(std::io::Error::other)?;
         Ok(self
             .outcome
-            .unwrap_or(Outcome::Failed("the role ended without a reason".to_owned())))
+            .unwrap_or_else(|| Outcome::Failed("the role ended without a reason".to_owned())))
     }
 
     fn step(&mut self, event: Event) {

@@ -211,7 +211,7 @@ impl Role {
         let outcome = self
             .outcome
             .take()
-            .unwrap_or(Outcome::Failed("the role ended without a reason".to_owned()));
+            .unwrap_or_else(|| Outcome::Failed("the role ended without a reason".to_owned()));
         let taken = matches!(outcome, Outcome::TakenOver(_));
         let image_ready = taken.then(|| self.fold());
         drop(self.thread);

@@ -324,7 +324,7 @@ impl Host {
     }
 
     fn replica(&self, record: Option<&Record>) -> Replica<FileImage> {
-        let at = record.map_or(Tag::default(), |record| record.tag);
+        let at = record.map_or_else(Tag::default, |record| record.tag);
         Replica::new(
             Arc::clone(&self.image),
             Arc::clone(&self.journal),
@@ -445,11 +445,12 @@ impl Host {
                 epoch_age_max: self.settings.epoch_age_max,
                 unmatched_max: self.settings.unmatched_max,
                 disk_bytes: self.image.size(),
+                mac: self.settings.vm.mac.0,
             },
             start,
             pair: self.pair().to_owned(),
             node: self.settings.node.clone(),
-            peer: self.settings.peer.clone(),
+            peer: self.settings.peer,
             shape: self.shape(),
             vm,
             port,
