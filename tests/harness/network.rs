@@ -108,7 +108,7 @@ impl World {
 
     pub(crate) fn frame_at_switch(&mut self, frame: &Bytes) {
         for node in 0..2 {
-            if let Role::Primary(_) = self.nodes[node].role {
+            if matches!(self.nodes[node].role, Role::Primary(_)) && !self.nodes[node].input_held {
                 let life = self.nodes[node].life;
                 let event = PrimaryEvent::FrameArrived(frame.clone());
                 self.later(10_000, Happening::PrimaryEvent(node, life, event));

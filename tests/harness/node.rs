@@ -54,6 +54,8 @@ pub struct Node {
     pub deadline_first: bool,
     /// When the last order to the VM's thread is carried out.
     pub ordered_until: u64,
+    /// It does not read the clients' frames.
+    pub input_held: bool,
     /// How the last role ended.
     pub outcome: Option<&'static str>,
     /// Where its own clock began.
@@ -94,6 +96,7 @@ impl Node {
             frozen_until: 0,
             deadline_first: false,
             ordered_until: 0,
+            input_held: false,
             outcome: None,
             clock_start: 1 + random.below(1 << 40),
             clock_speed: 950_000 + random.below(100_000),
@@ -130,6 +133,8 @@ impl Node {
     /// Starts it with nothing in memory, to listen for a primary.
     pub fn wait(&mut self) {
         self.life += 1;
+        self.outcome = None;
+        self.input_held = false;
         self.role = Role::Waiting;
         self.vm = ToyVm::default();
         self.committed = ToyVm::default().pages;

@@ -66,7 +66,8 @@ impl World {
                 PrimaryAction::Deliver(delivery) => self.deliver(node, delivery),
                 PrimaryAction::Dial => self.later(20 * MILLISECOND, Happening::Dial(node, life)),
                 PrimaryAction::End(outcome) => return self.primary_ended(node, &outcome),
-                PrimaryAction::HoldInput(_) | PrimaryAction::Reseed | PrimaryAction::SeedEntropy(_) => {}
+                PrimaryAction::HoldInput(hold) => self.nodes[node].input_held = hold,
+                PrimaryAction::Reseed | PrimaryAction::SeedEntropy(_) => {}
                 PrimaryAction::Report(report) => self.report(node, &report),
                 PrimaryAction::KeepDirty => self.order(node, VmOrder::KeepDirty),
                 PrimaryAction::PauseVm => self.order(node, VmOrder::Pause),

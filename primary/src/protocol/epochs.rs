@@ -1,0 +1,114 @@
+//! A checkpoint from its trigger to its commit: stop, ship, await, release.
+
+use super::{Action, Instant, Message, NetworkState, Primary, Shipment, State, Tag, Totals, Trigger};
+
+impl Primary {
+    pub(super) fn trigger(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
+        if matches!(self.state, State::Protected { .. }) && self.ending.is_none() {
+            self.stop_for(now, trigger, actions);
+        }
+    }
+
+    pub(super) fn stop_for(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
+        self.state = State::Stopping { trigger, asked: now };
+        actions.push(Action::PauseVm);
+    }
+
+    pub(super) fn paused(&mut self, actions: &mut Vec<Action>) {
+        match self.state {
+            State::Stopping { trigger, asked } => self.stopped(trigger, asked, actions),
+            State::Alone | State::Pairing { .. } | State::Syncing { .. } => self.record_end(actions),
+            _ => {}
+        }
+    }
+
+    /// Epoch *n* is over; what the guest does next is *n* + 1.
+    pub(super) fn stopped(&mut self, trigger: Trigger, asked: Instant, actions: &mut Vec<Action>) {
+        let tag = self.tag();
+        let blocks = if trigger == Trigger::Sync {
+            self.changed.all_blocks().iter().collect()
+        } else {
+            Vec::new()
+        };
+        if trigger != Trigger::Sync {
+            let stopped = self.comparator.stop();
+            assert_eq!(
+                stopped, tag.epoch,
+                "the comparator and the protocol are in the same epoch"
+            );
+        }
+        self.network_at_stop = self.network.encode();
+        self.changed.close(tag);
+        self.epoch = self.epoch.next();
+        self.write_bytes = 0;
+        let next = Totals::new(self.tag(), Some(tag.epoch));
+        let totals = core::mem::replace(&mut self.totals, next);
+        self.state = State::Sending { trigger, asked, tag };
+        actions.push(Action::SendCheckpoint { tag, blocks, totals });
+    }
+
+    pub(super) fn checkpoint_sent(&mut self, shipment: Shipment, actions: &mut Vec<Action>) {
+        let State::Sending { trigger, asked, tag } = self.state else {
+            return;
+        };
+        let mut totals = shipment.totals;
+        if totals.tag() != tag {
+            return;
+        }
+        let network = NetworkState {
+            tag,
+            encoded: core::mem::take(&mut self.network_at_stop),
+        };
+        totals
+            .network_state(&network)
+            .expect("the network's state is counted once");
+        actions.push(Action::Send(Message::NetworkState(network)));
+        actions.push(Action::Send(Message::End(totals.mark(self.input, shipment.entropy))));
+        actions.push(Action::SeedEntropy(Some(shipment.entropy)));
+        self.peer_entitled = true;
+        self.counters.pages += shipment.pages;
+        self.counters.page_bytes += shipment.bytes;
+        self.counters.last_shipment = (shipment.pages, shipment.bytes);
+        self.state = State::Awaiting { trigger, asked, tag };
+    }
+
+    pub(super) fn acknowledged(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
+        let State::Awaiting {
+            trigger,
+            asked,
+            tag: awaited,
+        } = self.state
+        else {
+            return self.misbehaved(now, "it acknowledged a checkpoint that was not sent", actions);
+        };
+        if tag != awaited {
+            return self.misbehaved(now, "it acknowledged another checkpoint than the one sent", actions);
+        }
+        self.committed = tag.epoch;
+        *self.counters.checkpoints.entry(trigger).or_default() += 1;
+        self.counters.last_checkpoint = Some(now);
+        self.counters.last_pause = now.since(asked);
+        self.state = State::Protected { since: now };
+        if self.ending.is_none() {
+            actions.push(Action::ResumeVm);
+        }
+        if trigger == Trigger::Sync {
+            self.comparator.protect(self.epoch);
+        } else {
+            self.comparator.commit(now, tag.epoch, &mut self.verdicts);
+        }
+        self.act_on_verdicts(now, actions);
+        self.report_state(actions);
+    }
+
+    pub(super) fn peer_committed(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
+        if tag.epoch > self.committed {
+            return self.misbehaved(now, "it committed a checkpoint that it had not acknowledged", actions);
+        }
+        self.changed.clear_committed(tag);
+        // The last checkpoint of a run leaves the VM stopped; with its disk epoch durable, both images are equal.
+        if tag.epoch == self.committed && matches!(self.state, State::Protected { .. }) {
+            self.record_end(actions);
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! What the own guest does: frames, inputs, disk writes, its end. And what may leave to the clients.
+
+use super::{
+    ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, GoodbyeReason, GuestEnd, Input, Instant, Message, Mode,
+    Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits,
+};
+
+impl Primary {
+    pub(super) fn guest_sent(&mut self, now: Instant, frame: Bytes, actions: &mut Vec<Action>) {
+        self.counters.outputs += 1;
+        let frame = self.network.leaving(frame);
+        self.comparator.primary_output(now, frame, &mut self.verdicts);
+        self.act_on_verdicts(now, actions);
+    }
+
+    pub(super) fn input_consumed(&mut self, delivery: Delivery, actions: &mut Vec<Action>) {
+        self.counters.inputs += 1;
+        if !self.mirroring() {
+            return;
+        }
+        self.input = self.input.next();
+        let input = Input {
+            tag: self.tag(),
+            number: self.input,
+            frame: delivery.wire,
+        };
+        actions.push(Action::Send(Message::Input(input)));
+        self.hold_input(actions);
+    }
+
+    pub(super) fn guest_wrote(&mut self, now: Instant, offset: u64, data: Bytes, actions: &mut Vec<Action>) {
+        self.changed.mark(offset, data.len() as u64);
+        if !self.mirroring() {
+            return;
+        }
+        self.write_bytes += data.len() as u64;
+        let write = DiskWrite {
+            tag: self.tag(),
+            offset,
+            data,
+        };
+        self.totals.write(&write).expect("the sums are of the running epoch");
+        actions.push(Action::Send(Message::Write(write)));
+        if self.write_bytes >= limits::EPOCH_WRITES_BYTES_MAX {
+            self.trigger(now, Trigger::Limit, actions);
+        }
+    }
+
+    pub(super) fn guest_stopped(&mut self, now: Instant, end: GuestEnd, actions: &mut Vec<Action>) {
+        let reason = match end {
+            GuestEnd::PowerOff => GoodbyeReason::PowerOff,
+            GuestEnd::Reset => GoodbyeReason::Failed("the guest asked for a reset; start it again".to_owned()),
+            GuestEnd::Crashed(reason) => GoodbyeReason::Failed(format!("the guest crashed: {reason}")),
+        };
+        self.end(now, reason, actions);
+    }
+
+    /// This host can't run the VM: the secondary, which can, is left to win the witness.
+    pub(super) fn vm_failed(&mut self, reason: String, actions: &mut Vec<Action>) {
+        actions.push(Action::CloseLink);
+        self.finish(Outcome::Failed(reason), actions);
+    }
+
+    pub(super) fn act_on_verdicts(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let mut frames = Vec::new();
+        let mut trigger = None;
+        let mut violation = None;
+        for verdict in core::mem::take(&mut self.verdicts) {
+            match verdict {
+                Verdict::Release(frame) => frames.push(frame),
+                Verdict::Diverged(divergence) => {
+                    trigger = Some(match divergence.reason {
+                        Reason::Mismatch(_) => {
+                            self.counters.divergences += 1;
+                            Trigger::Mismatch
+                        }
+                        Reason::Unmatched { .. } => Trigger::Unmatched,
+                        Reason::Limit(_) => Trigger::Limit,
+                    });
+                    actions.push(Action::Report(Report::Note(divergence.to_string())));
+                }
+                Verdict::Violation(what) => violation = Some(what),
+            }
+        }
+        self.transmit(frames, self.lease(), actions);
+        if let Some(what) = violation {
+            self.misbehaved(now, &what, actions);
+        }
+        if let Some(trigger) = trigger {
+            self.trigger(now, trigger, actions);
+        }
+    }
+
+    pub(super) fn transmit(&self, frames: Vec<Bytes>, not_after: Option<Instant>, actions: &mut Vec<Action>) {
+        if !frames.is_empty() {
+            actions.push(Action::Transmit { frames, not_after });
+        }
+    }
+
+    pub(super) fn announce(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let Some((start, next)) = self.announce else { return };
+        if start + ANNOUNCE_AFTER[next] > now {
+            return;
+        }
+        // While contending nothing leaves; the next repetition may.
+        if !matches!(self.state, State::Contending { .. }) {
+            self.transmit(self.network.announcements(), self.lease(), actions);
+        }
+        self.announce = (next + 1 < ANNOUNCE_AFTER.len()).then_some((start, next + 1));
+    }
+
+    /// Returns until when output may leave, if that is bounded: as soon as the peer may contend.
+    pub(super) fn lease(&self) -> Option<Instant> {
+        let liveness = self.liveness.as_ref().filter(|_| self.peer_entitled)?;
+        Some(liveness.lease_until())
+    }
+
+    pub(super) fn hold_input(&mut self, actions: &mut Vec<Action>) {
+        let hold = self.mirroring() && self.inputs_unconfirmed() >= limits::INPUTS_UNCONFIRMED_MAX;
+        if hold != self.input_held {
+            self.input_held = hold;
+            actions.push(Action::HoldInput(hold));
+        }
+    }
+
+    /// Output is compared: the secondary has a VM that follows.
+    pub(super) fn protected(&self) -> bool {
+        self.comparator.mode() == Mode::Comparing
+            && matches!(
+                self.state,
+                State::Protected { .. } | State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. }
+            )
+    }
+
+    /// Inputs and disk writes go to the secondary as they happen.
+    pub(super) fn mirroring(&self) -> bool {
+        self.protected()
+    }
+}

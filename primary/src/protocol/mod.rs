@@ -1,0 +1,454 @@
+//! The primary's half of the pair protocol, pure: events in, actions out.
+//!
+//! ```text
+//!   Alone ──Connected──► Pairing ──term won, recorded──► Syncing ──all sent──► Stopping
+//!     ▲                     │ link lost                     │ link lost           │ Paused
+//!     ├─────────────────────┴───────────────────────────────┘                     ▼
+//!     │                             ┌──────── trigger ── Protected ◄─ack─ Awaiting ◄─sent─ Sending
+//!     │ won, recorded               └──► Stopping             │ link lost: from any of these
+//!   Contending ◄──────────────────────────────────────────────┘
+//!     │ lost
+//!   Fenced
+//! ```
+//!
+//! The VM resumes after the acknowledgement (`Awaiting → Protected`): while a checkpoint travels the
+//! primary's guest produces nothing, so epoch *n* + 1 has no output before *n* is committed.
+//! This is the only place that says "checkpoint acknowledged ⇒ release output". It never reads a
+//! clock, never blocks, and holds bulk data by reference only.
+
+mod end;
+mod epochs;
+mod guest;
+mod loss;
+mod peer;
+
+use bytes::Bytes;
+use checkpoint::limits;
+use checkpoint::liveness::Liveness;
+use checkpoint::pair::{Delivery, RecordUpdate, Report, Trigger, WitnessAnswer};
+use checkpoint::staging::Totals;
+use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Input, Message, NetworkState, Welcome};
+use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
+use proxy::{Comparator, ComparatorLimits, Mode, NetworkPicture, Reason, Verdict};
+use storage::ChangedBlocks;
+
+use crate::event::{Action, Event, GuestEnd, Outcome, Shipment};
+
+/// Time between two claims of a term that the witness did not answer.
+const CLAIM_RETRY: Duration = Duration::from_millis(100);
+/// Longest time that an orderly end waits for its last checkpoint.
+const ENDING_MAX: Duration = Duration::from_millis(5_000);
+/// When announcements are repeated after a start or a takeover.
+const ANNOUNCE_AFTER: [Duration; 6] = [
+    Duration(0),
+    Duration::from_millis(20),
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_millis(1_500),
+    Duration::from_millis(4_000),
+];
+
+/// What the operator set.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether a witness is configured; without one the primary goes on alone unasked.
+    pub witness: bool,
+    /// Silence after which the peer is lost.
+    pub takeover_limit: Duration,
+    /// An epoch is never older than this.
+    pub epoch_age_max: Duration,
+    /// A frame never waits longer than this for its equal.
+    pub unmatched_max: Duration,
+    /// Size of the disk in bytes.
+    pub disk_bytes: u64,
+    /// The guest's hardware address, announced when it boots.
+    pub mac: [u8; 6],
+}
+
+/// How this side came to run.
+#[derive(Debug)]
+pub enum Start {
+    /// It boots the VM, as owner of this generation.
+    Boot {
+        /// The generation, won and recorded.
+        generation: Generation,
+        /// Last epoch number ever used; the run begins with the next.
+        last_epoch: Epoch,
+    },
+    /// It took over from a lost primary, as owner of this generation.
+    TakenOver {
+        /// The generation, won and recorded.
+        generation: Generation,
+        /// Last epoch number ever used.
+        last_epoch: Epoch,
+        /// Translation offsets and learned addresses, as the secondary held them.
+        network: NetworkPicture,
+        /// Frames that the guest has not yet received, in order.
+        inputs: Vec<Delivery>,
+        /// Frames that the guest sent since the peer was lost.
+        outputs: Vec<Bytes>,
+    },
+}
+
+/// Counters for the status report.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Checkpoints acknowledged, by trigger.
+    pub checkpoints: std::collections::BTreeMap<Trigger, u64>,
+    /// Times that the outputs differed.
+    pub divergences: u64,
+    /// Frames given to the guest.
+    pub inputs: u64,
+    /// Frames that the guest sent.
+    pub outputs: u64,
+    /// Pages shipped.
+    pub pages: u64,
+    /// Encoded page bytes shipped.
+    pub page_bytes: u64,
+    /// When the last checkpoint was acknowledged.
+    pub last_checkpoint: Option<Instant>,
+    /// Length of the last stop.
+    pub last_pause: Duration,
+    /// Pages and bytes of the last checkpoint.
+    pub last_shipment: (u64, u64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Alone,
+    Pairing {
+        term: Generation,
+        won: bool,
+    },
+    Syncing {
+        disk: bool,
+        memory: bool,
+    },
+    Protected {
+        since: Instant,
+    },
+    Stopping {
+        trigger: Trigger,
+        asked: Instant,
+    },
+    Sending {
+        trigger: Trigger,
+        asked: Instant,
+        tag: Tag,
+    },
+    Awaiting {
+        trigger: Trigger,
+        asked: Instant,
+        tag: Tag,
+    },
+    /// `retry` is when to claim again, `None` while an answer is outstanding; `won` while the record is written.
+    Contending {
+        term: Generation,
+        retry: Option<Instant>,
+        won: bool,
+    },
+    Over,
+}
+
+/// The end that has been asked for.
+#[derive(Debug)]
+struct Ending {
+    reason: GoodbyeReason,
+    by: Instant,
+    recorded: bool,
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Primary {
+    options: Options,
+    state: State,
+    generation: Generation,
+    /// The epoch that the guest runs in.
+    epoch: Epoch,
+    committed: Epoch,
+    liveness: Option<Liveness>,
+    peer: Option<String>,
+    /// The peer may have committed a checkpoint of this generation, so it may contend.
+    peer_entitled: bool,
+    comparator: Comparator,
+    network: NetworkPicture,
+    /// As it was at the stop for the checkpoint in flight.
+    network_at_stop: Bytes,
+    input: InputNumber,
+    confirmed: InputNumber,
+    input_held: bool,
+    totals: Totals,
+    /// Blocks of the secondary's disk whose hashes have come.
+    hashed: u64,
+    write_bytes: u64,
+    changed: ChangedBlocks,
+    announce: Option<(Instant, usize)>,
+    witness_alarmed: bool,
+    ending: Option<Ending>,
+    counters: Counters,
+    verdicts: Vec<Verdict>,
+}
+
+impl Primary {
+    /// Makes the protocol of a side that owns its generation; the VM is built and stopped.
+    #[must_use]
+    pub fn new(options: Options, start: Start, now: Instant, actions: &mut Vec<Action>) -> Self {
+        let (generation, last_epoch, network, inputs, outputs, taken_over) = match start {
+            Start::Boot { generation, last_epoch } => (
+                generation,
+                last_epoch,
+                // The network may still send the guest's frames to where it ran before.
+                NetworkPicture::of(options.mac),
+                Vec::new(),
+                Vec::new(),
+                false,
+            ),
+            Start::TakenOver {
+                generation,
+                last_epoch,
+                network,
+                inputs,
+                outputs,
+            } => (generation, last_epoch, network, inputs, outputs, true),
+        };
+        let mut primary = Self {
+            state: State::Alone,
+            generation,
+            epoch: last_epoch.next(),
+            committed: last_epoch,
+            liveness: None,
+            peer: None,
+            peer_entitled: false,
+            comparator: Comparator::new(
+                ComparatorLimits {
+                    unmatched: options.unmatched_max,
+                    ..ComparatorLimits::default()
+                },
+                last_epoch.next(),
+            ),
+            network,
+            network_at_stop: Bytes::new(),
+            input: InputNumber(0),
+            confirmed: InputNumber(0),
+            input_held: false,
+            totals: Totals::new(
+                Tag {
+                    generation,
+                    epoch: last_epoch.next(),
+                },
+                None,
+            ),
+            hashed: 0,
+            write_bytes: 0,
+            changed: ChangedBlocks::new(
+                options.disk_bytes,
+                Tag {
+                    generation,
+                    epoch: last_epoch,
+                },
+            ),
+            announce: Some((now, 0)),
+            witness_alarmed: false,
+            ending: None,
+            counters: Counters::default(),
+            verdicts: Vec::new(),
+            options,
+        };
+        primary.network.lead();
+        if taken_over {
+            actions.push(Action::Reseed);
+        }
+        actions.push(Action::SeedEntropy(None));
+        primary.announce(now, actions);
+        actions.extend(inputs.into_iter().map(Action::Deliver));
+        primary.transmit(outputs, None, actions);
+        actions.push(Action::ResumeVm);
+        primary.report_state(actions);
+        actions.push(Action::Dial);
+        primary
+    }
+
+    /// Takes one event and appends what is to be done.
+    pub fn step(&mut self, now: Instant, event: Event, actions: &mut Vec<Action>) {
+        if self.state == State::Over {
+            return;
+        }
+        if let Some(liveness) = &mut self.liveness {
+            liveness.poll(now);
+        }
+        match event {
+            Event::CheckpointAsked => self.trigger(now, Trigger::Admin, actions),
+            Event::CheckpointSent(shipment) => self.checkpoint_sent(shipment, actions),
+            Event::Connected(welcome) => self.connected(now, welcome, actions),
+            Event::DiskSynced(generation) if generation == self.generation => self.synced(now, None, actions),
+            Event::MemorySynced(shipment) if shipment.totals.tag() == self.tag() => {
+                self.synced(now, Some(shipment), actions)
+            }
+            Event::DiskSynced(_) | Event::MemorySynced(_) => {}
+            Event::FrameArrived(frame) => actions.push(Action::Deliver(self.network.arriving(frame))),
+            Event::GuestSent(frame) => self.guest_sent(now, frame, actions),
+            Event::GuestStopped(end) => self.guest_stopped(now, end, actions),
+            Event::GuestWrote { offset, data } => self.guest_wrote(now, offset, data, actions),
+            Event::InputConsumed(delivery) => self.input_consumed(delivery, actions),
+            Event::LinkClosed(cause) => self.link_lost(now, &cause, actions),
+            Event::Paused => self.paused(actions),
+            Event::PeerSent(message) => self.peer_sent(now, message, actions),
+            Event::RecordStored(record) => self.recorded(now, record, actions),
+            Event::StopAsked => self.end(now, GoodbyeReason::Operator, actions),
+            Event::Timeout => self.timeout(now, actions),
+            Event::VmFailed(reason) => self.vm_failed(reason, actions),
+            Event::WitnessAnswered(term, answer) => self.witness_answered(now, term, answer, actions),
+        }
+    }
+
+    /// Returns when to call `step` with `Event::Timeout`.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        let liveness = self.liveness.as_ref().map(Liveness::deadline);
+        let state = match self.state {
+            State::Protected { since } if self.ending.is_none() => Some(since + self.options.epoch_age_max),
+            State::Contending { retry, .. } => retry,
+            _ => None,
+        };
+        let comparator = (matches!(self.state, State::Protected { .. }) && self.ending.is_none())
+            .then(|| self.comparator.deadline())
+            .flatten();
+        let announce = self.announce.map(|(start, next)| start + ANNOUNCE_AFTER[next]);
+        let ending = self.ending.as_ref().map(|ending| ending.by);
+        [liveness, state, comparator, announce, ending]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Returns the name of the state, as `tandem status` shows it.
+    #[must_use]
+    pub fn state_name(&self) -> &'static str {
+        match self.state {
+            State::Alone => "alone",
+            State::Pairing { .. }
+            | State::Syncing { .. }
+            | State::Stopping {
+                trigger: Trigger::Sync, ..
+            }
+            | State::Sending {
+                trigger: Trigger::Sync, ..
+            }
+            | State::Awaiting {
+                trigger: Trigger::Sync, ..
+            } => "syncing",
+            State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. } => "checkpointing",
+            State::Protected { .. } => "protected",
+            State::Contending { .. } => "contending",
+            State::Over => "ended",
+        }
+    }
+
+    /// Returns what this side is in the middle of, in finer steps than its state; for logs and tests.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        match self.state {
+            State::Alone => "alone",
+            State::Pairing { .. } => "pairing",
+            State::Syncing { .. } => "syncing",
+            State::Protected { .. } => "protected",
+            State::Stopping {
+                trigger: Trigger::Sync, ..
+            } => "stopping first",
+            State::Sending {
+                trigger: Trigger::Sync, ..
+            } => "sending first",
+            State::Awaiting {
+                trigger: Trigger::Sync, ..
+            } => "awaiting first",
+            State::Stopping { .. } => "stopping",
+            State::Sending { .. } => "sending",
+            State::Awaiting { .. } => "awaiting",
+            State::Contending { .. } => "contending",
+            State::Over => "over",
+        }
+    }
+
+    /// Returns the running epoch and its generation.
+    #[must_use]
+    pub fn tag(&self) -> Tag {
+        Tag {
+            generation: self.generation,
+            epoch: self.epoch,
+        }
+    }
+
+    /// Returns the last epoch that the secondary acknowledged.
+    #[must_use]
+    pub fn committed(&self) -> Epoch {
+        self.committed
+    }
+
+    /// Returns the secondary's name while it is connected.
+    #[must_use]
+    pub fn peer(&self) -> Option<&str> {
+        self.peer.as_deref()
+    }
+
+    /// Returns the counters of this run.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Returns the comparator, for its queues' lengths.
+    #[must_use]
+    pub fn comparator(&self) -> &Comparator {
+        &self.comparator
+    }
+
+    /// Returns the bytes of disk writes of the running epoch.
+    #[must_use]
+    pub fn writes_uncommitted_bytes(&self) -> u64 {
+        self.write_bytes
+    }
+
+    /// Returns the number of inputs that the secondary has not confirmed.
+    #[must_use]
+    pub fn inputs_unconfirmed(&self) -> u64 {
+        self.input.0 - self.confirmed.0
+    }
+
+    fn timeout(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        if self.ending.as_ref().is_some_and(|ending| ending.by <= now) {
+            actions.push(Action::Report(Report::Alarm(
+                "the last checkpoint was not committed in time".to_owned(),
+            )));
+            return self.goodbye(actions);
+        }
+        self.beat(now, actions);
+        if let State::Contending {
+            term,
+            retry: Some(retry),
+            ..
+        } = self.state
+            && retry <= now
+        {
+            self.state = State::Contending {
+                term,
+                retry: None,
+                won: false,
+            };
+            actions.push(Action::Claim(term));
+        }
+        if let State::Protected { since } = self.state {
+            if since + self.options.epoch_age_max <= now {
+                self.trigger(now, Trigger::Age, actions);
+            } else if self.comparator.deadline().is_some_and(|deadline| deadline <= now) {
+                self.comparator.timeout(now, &mut self.verdicts);
+                self.act_on_verdicts(now, actions);
+            }
+        }
+        self.announce(now, actions);
+    }
+
+    fn report_state(&self, actions: &mut Vec<Action>) {
+        actions.push(Action::Report(Report::State(self.state_name())));
+    }
+}

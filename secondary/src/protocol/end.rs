@@ -1,0 +1,63 @@
+//! Orderly ends, and those of a side that can't go on.
+
+use super::{Action, Epoch, Flight, GoodbyeReason, Message, Outcome, RecordUpdate, Role, Secondary, State};
+
+impl Secondary {
+    pub(super) fn leave(&mut self, reason: GoodbyeReason, actions: &mut Vec<Action>) {
+        match self.state {
+            State::Contending { .. } | State::Draining { .. } | State::Severed { .. } => {
+                self.finish(Outcome::Ended(reason), actions);
+            }
+            _ => {
+                actions.push(Action::SendControl(Message::Goodbye(reason.clone())));
+                self.goodbye(reason, actions);
+            }
+        }
+    }
+
+    pub(super) fn goodbye(&mut self, reason: GoodbyeReason, actions: &mut Vec<Action>) {
+        self.leaving = Some(reason);
+        if !matches!(self.flight, Flight::Loading(..)) {
+            self.flight = Flight::Staging;
+            actions.push(Action::PauseVm);
+            actions.push(Action::DropStage);
+        }
+        self.record_end(actions);
+    }
+
+    /// Writes the last record, once the image holds what has been committed.
+    pub(super) fn record_end(&self, actions: &mut Vec<Action>) {
+        let loading = matches!(self.flight, Flight::Loading(..));
+        if self.leaving.is_some() && !loading && (self.first || self.durable == self.committed) {
+            self.store_record(!self.first, true, actions);
+        }
+    }
+
+    /// This side can't follow: the primary is told, and goes on alone.
+    pub(super) fn fail(&mut self, reason: String, actions: &mut Vec<Action>) {
+        actions.push(Action::SendControl(Message::Goodbye(GoodbyeReason::Failed(
+            reason.clone(),
+        ))));
+        actions.push(Action::CloseLink);
+        self.finish(Outcome::Failed(reason), actions);
+    }
+
+    pub(super) fn finish(&mut self, outcome: Outcome, actions: &mut Vec<Action>) {
+        self.state = State::Over;
+        actions.push(Action::End(outcome));
+    }
+
+    pub(super) fn store_record(&self, complete: bool, clean: bool, actions: &mut Vec<Action>) {
+        self.store_record_for(self.committed, complete, clean, actions);
+    }
+
+    pub(super) fn store_record_for(&self, committed: Epoch, complete: bool, clean: bool, actions: &mut Vec<Action>) {
+        actions.push(Action::StoreRecord(RecordUpdate {
+            generation: self.generation,
+            role: Role::Secondary,
+            committed,
+            complete,
+            clean,
+        }));
+    }
+}

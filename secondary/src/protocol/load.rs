@@ -1,0 +1,93 @@
+//! A checkpoint from its end mark to the resumption: verify, commit, load.
+
+use super::{Action, EndMark, Epoch, Flight, Instant, Message, Secondary, State, Tag};
+
+impl Secondary {
+    pub(super) fn end_mark(&mut self, mark: EndMark, actions: &mut Vec<Action>) {
+        if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.verify(&mark)?)) {
+            return self.misbehaved(&error.to_string(), actions);
+        }
+        if mark.input != self.received || matches!(self.flight, Flight::Loading(..)) {
+            return self.misbehaved(
+                "its end mark names inputs that it did not send, or comes too early",
+                actions,
+            );
+        }
+        self.counters.last_shipment = (mark.pages, 0);
+        self.flight = Flight::Checking(mark);
+        actions.push(Action::Check(mark.tag));
+    }
+
+    pub(super) fn checked(&mut self, now: Instant, tag: Tag, result: Result<(), String>, actions: &mut Vec<Action>) {
+        let Flight::Checking(mark) = self.flight else { return };
+        if mark.tag != tag || !matches!(self.state, State::Syncing | State::Following | State::Draining { .. }) {
+            return;
+        }
+        if let Err(reason) = result {
+            return self.fail(format!("checkpoint {tag} can't be loaded here: {reason}"), actions);
+        }
+        if self.first {
+            self.flight = Flight::Recording(mark);
+            self.store_record_for(tag.epoch, true, false, actions);
+        } else {
+            self.commit(now, mark, actions);
+        }
+    }
+
+    /// The commit point: from here on a takeover is in the new state.
+    pub(super) fn commit(&mut self, now: Instant, mark: EndMark, actions: &mut Vec<Action>) {
+        self.committed = mark.tag.epoch;
+        self.flight = Flight::Loading(mark, now);
+        self.totals.advance();
+        self.quiet = false;
+        // What the guest sent in an execution that this checkpoint replaces must not leave.
+        self.outputs.clear();
+        if self.state == State::Syncing {
+            self.state = State::Following;
+        }
+        actions.push(Action::Send(Message::Acknowledge(mark.tag)));
+        actions.push(Action::Load(mark.tag));
+    }
+
+    pub(super) fn loaded(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
+        let Flight::Loading(mark, since) = self.flight else {
+            return;
+        };
+        assert_eq!(mark.tag, tag, "one checkpoint is loaded at a time");
+        self.flight = Flight::Staging;
+        self.running = tag.epoch.next();
+        self.network = self
+            .staged_network
+            .take()
+            .expect("a checkpoint is committed only with its network state");
+        self.network.follow();
+        self.consumed = mark.input;
+        self.counters.checkpoints += 1;
+        self.counters.last_checkpoint = Some(now);
+        self.counters.last_pause = now.since(since);
+        actions.push(Action::CommitDisk(tag.epoch));
+        actions.push(Action::DropDeliveries);
+        actions.push(Action::SeedEntropy(mark.entropy));
+        for input in core::mem::take(&mut self.later) {
+            self.deliver(input, actions);
+        }
+        self.quiet = true;
+        let started = core::mem::take(&mut self.first);
+        if self.state == State::Following && self.leaving.is_none() {
+            self.quiet = false;
+            actions.push(Action::ResumeVm);
+            self.confirm(actions);
+            actions.push(Action::Send(Message::Loaded(tag)));
+            if started {
+                self.report_state(actions);
+            }
+        }
+        self.try_take_over(actions);
+    }
+
+    pub(super) fn disk_committed(&mut self, epoch: Epoch, actions: &mut Vec<Action>) {
+        self.durable = epoch;
+        self.send_tagged(Message::Committed, epoch, actions);
+        self.record_end(actions);
+    }
+}

@@ -1,0 +1,367 @@
+//! The secondary's half of the pair protocol, pure: events in, actions out.
+//!
+//! ```text
+//!   Idle ──Begin──► Syncing ──End, checked, recorded──► Following ◄───────── Loaded
+//!     │               │                                  │   │ End, checked: commit point, acknowledge
+//!     │ link lost     │ link lost                        │   └────────────► (loading) ──┘
+//!     ▼               ▼                  a connection ended │   │ it broke the protocol
+//!   Over (unpaired)  Over (unpaired)                  Draining  Severed
+//!               ended by its kernel, and read to the end │   │ its lease is over │
+//!                                                        ▼   ▼                   │
+//!                        Over (fenced) ◄── lost ── Contending ◄──────────────────┘
+//!                                                        │ won, recorded, VM quiet
+//!                                                        ▼
+//!                                                  Over (taken over)
+//! ```
+//!
+//! The primary may hold a lease until the takeover limit has passed since it was last heard; before that, only an end
+//! of the connection that its kernel made tells that it releases nothing more.
+//!
+//! A checkpoint is all or nothing: until its end mark has arrived, verified and been checked, nothing
+//! touches the VM, its memory or its disk; from then on a takeover is in the new state. It never reads
+//! a clock, never blocks, and holds bulk data by reference only.
+
+mod end;
+mod guest;
+mod load;
+mod loss;
+mod peer;
+
+use bytes::Bytes;
+use checkpoint::limits;
+use checkpoint::liveness::Liveness;
+use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
+use checkpoint::staging::{StagingError, Totals};
+use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Heartbeat, Input, Message, Output};
+use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
+use proxy::NetworkPicture;
+
+use crate::event::{Action, Event, LinkEnd, Outcome, TakenOver};
+
+/// Time between two claims of a term that the witness did not answer.
+const CLAIM_RETRY: Duration = Duration::from_millis(100);
+/// Inputs consumed by the guest between two confirmations.
+const CONFIRM_EVERY: u64 = 64;
+/// Frames of the guest kept while the peer is lost and the witness has not answered.
+const PENDING_OUTPUTS_MAX: usize = 1_024;
+
+/// What the operator set.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Whether a witness is configured; without one only the operator makes this side take over.
+    pub witness: bool,
+    /// Silence after which the peer is lost.
+    pub takeover_limit: Duration,
+    /// Generation of the durable record, 0 if there is none.
+    pub generation: Generation,
+}
+
+/// Counters for the status report.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Checkpoints loaded.
+    pub checkpoints: u64,
+    /// Frames given to the guest.
+    pub inputs: u64,
+    /// Frames that the guest sent.
+    pub outputs: u64,
+    /// Pages received.
+    pub pages: u64,
+    /// Encoded page bytes received.
+    pub page_bytes: u64,
+    /// When the last checkpoint was loaded.
+    pub last_checkpoint: Option<Instant>,
+    /// Length of the last stop, from the commit point to the resumption.
+    pub last_pause: Duration,
+    /// Pages and bytes of the last checkpoint.
+    pub last_shipment: (u64, u64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Idle,
+    Syncing,
+    Following,
+    /// A connection is gone. What the primary had sent is still read; it may hold a lease until then.
+    Draining {
+        until: Instant,
+        /// A connection was ended by the primary's kernel: no lease is in use any more.
+        ended: bool,
+        /// The data connection is not at its end.
+        unread: bool,
+    },
+    /// The primary broke the protocol: nothing more of it is taken. It may hold a lease until then.
+    Severed {
+        until: Instant,
+    },
+    /// `retry` is when to claim again, `None` while an answer is outstanding or none is asked for.
+    Contending {
+        term: Generation,
+        retry: Option<Instant>,
+        claim: Claim,
+    },
+    Over,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claim {
+    /// Asked, or to be asked again; or waiting for the operator.
+    Open,
+    /// Won; the record is being written.
+    Won,
+    /// Won and recorded.
+    Recorded,
+}
+
+/// Why a part of a checkpoint is not taken.
+#[derive(Debug, thiserror::Error)]
+enum PartError {
+    #[error("it sent a part of a checkpoint before the sync began")]
+    BeforeBegin,
+    #[error("it sent a part of a checkpoint after its end mark")]
+    AfterEnd,
+    #[error(transparent)]
+    Staging(#[from] StagingError),
+}
+
+/// How far the checkpoint in flight has come.
+#[derive(Debug)]
+enum Flight {
+    /// Its parts arrive.
+    Staging,
+    /// Its end mark verified; the machine tries what could fail.
+    Checking(EndMark),
+    /// The first of a pairing: checked; the record is being written.
+    Recording(EndMark),
+    /// Committed; being loaded since that moment.
+    Loading(EndMark, Instant),
+}
+
+/// The state machine.
+#[derive(Debug)]
+pub struct Secondary {
+    options: Options,
+    state: State,
+    generation: Generation,
+    /// The epoch that the own guest runs in.
+    running: Epoch,
+    committed: Epoch,
+    /// Last epoch whose disk writes are in the image.
+    durable: Epoch,
+    first: bool,
+    liveness: Liveness,
+    primary: String,
+    flight: Flight,
+    totals: Totals,
+    /// The network's state of the checkpoint in flight.
+    staged_network: Option<NetworkPicture>,
+    network: NetworkPicture,
+    received: InputNumber,
+    consumed: InputNumber,
+    confirmed: InputNumber,
+    /// Inputs of the epoch after the one being loaded.
+    later: Vec<Input>,
+    outputs: Vec<Bytes>,
+    quiet: bool,
+    witness_alarmed: bool,
+    leaving: Option<GoodbyeReason>,
+    counters: Counters,
+}
+
+impl Secondary {
+    /// Makes the protocol of a side whose primary has just been accepted.
+    #[must_use]
+    pub fn new(options: Options, primary: String, now: Instant) -> Self {
+        Self {
+            state: State::Idle,
+            generation: options.generation,
+            running: Epoch(0),
+            committed: Epoch(0),
+            durable: Epoch(0),
+            first: true,
+            liveness: Liveness::new(options.takeover_limit, now),
+            primary,
+            flight: Flight::Staging,
+            totals: Totals::new(Tag::default(), None),
+            staged_network: None,
+            network: NetworkPicture::new(),
+            received: InputNumber(0),
+            consumed: InputNumber(0),
+            confirmed: InputNumber(0),
+            later: Vec::new(),
+            outputs: Vec::new(),
+            quiet: true,
+            witness_alarmed: false,
+            leaving: None,
+            counters: Counters::default(),
+            options,
+        }
+    }
+
+    /// Takes one event and appends what is to be done.
+    pub fn step(&mut self, now: Instant, event: Event, actions: &mut Vec<Action>) {
+        if self.state == State::Over {
+            return;
+        }
+        self.liveness.poll(now);
+        match event {
+            Event::Checked(tag, result) => self.checked(now, tag, result, actions),
+            Event::ControlClosed(end) => self.closed(&end, false, actions),
+            Event::DataClosed(end) => self.closed(&end, true, actions),
+            Event::DiskCommitted(epoch) => self.disk_committed(epoch, actions),
+            Event::GuestSent(frame) => self.guest_sent(frame, actions),
+            Event::GuestStopped(reason) => {
+                actions.push(Action::Report(Report::Note(format!(
+                    "the guest stopped here: {reason}"
+                ))));
+            }
+            Event::InputConsumed(delivery) => self.input_consumed(&delivery, actions),
+            Event::Loaded(tag) => self.loaded(now, tag, actions),
+            Event::NearLimit if self.state == State::Following => {
+                self.send_tagged(Message::Want, self.running, actions);
+            }
+            Event::NearLimit => {}
+            Event::Paused => {
+                self.quiet = true;
+                self.try_take_over(actions);
+            }
+            Event::PeerSent(message) => self.peer_sent(now, message, actions),
+            Event::RecordStored(record) => self.recorded(now, record, actions),
+            Event::StageFailed(reason) | Event::VmFailed(reason) => self.fail(reason, actions),
+            Event::StopAsked => self.leave(GoodbyeReason::Operator, actions),
+            Event::TakeOverAsked => self.take_over_asked(actions),
+            Event::Timeout => self.timeout(now, actions),
+            Event::WitnessAnswered(term, answer) => self.witness_answered(now, term, answer, actions),
+        }
+    }
+
+    /// Returns when to call `step` with `Event::Timeout`.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            _ if self.leaving.is_some() => None,
+            State::Idle | State::Syncing | State::Following => Some(self.liveness.deadline()),
+            State::Draining { until, .. } | State::Severed { until } => Some(until),
+            State::Contending { retry, .. } => retry,
+            State::Over => None,
+        }
+    }
+
+    /// Returns the name of the state, as `tandem status` shows it.
+    #[must_use]
+    pub fn state_name(&self) -> &'static str {
+        match self.state {
+            State::Idle | State::Syncing => "syncing",
+            State::Following if self.first => "syncing",
+            State::Following => match self.flight {
+                Flight::Loading(..) => "checkpointing",
+                _ => "protected",
+            },
+            State::Draining { .. } | State::Severed { .. } | State::Contending { claim: Claim::Open, .. } => {
+                "contending"
+            }
+            State::Contending { .. } => "promoting",
+            State::Over => "ended",
+        }
+    }
+
+    /// Returns what this side is in the middle of, in finer steps than its state; for logs and tests.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        match (self.state, &self.flight) {
+            (State::Idle, _) => "idle",
+            (State::Syncing | State::Following, Flight::Checking(_)) => "checking",
+            (State::Syncing | State::Following, Flight::Recording(_)) => "recording",
+            (State::Syncing | State::Following, Flight::Loading(..)) => "loading",
+            (State::Syncing, Flight::Staging) => "receiving",
+            (State::Following, Flight::Staging) => "following",
+            (State::Draining { .. }, _) => "draining",
+            (State::Severed { .. }, _) => "severed",
+            (State::Contending { claim: Claim::Open, .. }, _) => "claiming",
+            (State::Contending { claim: Claim::Won, .. }, _) => "won",
+            (
+                State::Contending {
+                    claim: Claim::Recorded, ..
+                },
+                _,
+            ) => "recorded",
+            (State::Over, _) => "over",
+        }
+    }
+
+    /// Returns the running epoch and its generation.
+    #[must_use]
+    pub fn tag(&self) -> Tag {
+        Tag {
+            generation: self.generation,
+            epoch: self.running,
+        }
+    }
+
+    /// Returns the last committed epoch.
+    #[must_use]
+    pub fn committed(&self) -> Epoch {
+        self.committed
+    }
+
+    /// Tells whether no checkpoint of this pairing has been loaded yet.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.first
+    }
+
+    /// Returns the primary's name.
+    #[must_use]
+    pub fn primary(&self) -> &str {
+        &self.primary
+    }
+
+    /// Returns the counters of this run.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    fn timeout(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        match self.state {
+            State::Idle | State::Syncing | State::Following => {
+                if self.liveness.is_suspect(now) {
+                    let limit = self.options.takeover_limit;
+                    return self.link_lost(&format!("silent for more than {limit}"), actions);
+                }
+                if self.liveness.heartbeat_due() <= now {
+                    self.beat(now, actions);
+                }
+            }
+            State::Draining { until, .. } | State::Severed { until } if until <= now => {
+                self.link_lost("nothing was heard of it within the limit", actions);
+            }
+            State::Contending {
+                term,
+                retry: Some(retry),
+                claim: Claim::Open,
+            } if retry <= now => {
+                self.state = State::Contending {
+                    term,
+                    retry: None,
+                    claim: Claim::Open,
+                };
+                actions.push(Action::Claim(term));
+            }
+            _ => {}
+        }
+    }
+
+    fn send_tagged(&self, message: fn(Tag) -> Message, epoch: Epoch, actions: &mut Vec<Action>) {
+        if matches!(self.state, State::Following | State::Syncing) {
+            actions.push(Action::Send(message(Tag {
+                generation: self.generation,
+                epoch,
+            })));
+        }
+    }
+
+    fn report_state(&self, actions: &mut Vec<Action>) {
+        actions.push(Action::Report(Report::State(self.state_name())));
+    }
+}
