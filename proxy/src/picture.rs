@@ -5,6 +5,8 @@ use checkpoint::pair::Delivery;
 
 use crate::announce::NetworkState;
 use crate::codec::StateError;
+use crate::flow::Class;
+use crate::frame;
 
 /// The translator and the address book of one guest, driven by the protocols of both roles.
 #[derive(Clone, Debug, Default)]
@@ -60,6 +62,12 @@ impl NetworkPicture {
             .unwrap_or_else(|shared| BytesMut::from(&shared[..]));
         self.0.translator.outbound(&mut wire);
         wire.freeze()
+    }
+
+    /// Tells whether a frame belongs to a TCP connection: its receiver knows a repetition for what it is.
+    #[must_use]
+    pub fn is_repeatable(frame: &[u8]) -> bool {
+        frame::parse(frame).key.class == Class::Tcp
     }
 
     /// Returns the bytes for the checkpoint.

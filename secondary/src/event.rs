@@ -146,6 +146,6 @@ pub struct TakenOver {
     pub network: NetworkPicture,
     /// Frames that the guest has not yet received, in order, beside those that the shell still holds.
     pub inputs: Vec<Delivery>,
-    /// Frames that the guest sent since the peer was lost.
+    /// Frames to be sent first: the last TCP segments of the epoch, and what the guest sent since the peer was lost.
     pub outputs: Vec<Bytes>,
 }

@@ -1,6 +1,9 @@
 //! What the own guest does: frames and inputs.
 
-use super::{Action, Bytes, CONFIRM_EVERY, Delivery, Flight, Message, Output, PENDING_OUTPUTS_MAX, Secondary, State};
+use super::{
+    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, Message, NetworkPicture, Output, PENDING_OUTPUTS_MAX,
+    RECENT_OUTPUTS_MAX, Secondary, State,
+};
 
 impl Secondary {
     pub(super) fn guest_sent(&mut self, frame: Bytes, actions: &mut Vec<Action>) {
@@ -10,7 +13,10 @@ impl Secondary {
         }
         let frame = self.network.leaving(frame);
         match self.state {
-            State::Following => actions.push(Action::Send(Message::Output(Output { tag: self.tag(), frame }))),
+            State::Following => {
+                self.remember(&frame);
+                actions.push(Action::Send(Message::Output(Output { tag: self.tag(), frame })));
+            }
             State::Draining { .. } | State::Severed { .. } | State::Contending { .. }
                 if self.outputs.len() < PENDING_OUTPUTS_MAX =>
             {
@@ -18,6 +24,17 @@ impl Secondary {
             }
             _ => {}
         }
+    }
+
+    /// Keeps a segment for the takeover: without it the client would wait for the guest's retransmission.
+    fn remember(&mut self, frame: &Bytes) {
+        if !NetworkPicture::is_repeatable(frame) {
+            return;
+        }
+        if self.recent.len() == RECENT_OUTPUTS_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(frame.clone());
     }
 
     pub(super) fn input_consumed(&mut self, delivery: &Delivery, actions: &mut Vec<Action>) {

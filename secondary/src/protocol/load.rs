@@ -42,6 +42,7 @@ impl Secondary {
         self.quiet = false;
         // What the guest sent in an execution that this checkpoint replaces must not leave.
         self.outputs.clear();
+        self.recent.clear();
         if self.state == State::Syncing {
             self.state = State::Following;
         }

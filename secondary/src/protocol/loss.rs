@@ -195,7 +195,10 @@ impl Secondary {
             last_epoch: self.running,
             network: core::mem::take(&mut self.network),
             inputs: Vec::new(),
-            outputs: core::mem::take(&mut self.outputs),
+            outputs: core::mem::take(&mut self.recent)
+                .into_iter()
+                .chain(core::mem::take(&mut self.outputs))
+                .collect(),
         };
         self.finish(Outcome::TakenOver(Box::new(taken)), actions);
     }

@@ -27,6 +27,8 @@ mod load;
 mod loss;
 mod peer;
 
+use std::collections::VecDeque;
+
 use bytes::Bytes;
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
@@ -44,6 +46,8 @@ const CLAIM_RETRY: Duration = Duration::from_millis(100);
 const CONFIRM_EVERY: u64 = 64;
 /// Frames of the guest kept while the peer is lost and the witness has not answered.
 const PENDING_OUTPUTS_MAX: usize = 1_024;
+/// TCP segments of the running epoch that are sent again at a takeover.
+const RECENT_OUTPUTS_MAX: usize = 512;
 
 /// What the operator set.
 #[derive(Clone, Debug)]
@@ -161,7 +165,10 @@ pub struct Secondary {
     confirmed: InputNumber,
     /// Inputs of the epoch after the one being loaded.
     later: Vec<Input>,
+    /// What the guest sent since the peer was lost.
     outputs: Vec<Bytes>,
+    /// The last TCP segments that the guest sent in this epoch: the primary may have died before it released them.
+    recent: VecDeque<Bytes>,
     quiet: bool,
     witness_alarmed: bool,
     leaving: Option<GoodbyeReason>,
@@ -190,6 +197,7 @@ impl Secondary {
             confirmed: InputNumber(0),
             later: Vec::new(),
             outputs: Vec::new(),
+            recent: VecDeque::new(),
             quiet: true,
             witness_alarmed: false,
             leaving: None,
