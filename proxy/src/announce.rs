@@ -326,3 +326,6 @@ fn advertisement(vlans: &Vlans, mac: Mac, address: Ipv6Addr, router: bool) -> By
     frame.extend(message);
     frame.into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -396,6 +396,14 @@ impl Comparator {
         Some(id)
     }
 
+    /// Puts a held frame, for which there was no room in the flow table, into its flow.
+    fn late_lane(&mut self, serial: u64, parsed: &Frame) -> Option<FlowId> {
+        let id = self.lane(parsed)?;
+        self.hold.assign(serial, id);
+        self.flows.get_mut(id)?.push(serial);
+        Some(id)
+    }
+
     fn touch(&mut self, id: FlowId) {
         if let Some(lane) = self.flows.get_mut(id)
             && !std::mem::replace(&mut lane.touched, true)
@@ -544,19 +552,19 @@ impl Comparator {
     /// Compares what has waited, uncompared, for an earlier epoch.
     fn catch_up(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {
         for serial in self.hold.serials() {
-            let Some((id, frame)) = self
-                .hold
-                .get(serial)
-                .and_then(|held| Some((held.flow?, held.frame.clone())))
-            else {
+            let Some((flow, frame)) = self.hold.get(serial).map(|held| (held.flow, held.frame.clone())) else {
                 continue;
             };
-            if self.flows.get(id).is_some_and(|lane| lane.is_next_raw(serial)) {
-                self.touch(id);
-                let parsed = frame::parse(&frame);
-                self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
-                self.settle(now, id, verdicts);
+            if flow.is_some_and(|id| !self.flows.get(id).is_some_and(|lane| lane.is_next_raw(serial))) {
+                continue;
             }
+            let parsed = frame::parse(&frame);
+            let Some(id) = flow.or_else(|| self.late_lane(serial, &parsed)) else {
+                continue;
+            };
+            self.touch(id);
+            self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
+            self.settle(now, id, verdicts);
         }
         self.early_bytes = 0;
         for (arrived, frame) in std::mem::take(&mut self.early) {

@@ -489,3 +489,6 @@ fn v6_at(bytes: &[u8], at: usize) -> IpAddr {
     octets.copy_from_slice(&bytes[at..at + 16]);
     IpAddr::V6(Ipv6Addr::from(octets))
 }
+
+#[cfg(test)]
+mod tests;

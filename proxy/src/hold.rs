@@ -43,6 +43,15 @@ impl Hold {
         self.slots.get(self.place(serial)?)?.as_ref()
     }
 
+    /// Puts a frame into a flow.
+    pub(crate) fn assign(&mut self, serial: u64, flow: FlowId) {
+        if let Some(place) = self.place(serial)
+            && let Some(Some(held)) = self.slots.get_mut(place)
+        {
+            held.flow = Some(flow);
+        }
+    }
+
     /// Takes a frame out; nothing if it has gone already.
     pub(crate) fn take(&mut self, serial: u64) -> Option<HeldFrame> {
         let place = self.place(serial)?;

@@ -359,7 +359,11 @@ impl Lane {
         self.deferred.clear();
         self.deferred_bytes = 0;
         match &mut self.kind {
-            Kind::Stream(stream) => stream.commit(),
+            Kind::Stream(stream) => {
+                if stream.commit() {
+                    self.owed = None;
+                }
+            }
             Kind::Whole(waiting) => waiting.clear(),
         }
         self.pay()

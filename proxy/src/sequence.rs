@@ -149,7 +149,7 @@ impl Translator {
             segment.map_sack(frame, |edge| edge.plus(offset));
         }
         connection.received(&segment, ack);
-        if segment.rst || connection.is_finished() {
+        if (segment.rst && connection.may_be_reset(&segment)) || connection.is_finished() {
             self.end(key);
         }
     }
@@ -313,6 +313,14 @@ impl Connection {
         }
     }
 
+    /// Says whether the guest may take this reset. Once its offset is known a connection outlives a false one anyway.
+    fn may_be_reset(&self, segment: &Segment) -> bool {
+        match self.offset {
+            Offset::Known(_) => true,
+            Offset::Awaited(first) => first == Some(segment.seq),
+        }
+    }
+
     /// Notes a segment of the guest; says whether there is nothing left to remember.
     fn sent(&mut self, segment: &Segment) -> bool {
         if segment.fin {
@@ -431,3 +439,6 @@ fn connection(reader: &mut Reader<'_>) -> Result<(FlowKey, Connection), StateErr
     };
     Ok((key, connection))
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,7 +26,7 @@ const ORIGIN: u64 = 1 << 40;
 /// More gaps than this in what is settled are a reason for a checkpoint.
 const GAPS_MAX: usize = 256;
 /// More pieces than this that wait in one stream are a reason for a checkpoint.
-const CHUNKS_MAX: usize = 4_096;
+const CHUNKS_MAX: usize = 16_384;
 /// Initial sequence numbers closer than this do not tell whether a segment is translated; it is taken to be.
 const ISN_NEAR: u32 = 1 << 20;
 /// Urgent positions of the secondary that are remembered.
@@ -224,11 +224,12 @@ impl Stream {
         self.left.is_some_and(|left| ack.at_most(left))
     }
 
-    /// Settles everything the primary has sent; the secondary goes on from there.
-    pub(crate) fn commit(&mut self) {
+    /// Settles everything the primary has sent; the secondary goes on from there. Says whether the connection is over,
+    /// so that nothing is known any more.
+    pub(crate) fn commit(&mut self) -> bool {
         if self.primary.rst {
             *self = Self::default();
-            return;
+            return true;
         }
         let primary = &mut self.primary;
         primary.chunks.clear();
@@ -250,6 +251,7 @@ impl Stream {
             ..Side::default()
         };
         self.poisoned = false;
+        false
     }
 
     /// Says whether positions have moved so far that a commit should move them back.

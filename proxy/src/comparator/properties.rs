@@ -137,17 +137,7 @@ impl World {
 
     fn apply(&mut self, event: &Event) {
         match *event {
-            Event::Segment {
-                primary,
-                flow,
-                back,
-                length,
-                fin,
-                more_ack,
-                sack,
-            } => {
-                self.segment(primary, flow, back, length, fin, more_ack, sack);
-            }
+            Event::Segment { .. } => self.segment(event),
             Event::Datagram { primary: true, byte } => {
                 self.datagrams.push_back(udp(9, &[byte]));
                 let verdicts = self.bench.primary(udp(9, &[byte]));
@@ -196,7 +186,19 @@ impl World {
         }
     }
 
-    fn segment(&mut self, primary: bool, flow: usize, back: i64, length: usize, fin: bool, more_ack: u32, sack: bool) {
+    fn segment(&mut self, event: &Event) {
+        let Event::Segment {
+            primary,
+            flow,
+            back,
+            length,
+            fin,
+            more_ack,
+            sack,
+        } = *event
+        else {
+            return;
+        };
         let base = self.base;
         let model = &mut self.flows[flow];
         let end = if primary {
@@ -220,7 +222,7 @@ impl World {
         let ack = end.ack;
         let flips = &model.flips;
         let payload: Vec<u8> = (start..stop)
-            .map(|at| content(flow, at) ^ u8::from(!primary && flips.contains(&at)) * 0x80)
+            .map(|at| content(flow, at) ^ (u8::from(!primary && flips.contains(&at)) * 0x80))
             .collect();
         let ports = (80, 5000 + u16::try_from(flow).unwrap());
         let flags = ACK | if fin { FIN } else { 0 };
@@ -499,4 +501,51 @@ pub(crate) fn garbage() -> impl Strategy<Value = Vec<u8>> {
             }
         ),
     ]
+}
+
+proptest! {
+    #[test]
+    fn case_p22_a_connection_of_two_guests_with_other_numbers_is_one_stream_to_the_client(
+        mine: u32, theirs: u32, client: u32, active: bool, payload in proptest::collection::vec(any::<u8>(), 1..400),
+        sizes in proptest::collection::vec((1usize..90, 1usize..90), 400),
+    ) {
+        let mut bench = Bench::new();
+        let mut translator = crate::Translator::new();
+        translator.follow();
+        let mut secondary = |bench: &mut Bench, tcp: Tcp| {
+            let mut frame = tcp.frame().to_vec();
+            translator.outbound(&mut frame);
+            bench.secondary(frame)
+        };
+        let syn = |isn: u32| if active { Tcp::new(isn, 0, SYN, b"") } else { Tcp::new(isn, client.wrapping_add(1), SYN | ACK, b"") };
+        bench.primary(syn(mine).frame());
+        prop_assert_eq!(released(&secondary(&mut bench, syn(theirs))).len(), 1);
+        let flags = if active { SYN | ACK } else { ACK };
+        let seq = if active { client } else { client.wrapping_add(1) };
+        let mut answer = Tcp { inbound: true, ..Tcp::new(seq, mine.wrapping_add(1), flags, b"") }.frame().to_vec();
+        translator.inbound(&mut answer);
+        prop_assert_eq!(segment(&answer).0.ack, Some(Seq(theirs.wrapping_add(1))));
+        let mut secondary = |bench: &mut Bench, tcp: Tcp| {
+            let mut frame = tcp.frame().to_vec();
+            translator.outbound(&mut frame);
+            bench.secondary(frame)
+        };
+        let (mut here, mut there) = (0, 0);
+        let mut left = Vec::new();
+        for (one, other) in sizes {
+            let (to, until) = ((here + one).min(payload.len()), (there + other).min(payload.len()));
+            let at = |isn: u32, position: usize| isn.wrapping_add(1 + u32::try_from(position).unwrap());
+            if here < to {
+                left.extend(bench.primary(Tcp::data(at(mine, here), client.wrapping_add(1), &payload[here..to]).frame()));
+            }
+            if there < until {
+                left.extend(secondary(&mut bench, Tcp::data(at(theirs, there), client.wrapping_add(1), &payload[there..until])));
+            }
+            (here, there) = (to, until);
+        }
+        prop_assert_eq!(divergence(&left), None);
+        let seen: Vec<u8> = released(&left).iter().flat_map(|frame| segment(frame).1).collect();
+        prop_assert_eq!(seen, payload);
+        prop_assert_eq!(bench.comparator.held().frames, 0);
+    }
 }

@@ -779,3 +779,38 @@ fn flows_and_counters_tell_what_happened() {
     assert_eq!(bench.comparator.counters().matched, 1);
     assert_eq!(bench.comparator.held().oldest, Some(bench.now));
 }
+
+#[test]
+fn frames_without_room_in_the_flow_table_keep_their_order_over_a_commit() {
+    let limits = ComparatorLimits {
+        flows: 4,
+        ..ComparatorLimits::default()
+    };
+    let mut bench = Bench::with(limits);
+    (0..4).for_each(|port| drop(bench.primary(udp(port, b"x"))));
+    let epoch = bench.comparator.stop();
+    let verdicts = bench.primary(udp(9, b"first"));
+    assert_eq!(divergence(&verdicts).unwrap().epoch, epoch.next());
+    assert_eq!(released(&bench.commit(epoch)).len(), 4);
+    bench.primary(udp(9, b"second"));
+    assert!(is_held(&bench.secondary(udp(9, b"second"))));
+    assert_eq!(
+        released(&bench.secondary(udp(9, b"first"))),
+        vec![udp(9, b"first"), udp(9, b"second")]
+    );
+}
+
+#[test]
+fn a_reset_forgets_what_was_owed() {
+    let mut bench = connected();
+    bench.primary(Tcp::data(1000, 600, b"hello").frame());
+    bench.secondary(Tcp::data(1000, 500, b"hello").frame());
+    bench.primary(Tcp::new(1005, 600, RST | ACK, b"").frame());
+    assert_eq!(released(&bench.checkpoint()).len(), 1);
+    bench.primary(Tcp::new(70, 0, SYN, b"").frame());
+    assert_eq!(
+        released(&bench.secondary(Tcp::new(90, 0, SYN, b"").frame())).len(),
+        1,
+        "a new connection"
+    );
+}

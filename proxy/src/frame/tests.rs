@@ -1,0 +1,116 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::comparator::properties::garbage;
+use crate::testkit::*;
+
+fn class(frame: &[u8]) -> Class {
+    parse(frame).key.class
+}
+
+#[test]
+fn case_p17_p18_every_frame_class_is_recognised() {
+    let (v4, v6) = (ends(false, false), ends(true, false));
+    let packet = |ends: (IpAddr, IpAddr), protocol, payload: &[u8]| ip(ends.0, ends.1, protocol, 64, &[], payload);
+    let tcp = Tcp::data(1, 1, b"data").frame();
+    let mut fragment = tcp.to_vec();
+    fragment[20] = 0x20;
+    let hop_by_hop = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp[34..]].concat();
+    let atomic = [&[6, 0, 0, 0, 0, 0, 0, 1][..], &tcp[34..]].concat();
+    let v6_fragment = [&[17, 0, 0, 1, 0, 0, 0, 1][..], &[0; 16]].concat();
+    let cases: Vec<(Vec<u8>, Class)> = vec![
+        (tcp.to_vec(), Class::Tcp),
+        (
+            Tcp {
+                vlans: vec![(0x88a8, 1), (0x8100, 2)],
+                ..Tcp::data(1, 1, b"x")
+            }
+            .frame()
+            .to_vec(),
+            Class::Tcp,
+        ),
+        (packet(v6, 0, &hop_by_hop).to_vec(), Class::Tcp),
+        (packet(v6, 44, &atomic).to_vec(), Class::Tcp),
+        (udp(1, b"x").to_vec(), Class::Udp),
+        (packet(v4, 1, &[8, 0, 0, 0, 0, 1, 0, 1]).to_vec(), Class::Icmp),
+        (packet(v6, 58, &[128, 0, 0, 0, 0, 1, 0, 1]).to_vec(), Class::Icmpv6),
+        (packet(v4, 132, &[0; 12]).to_vec(), Class::Ip(132)),
+        (packet(v4, 2, &[0x16, 0, 0, 0, 224, 0, 0, 1]).to_vec(), Class::Ip(2)),
+        (fragment, Class::Fragment(6)),
+        (packet(v6, 44, &v6_fragment).to_vec(), Class::Fragment(17)),
+        (arp(1, GUEST).to_vec(), Class::Arp),
+        (ethernet(&[], 0x88cc, b"x").to_vec(), Class::Ethernet(0x88cc)),
+        (ethernet(&[], 38, &[0x42; 38]).to_vec(), Class::Ethernet(0)),
+        (Tcp::new(1, 1, SYN | FIN, b"").frame().to_vec(), Class::Malformed),
+        (
+            Tcp {
+                options: vec![8, 0],
+                ..Tcp::ack(1, 1)
+            }
+            .frame()
+            .to_vec(),
+            Class::Malformed,
+        ),
+        (tcp[..40].to_vec(), Class::Malformed),
+        (vec![], Class::Malformed),
+    ];
+    for (frame, want) in cases {
+        assert_eq!(class(&frame), want, "{frame:02x?}");
+    }
+}
+
+#[test]
+fn an_ipv6_segment_behind_an_extension_header_is_rewritten_in_place() {
+    let (from, to) = ends(true, false);
+    let tcp = Tcp {
+        v6: true,
+        ..Tcp::data(1, 1, b"data")
+    }
+    .frame();
+    let mut frame = ip(
+        from,
+        to,
+        0,
+        64,
+        &[],
+        &[&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp[54..]].concat(),
+    )
+    .to_vec();
+    let Body::Tcp(found) = parse(&frame).body else {
+        panic!("a segment is expected")
+    };
+    found.set_seq(&mut frame, Seq(99));
+    let (changed, payload) = crate::testkit::segment(&frame);
+    assert_eq!((changed.seq.0, &payload[..]), (99, &b"data"[..]));
+    assert_eq!(found.acknowledgement(&frame, Seq(5)), None);
+}
+
+proptest! {
+    #[test]
+    fn parsing_is_total_and_what_it_points_at_is_within_the_frame(frame in garbage()) {
+        let parsed = parse(&frame);
+        match parsed.body {
+            Body::Tcp(found) => {
+                prop_assert!(found.ip < found.tcp && found.tcp + 20 <= found.payload);
+                prop_assert!(found.payload <= found.end && found.end <= frame.len());
+                let mut changed = frame.clone();
+                found.blank_sack(&mut changed);
+                found.map_sack(&mut changed, |edge| edge.plus(1));
+                found.set_ack(&mut changed, Seq(1));
+                let _reply = found.acknowledgement(&frame, Seq(1));
+            }
+            Body::Whole(shape) => prop_assert!(shape.equal(&frame, &shape, &frame)),
+        }
+        prop_assert_eq!(parsed.key.reversed().reversed(), parsed.key);
+        let _text = parsed.key.to_string();
+    }
+
+    #[test]
+    fn case_p23_two_frames_are_equal_or_differ_at_a_byte_in_both_directions(one in garbage(), other in garbage()) {
+        if let (Body::Whole(shape), Body::Whole(other_shape)) = (parse(&one).body, parse(&other).body) {
+            let there = shape.first_difference(&one, &other_shape, &other);
+            prop_assert_eq!(there.is_none(), shape.equal(&one, &other_shape, &other));
+            prop_assert_eq!(shape.equal(&one, &other_shape, &other), other_shape.equal(&other, &shape, &one));
+        }
+    }
+}
