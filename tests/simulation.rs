@@ -5,11 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use harness::faults::{Coverage, Fault};
 use harness::world::{Aim, World};
 
-const SEEDS: u64 = 300;
+const SEEDS: u64 = if cfg!(debug_assertions) { 80 } else { 400 };
 const FAULTS: u64 = 6;
 
 /// Phases of either side in which half of the faults are made to happen; chance alone would rarely meet the short ones.
-const PHASES: [&str; 16] = [
+const PHASES: [&str; 17] = [
     "pairing",
     "syncing",
     "stopping first",
@@ -21,6 +21,7 @@ const PHASES: [&str; 16] = [
     "awaiting",
     "checking",
     "loading",
+    "committing",
     "contending",
     "draining",
     "claiming",
@@ -72,7 +73,7 @@ fn run(seed: u64, loud: bool) -> Coverage {
 /// One fault, or two at a time, at a random moment or in a chosen phase.
 fn break_something(world: &mut World) {
     let random = world.random();
-    let phase = PHASES[usize::try_from(random.below(16)).expect("few")];
+    let phase = PHASES[usize::try_from(random.below(17)).expect("few")];
     let aim = AIMS[usize::try_from(random.below(9)).expect("few")];
     let (first, second) = (Fault::random(random), Fault::random(random));
     match random.below(4) {

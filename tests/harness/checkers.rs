@@ -74,6 +74,12 @@ impl Checkers {
         }
     }
 
+    /// Returns the last epoch whose end the primary stopped for.
+    #[must_use]
+    pub fn last_stop(&self) -> Epoch {
+        self.stops.last_key_value().map_or(Epoch(0), |(epoch, _)| *epoch)
+    }
+
     /// The secondary made this checkpoint its state.
     pub fn loaded(&mut self, epoch: Epoch, snapshot: &Snapshot) {
         let stop = self

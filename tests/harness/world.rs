@@ -209,6 +209,12 @@ impl World {
         }
     }
 
+    /// Returns the simulated time in milliseconds.
+    #[must_use]
+    pub fn milliseconds(&self) -> u64 {
+        self.now / MILLISECOND
+    }
+
     /// Returns a host.
     #[must_use]
     pub fn node(&self, node: usize) -> &Node {

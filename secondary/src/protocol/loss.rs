@@ -10,21 +10,24 @@ impl Secondary {
         if self.leaving.is_some() {
             return;
         }
-        let clean = *end == LinkEnd::PeerEnded;
-        let (until, ended, unread) = match self.state {
+        let (until, ended, open) = match self.state {
+            // A goodbye may still come on the control connection, whose end follows.
+            State::Idle | State::Syncing if data => return,
             State::Idle | State::Syncing => return self.link_lost(&end.to_string(), actions),
             State::Following => {
                 actions.push(Action::Report(Report::Note(format!(
                     "a connection of primary {} is gone: {end}",
                     self.primary
                 ))));
-                (self.liveness.suspect_at(), clean, !data)
+                (self.liveness.suspect_at(), false, [true; 2])
             }
-            State::Draining { until, ended, unread } => (until, ended || clean, unread && !data),
+            State::Draining { until, ended, open } => (until, ended, open),
             State::Severed { .. } | State::Contending { .. } | State::Over => return,
         };
-        self.state = State::Draining { until, ended, unread };
-        if ended && !unread {
+        let ended = ended || *end == LinkEnd::PeerEnded;
+        let open = if data { [open[0], false] } else { [false, open[1]] };
+        self.state = State::Draining { until, ended, open };
+        if ended && open == [false; 2] {
             self.link_lost(&end.to_string(), actions);
         }
     }

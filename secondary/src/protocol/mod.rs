@@ -91,8 +91,8 @@ enum State {
         until: Instant,
         /// A connection was ended by the primary's kernel: no lease is in use any more.
         ended: bool,
-        /// The data connection is not at its end.
-        unread: bool,
+        /// Whether the control and the data connection may still bring something.
+        open: [bool; 2],
     },
     /// The primary broke the protocol: nothing more of it is taken. It may hold a lease until then.
     Severed {
@@ -282,6 +282,7 @@ impl Secondary {
             (State::Syncing | State::Following, Flight::Recording(_)) => "recording",
             (State::Syncing | State::Following, Flight::Loading(..)) => "loading",
             (State::Syncing, Flight::Staging) => "receiving",
+            (State::Following, Flight::Staging) if self.durable < self.committed => "committing",
             (State::Following, Flight::Staging) => "following",
             (State::Draining { .. }, _) => "draining",
             (State::Severed { .. }, _) => "severed",
