@@ -66,17 +66,17 @@ pub struct Comparator {
     /// The epoch that has been stopped and is not committed.
     pub(crate) uncommitted: Option<Epoch>,
     /// The last epoch that is committed; the secondary's output of it and before is stale.
-    committed: Option<Epoch>,
+    pub(crate) committed: Option<Epoch>,
     pub(crate) loaded_at: Option<Instant>,
     /// The last epoch for which a divergence was told.
-    diverged: Option<Epoch>,
+    pub(crate) diverged: Option<Epoch>,
     pub(crate) hold: Hold,
     pub(crate) flows: FlowTable<Lane>,
     /// Flows with state of the epoch being compared.
-    touched: Vec<FlowId>,
+    pub(crate) touched: Vec<FlowId>,
     /// Output of the secondary that came before its commit was known.
-    early: VecDeque<(Instant, Bytes)>,
-    early_bytes: usize,
+    pub(crate) early: VecDeque<(Instant, Bytes)>,
+    pub(crate) early_bytes: usize,
     /// Output of the secondary that waits, oldest first; entries may be outdated.
     pub(crate) waiting: VecDeque<(Instant, FlowId)>,
     /// Flows on which both sides keep something unequal, oldest first; entries may be outdated.
@@ -195,120 +195,6 @@ impl Comparator {
             return;
         }
         self.take_secondary(now, &frame, verdicts);
-    }
-
-    /// Ends the running epoch: the primary's guest has stopped, and what it sends next belongs to the next one.
-    ///
-    /// # Panics
-    /// Panics if an epoch is uncommitted already.
-    pub fn stop(&mut self) -> Epoch {
-        let ended = self.running;
-        if self.mode == Mode::Comparing {
-            assert!(self.uncommitted.is_none(), "at most one epoch is uncommitted");
-            self.uncommitted = Some(ended);
-        }
-        self.running = ended.next();
-        ended
-    }
-
-    /// Takes the commit of `epoch`: releases everything held up to it, in order.
-    ///
-    /// # Panics
-    /// Panics if `epoch` has not been stopped.
-    pub fn commit(&mut self, now: Instant, epoch: Epoch, verdicts: &mut Vec<Verdict>) {
-        if self.mode != Mode::Comparing || self.committed.is_some_and(|committed| epoch <= committed) {
-            return;
-        }
-        assert!(
-            self.uncommitted == Some(epoch),
-            "epoch {epoch} is committed, but {:?} is open",
-            self.uncommitted
-        );
-        while let Some((serial, held)) = self.hold.oldest() {
-            if held.epoch > epoch {
-                break;
-            }
-            self.counters.released_by_commit += 1;
-            self.release_unequal(serial, verdicts);
-        }
-        for id in std::mem::take(&mut self.touched) {
-            if let Some(lane) = self.flows.get_mut(id) {
-                verdicts.extend(lane.commit().map(Verdict::Release));
-            }
-        }
-        self.committed = Some(epoch);
-        self.uncommitted = None;
-        self.behind = false;
-        self.loaded_at = None;
-        self.waiting.clear();
-        self.suspects.clear();
-        self.pending = Pending::default();
-        self.trim();
-        self.catch_up(now, verdicts);
-    }
-
-    /// Notes that the secondary has loaded `epoch` and runs: only now can it produce output of the next one.
-    pub fn loaded(&mut self, now: Instant, epoch: Epoch) {
-        if self.mode == Mode::Comparing && self.committed == Some(epoch) {
-            self.loaded_at = Some(now);
-        }
-    }
-
-    /// Joins the uncommitted epoch to the running one, because the link was lost before its commit was known. The
-    /// secondary's output since the last commit goes on being compared.
-    pub fn abandon(&mut self) {
-        if self.uncommitted.take().is_some() {
-            self.hold.retag(self.running);
-            self.behind = true;
-        }
-    }
-
-    /// Runs alone from here on, as owner of the witness: releases everything held, in order.
-    pub fn release_all(&mut self, verdicts: &mut Vec<Verdict>) {
-        while let Some((serial, _)) = self.hold.oldest() {
-            self.counters.released_at_once += 1;
-            self.release_unequal(serial, verdicts);
-        }
-        for id in std::mem::take(&mut self.touched) {
-            if let Some(lane) = self.flows.get_mut(id) {
-                verdicts.extend(lane.commit().map(Verdict::Release));
-            }
-        }
-        self.forget_secondary();
-        self.mode = Mode::Alone;
-        self.uncommitted = None;
-        self.behind = false;
-    }
-
-    /// Says that a secondary is being synchronised; output goes on leaving at once.
-    pub fn sync(&mut self) {
-        assert!(
-            self.mode != Mode::Comparing,
-            "a comparator stops comparing by release_all only"
-        );
-        self.mode = Mode::Syncing;
-    }
-
-    /// Holds and compares from `epoch` on, the one now running. To be called before the primary's guest may run past
-    /// the state that the secondary starts from.
-    ///
-    /// # Panics
-    /// Panics if it compares already, or if `epoch` is in the past.
-    pub fn protect(&mut self, epoch: Epoch) {
-        assert!(self.mode != Mode::Comparing, "protection begins once");
-        assert!(
-            epoch >= self.running,
-            "epoch {epoch} has passed, {} is running",
-            self.running
-        );
-        self.mode = Mode::Comparing;
-        self.running = epoch;
-        self.committed = epoch.0.checked_sub(1).map(Epoch);
-        self.diverged = None;
-        self.forget_secondary();
-        for lane in self.flows.iter_mut() {
-            let _paid_on_going_alone = lane.commit();
-        }
     }
 
     /// Returns the mode.
@@ -530,7 +416,7 @@ impl Comparator {
     }
 
     /// Releases the oldest held frame without an equal, and lets its flow follow it.
-    fn release_unequal(&mut self, serial: u64, verdicts: &mut Vec<Verdict>) {
+    pub(crate) fn release_unequal(&mut self, serial: u64, verdicts: &mut Vec<Verdict>) {
         let Some(held) = self.hold.take(serial) else { return };
         let lane = held.flow.and_then(|id| self.flows.get_mut(id));
         let frame = match lane {
@@ -550,7 +436,7 @@ impl Comparator {
     }
 
     /// Compares what has waited, uncompared, for an earlier epoch.
-    fn catch_up(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {
+    pub(crate) fn catch_up(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {
         for serial in self.hold.serials() {
             let Some((flow, frame)) = self.hold.get(serial).map(|held| (held.flow, held.frame.clone())) else {
                 continue;
@@ -579,7 +465,7 @@ impl Comparator {
             || self.waiting.len() > self.limits.pending_frames.saturating_mul(2)
     }
 
-    fn forget_secondary(&mut self) {
+    pub(crate) fn forget_secondary(&mut self) {
         self.waiting.clear();
         self.suspects.clear();
         self.early.clear();
@@ -590,7 +476,7 @@ impl Comparator {
 
     /// Makes room in the flow table: first what has ended, then what was used longest ago. What is forgotten is only
     /// how far a flow had been settled, so it is compared from scratch.
-    fn trim(&mut self) {
+    pub(crate) fn trim(&mut self) {
         let room_at = self.limits.flows / 4 * 3;
         if self.flows.len() <= room_at {
             return;

@@ -30,6 +30,7 @@ mod codec;
 mod comparator;
 mod counters;
 mod datagram;
+mod epochs;
 mod flow;
 mod frame;
 mod hold;
@@ -37,6 +38,7 @@ mod lane;
 mod picture;
 mod seq;
 mod sequence;
+mod settle;
 mod span;
 mod stream;
 #[cfg(test)]

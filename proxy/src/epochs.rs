@@ -1,0 +1,125 @@
+//! The comparator's epochs: when one ends, is committed, loaded or abandoned, and when comparing begins and ends.
+//!
+//! Called by `primary::protocol` in the order of design: stop, then commit or abandon, then loaded.
+
+use checkpoint::{Epoch, Instant};
+
+use crate::comparator::{Comparator, Mode};
+use crate::counters::Pending;
+use crate::verdict::Verdict;
+
+impl Comparator {
+    /// Ends the running epoch: the primary's guest has stopped, and what it sends next belongs to the next one.
+    ///
+    /// # Panics
+    /// Panics if an epoch is uncommitted already.
+    pub fn stop(&mut self) -> Epoch {
+        let ended = self.running;
+        if self.mode == Mode::Comparing {
+            assert!(self.uncommitted.is_none(), "at most one epoch is uncommitted");
+            self.uncommitted = Some(ended);
+        }
+        self.running = ended.next();
+        ended
+    }
+
+    /// Takes the commit of `epoch`: releases everything held up to it, in order.
+    ///
+    /// # Panics
+    /// Panics if `epoch` has not been stopped.
+    pub fn commit(&mut self, now: Instant, epoch: Epoch, verdicts: &mut Vec<Verdict>) {
+        if self.mode != Mode::Comparing || self.committed.is_some_and(|committed| epoch <= committed) {
+            return;
+        }
+        assert!(
+            self.uncommitted == Some(epoch),
+            "epoch {epoch} is committed, but {:?} is open",
+            self.uncommitted
+        );
+        while let Some((serial, held)) = self.hold.oldest() {
+            if held.epoch > epoch {
+                break;
+            }
+            self.counters.released_by_commit += 1;
+            self.release_unequal(serial, verdicts);
+        }
+        for id in std::mem::take(&mut self.touched) {
+            if let Some(lane) = self.flows.get_mut(id) {
+                verdicts.extend(lane.commit().map(Verdict::Release));
+            }
+        }
+        self.committed = Some(epoch);
+        self.uncommitted = None;
+        self.behind = false;
+        self.loaded_at = None;
+        self.waiting.clear();
+        self.suspects.clear();
+        self.pending = Pending::default();
+        self.trim();
+        self.catch_up(now, verdicts);
+    }
+
+    /// Notes that the secondary has loaded `epoch` and runs: only now can it produce output of the next one.
+    pub fn loaded(&mut self, now: Instant, epoch: Epoch) {
+        if self.mode == Mode::Comparing && self.committed == Some(epoch) {
+            self.loaded_at = Some(now);
+        }
+    }
+
+    /// Joins the uncommitted epoch to the running one, because the link was lost before its commit was known. The
+    /// secondary's output since the last commit goes on being compared.
+    pub fn abandon(&mut self) {
+        if self.uncommitted.take().is_some() {
+            self.hold.retag(self.running);
+            self.behind = true;
+        }
+    }
+
+    /// Runs alone from here on, as owner of the witness: releases everything held, in order.
+    pub fn release_all(&mut self, verdicts: &mut Vec<Verdict>) {
+        while let Some((serial, _)) = self.hold.oldest() {
+            self.counters.released_at_once += 1;
+            self.release_unequal(serial, verdicts);
+        }
+        for id in std::mem::take(&mut self.touched) {
+            if let Some(lane) = self.flows.get_mut(id) {
+                verdicts.extend(lane.commit().map(Verdict::Release));
+            }
+        }
+        self.forget_secondary();
+        self.mode = Mode::Alone;
+        self.uncommitted = None;
+        self.behind = false;
+    }
+
+    /// Says that a secondary is being synchronised; output goes on leaving at once.
+    pub fn sync(&mut self) {
+        assert!(
+            self.mode != Mode::Comparing,
+            "a comparator stops comparing by release_all only"
+        );
+        self.mode = Mode::Syncing;
+    }
+
+    /// Holds and compares from `epoch` on, the one now running. To be called before the primary's guest may run past
+    /// the state that the secondary starts from.
+    ///
+    /// # Panics
+    /// Panics if it compares already, or if `epoch` is in the past.
+    pub fn protect(&mut self, epoch: Epoch) {
+        assert!(self.mode != Mode::Comparing, "protection begins once");
+        assert!(
+            epoch >= self.running,
+            "epoch {epoch} has passed, {} is running",
+            self.running
+        );
+        self.mode = Mode::Comparing;
+        self.running = epoch;
+        self.committed = epoch.0.checked_sub(1).map(Epoch);
+        self.diverged = None;
+        self.forget_secondary();
+        for lane in self.flows.iter_mut() {
+            let _paid_on_going_alone = lane.commit();
+        }
+    }
+}
