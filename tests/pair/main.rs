@@ -1,0 +1,17 @@
+//! The pair with nothing replaced: real processes on KVM, in network namespaces, killed, cut, fed with garbage.
+//!
+//! ```text
+//!   survival  a host dies, at any step of the protocol       split    the link is cut; no witness; both die
+//!   ends      orderly ends                                   garbage  hostile bytes on every port
+//!   starts    starts that must fail, and say why             journal  commits interrupted half-way
+//!   flows     connections whose numbers are translated       idle     what a pair costs that does nothing
+//! ```
+//!
+//! `stage` has the hosts, `load` the clients. Every test asserts on facts that the roles and the clients tell,
+//! never on how long something took. Needs /dev/kvm and root; without them a test says so and does nothing, or
+//! fails if TANDEM_REQUIRE_KVM is set.
+
+mod load;
+mod program;
+mod stage;
+mod survival;
