@@ -19,7 +19,7 @@ use link::status::{Rates, Status};
 use link::{Established, Events as LinkEvents, Link, LinkEvent};
 use machine::devices::block;
 use machine::tap::Tap;
-use machine::{PowerEvent, Vm};
+use machine::{GuestRam, PowerEvent, Vm};
 use storage::witness::{Claim, DirectoryWitness};
 use storage::{FileImage, Image};
 use tokio::io::unix::AsyncFd;
@@ -36,6 +36,8 @@ const EVENTS_MAX: usize = 4_096;
 const FRAMES_PER_TURN: usize = 64;
 /// Longest time that an orderly end of the connections takes.
 const GOODBYE_MAX: StdDuration = StdDuration::from_millis(500);
+/// Time after a takeover before memory that is held twice is given back.
+const GIVE_BACK_AFTER: StdDuration = StdDuration::from_secs(2);
 /// Time between two attempts to reach a secondary.
 const DIAL_EVERY: StdDuration = StdDuration::from_millis(250);
 
@@ -97,6 +99,9 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         .vm
         .set_backends(Box::new(net), Box::new(disk))
         .map_err(std::io::Error::other)?;
+    if let Start::TakenOver { .. } = setup.start {
+        give_back_image(setup.vm.ram())?;
+    }
     let vm = VmThread::spawn(setup.vm, Arc::clone(&setup.image), events.clone())?;
     let disk = DiskThread::spawn(Arc::clone(&setup.image), setup.record, events.clone())?;
     let (dialled, answers) = mpsc::channel(1);
@@ -138,6 +143,28 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         outcome: None,
     };
     role.run(inbox, answers, setup.power, outside).await
+}
+
+/// After a takeover the committed image is of no more use where the guest has copies of its own: its memory goes back to
+/// the host, a little at a time.
+fn give_back_image(ram: GuestRam) -> std::io::Result<()> {
+    const PAGES_AT_ONCE: u64 = 4_096;
+    std::thread::Builder::new()
+        .name("give-back".to_owned())
+        .spawn(move || {
+            // Clients come first: right after the takeover they need the processors.
+            std::thread::sleep(GIVE_BACK_AFTER);
+            let mut pages = 0;
+            for first in (0..ram.pages()).step_by(PAGES_AT_ONCE.try_into().expect("a small number")) {
+                match ram.give_back_image(first..(first + PAGES_AT_ONCE).min(ram.pages())) {
+                    Ok(count) => pages += count,
+                    Err(error) => return warn!("{}", link::describe(&error)),
+                }
+                std::thread::yield_now();
+            }
+            info!(pages, "memory that was held twice is given back");
+        })?;
+    Ok(())
 }
 
 /// The machine's threads tell the loop through this; they block while it is behind.
