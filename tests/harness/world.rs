@@ -380,7 +380,7 @@ impl World {
                 }
             }
             VmOrder::Ship(totals, blocks) => {
-                let entropy = self.random.next();
+                let entropy = self.random.draw();
                 let (messages, shipment) = host.ship(&blocks, totals, entropy);
                 if host.link.is_none() {
                     return;
@@ -413,7 +413,7 @@ impl World {
     }
 
     fn serve(&mut self, node: usize) {
-        let noise = self.random.next();
+        let noise = self.random.draw();
         let host = &mut self.nodes[node];
         host.serving = false;
         if !host.running {
