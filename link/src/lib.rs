@@ -15,19 +15,24 @@
 pub mod clock;
 pub mod connect;
 pub mod connection;
+pub mod contest;
 pub mod control;
 pub mod entropy;
 pub mod listener;
+pub mod operator;
 pub mod peer;
 pub mod port;
 pub mod record;
 pub mod sentinel;
 pub mod status;
+pub mod worker;
 
 pub use connect::{ConnectError, connect};
 pub use listener::{ListenError, Listener};
+pub use operator::Alarms;
 pub use peer::{BulkSender, CloseCause, Closed, Established, Events, Link, LinkEvent, Which};
 pub use sentinel::Sentinel;
+pub use worker::Worker;
 
 /// Writes an error and its causes on one line.
 #[must_use]

@@ -7,7 +7,7 @@ use std::time::Duration as StdDuration;
 
 use bytes::Bytes;
 use checkpoint::handshake::{self, Local};
-use checkpoint::pair::{Delivery, Report, WitnessAnswer};
+use checkpoint::pair::Delivery;
 use checkpoint::wire::{MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Instant};
 use link::clock;
@@ -16,11 +16,11 @@ use link::port::{Observer, Port, PortBackend};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
-use link::{Established, Events as LinkEvents, Link, LinkEvent};
+use link::{Alarms, Established, Events as LinkEvents, Link, LinkEvent, Worker};
 use machine::devices::block;
 use machine::tap::Tap;
 use machine::{GuestRam, PowerEvent, Vm};
-use storage::witness::{Claim, DirectoryWitness};
+use storage::witness::DirectoryWitness;
 use storage::{FileImage, Image};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
@@ -28,7 +28,7 @@ use tracing::{info, warn};
 
 use crate::event::{Action, Event, GuestEnd, Outcome};
 use crate::protocol::{Options, Primary, Start};
-use crate::vm::{Command, DiskCommand, DiskThread, VmThread};
+use crate::vm::{self, Command, DiskCommand, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
 const EVENTS_MAX: usize = 4_096;
@@ -102,8 +102,8 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
     if let Start::TakenOver { .. } = setup.start {
         give_back_image(setup.vm.ram())?;
     }
-    let vm = VmThread::spawn(setup.vm, Arc::clone(&setup.image), events.clone())?;
-    let disk = DiskThread::spawn(Arc::clone(&setup.image), setup.record, events.clone())?;
+    let vm = vm::spawn(setup.vm, Arc::clone(&setup.image), events.clone())?;
+    let disk = vm::spawn_disk(Arc::clone(&setup.image), setup.record, events.clone())?;
     let (dialled, answers) = mpsc::channel(1);
     let mut actions = Vec::new();
     let protocol = Primary::new(setup.options.clone(), setup.start, clock::now(), &mut actions);
@@ -135,7 +135,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         sentinel: setup.sentinel,
         hold: false,
         released_late: 0,
-        alarms: Vec::new(),
+        alarms: Alarms::default(),
         state: "starting",
         started: clock::now(),
         rates: Rates::default(),
@@ -230,7 +230,7 @@ struct Role {
     protocol: Primary,
     actions: Vec<Action>,
     vm: VmThread,
-    disk: DiskThread,
+    disk: Worker<DiskCommand>,
     events: mpsc::Sender<Event>,
     link: Option<(Link, LinkEvents)>,
     /// The peer has been told that this end is in order.
@@ -247,7 +247,7 @@ struct Role {
     sentinel: Arc<Sentinel>,
     hold: bool,
     released_late: u64,
-    alarms: Vec<String>,
+    alarms: Alarms,
     state: &'static str,
     started: Instant,
     rates: Rates,
@@ -361,7 +361,7 @@ impl Role {
             Action::HoldInput(hold) => self.hold = hold,
             Action::KeepDirty => self.vm.send(Command::KeepDirty),
             Action::PauseVm => self.vm.send(Command::Pause),
-            Action::Report(report) => self.report(report),
+            Action::Report(report) => self.alarms.report(report),
             Action::Reseed => self.vm.send(Command::Reseed),
             Action::ResumeVm => self.vm.send(Command::Resume),
             Action::Send(message) => {
@@ -417,27 +417,10 @@ impl Role {
         }
     }
 
-    fn report(&mut self, report: Report) {
-        match report {
-            Report::Alarm(text) => {
-                warn!("{text}");
-                self.alarms.truncate(15);
-                self.alarms.insert(0, text);
-            }
-            Report::Note(text) => info!("{text}"),
-            Report::State(_) => {}
-        }
-    }
-
-    fn claim(&mut self, term: Generation) {
-        let Some(witness) = self.witness.clone() else { return };
+    fn claim(&self, term: Generation) {
+        let Some(witness) = &self.witness else { return };
         let events = self.events.clone();
-        tokio::task::spawn_blocking(move || {
-            let answer = match witness.claim(term) {
-                Ok(Claim::Won) => WitnessAnswer::Won,
-                Ok(Claim::LostTo(owner)) => WitnessAnswer::LostTo(owner),
-                Err(error) => WitnessAnswer::Unreachable(error.to_string()),
-            };
+        link::contest::claim(witness, term, move |answer| {
             // A closed channel means that the role has ended.
             let _ = events.blocking_send(Event::WitnessAnswered(term, answer));
         });
@@ -568,7 +551,7 @@ impl Role {
                 link_queued_bytes: self.link.as_ref().map_or(0, |(link, _)| link.queued_bytes() as u64),
                 rates: self.rates,
                 released_late: self.released_late,
-                alarms: &self.alarms,
+                alarms: self.alarms.list(),
                 since: now.since(self.started),
             },
         )

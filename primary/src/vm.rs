@@ -4,8 +4,6 @@
 //! only their number and digest. No decision is made here.
 
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::thread;
 
 use bytes::Bytes;
 use checkpoint::limits::{BODY_BYTES_MAX, PAGE_BYTES};
@@ -15,6 +13,7 @@ use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Message, PageBatch, 
 use link::describe;
 use link::peer::BulkSender;
 use link::record::RecordPlace;
+use link::worker::{Inbox, Worker};
 use machine::{GuestRam, MemoryError, PageSet, Vm, VmError};
 use storage::verify::{BlockHash, HashKey, block_count, block_range};
 use storage::{FileImage, Image};
@@ -44,53 +43,27 @@ pub(crate) enum Command {
     },
 }
 
-/// Handle of the thread; it ends when the handle is dropped.
-pub(crate) struct VmThread {
-    commands: Option<mpsc::Sender<Command>>,
-    thread: Option<thread::JoinHandle<Box<dyn Vm>>>,
+/// The thread; it ends with the VM, stopped.
+pub(crate) type VmThread = Worker<Command, Box<dyn Vm>>;
+
+/// Starts the thread that owns the VM.
+pub(crate) fn spawn(
+    vm: Box<dyn Vm>,
+    image: Arc<FileImage>,
+    events: events::Sender<Event>,
+) -> std::io::Result<VmThread> {
+    let ram = vm.ram();
+    let shipper = Shipper {
+        vm,
+        ram,
+        image,
+        events,
+        unacknowledged: None,
+    };
+    Worker::spawn("vm", move |inbox| shipper.run(&inbox))
 }
 
-impl VmThread {
-    pub(crate) fn spawn(
-        vm: Box<dyn Vm>,
-        image: Arc<FileImage>,
-        events: events::Sender<Event>,
-    ) -> std::io::Result<Self> {
-        let (commands, orders) = mpsc::channel();
-        let ram = vm.ram();
-        let worker = Worker {
-            vm,
-            ram,
-            image,
-            events,
-            unacknowledged: None,
-        };
-        let thread = thread::Builder::new()
-            .name("vm".to_owned())
-            .spawn(move || worker.run(&orders))?;
-        Ok(Self {
-            commands: Some(commands),
-            thread: Some(thread),
-        })
-    }
-
-    pub(crate) fn send(&self, command: Command) {
-        if let Some(commands) = &self.commands {
-            // A thread that has ended has reported `VmFailed`; nothing is left to do for it.
-            let _ = commands.send(command);
-        }
-    }
-
-    /// Ends the thread; the VM is stopped and dropped.
-    pub(crate) fn join(mut self) {
-        self.commands = None;
-        if let Some(thread) = self.thread.take() {
-            drop(thread.join());
-        }
-    }
-}
-
-struct Worker {
+struct Shipper {
     vm: Box<dyn Vm>,
     ram: GuestRam,
     image: Arc<FileImage>,
@@ -126,9 +99,9 @@ impl From<VmError> for ShipError {
     }
 }
 
-impl Worker {
-    fn run(mut self, orders: &mpsc::Receiver<Command>) -> Box<dyn Vm> {
-        while let Ok(order) = orders.recv() {
+impl Shipper {
+    fn run(mut self, inbox: &Inbox<Command>) -> Box<dyn Vm> {
+        while let Some(order) = inbox.next() {
             let event = match order {
                 Command::Pause => self.vm.pause().map(|()| Some(Event::Paused)).map_err(ShipError::from),
                 Command::Resume => self.vm.resume().map(|()| None).map_err(ShipError::from),
@@ -309,38 +282,24 @@ pub(crate) enum DiskCommand {
     Store(checkpoint::pair::RecordUpdate),
 }
 
-/// The thread that compares the disk and keeps the record.
-pub(crate) struct DiskThread {
-    commands: mpsc::Sender<DiskCommand>,
-}
-
-impl DiskThread {
-    pub(crate) fn spawn(
-        image: Arc<FileImage>,
-        record: RecordPlace,
-        events: events::Sender<Event>,
-    ) -> std::io::Result<Self> {
-        let (commands, orders) = mpsc::channel();
-        thread::Builder::new().name("disk".to_owned()).spawn(move || {
-            while let Ok(order) = orders.recv() {
-                let event = match order {
-                    DiskCommand::Compare { hashes, key, bulk } => compare(&image, &hashes, &key, &bulk),
-                    DiskCommand::Store(update) => Some(store(&record, update)),
-                };
-                if let Some(event) = event
-                    && events.blocking_send(event).is_err()
-                {
-                    return;
-                }
+/// Starts the thread that compares the disk and keeps the record.
+pub(crate) fn spawn_disk(
+    image: Arc<FileImage>,
+    record: RecordPlace,
+    events: events::Sender<Event>,
+) -> std::io::Result<Worker<DiskCommand>> {
+    Worker::spawn("disk", move |inbox| {
+        while let Some(order) = inbox.next() {
+            let event = match order {
+                DiskCommand::Compare { hashes, key, bulk } => compare(&image, &hashes, &key, &bulk),
+                DiskCommand::Store(update) => Some(store(&record, update)),
+            };
+            if let Some(event) = event {
+                // A closed channel means that the role has ended; what is queued is still to be done.
+                let _ = events.blocking_send(event);
             }
-        })?;
-        Ok(Self { commands })
-    }
-
-    pub(crate) fn send(&self, command: DiskCommand) {
-        // The thread ends only with the role.
-        let _ = self.commands.send(command);
-    }
+        }
+    })
 }
 
 fn store(record: &RecordPlace, update: checkpoint::pair::RecordUpdate) -> Event {

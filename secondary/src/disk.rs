@@ -4,13 +4,13 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use checkpoint::pair::RecordUpdate;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message};
 use checkpoint::{Epoch, Tag};
 use link::peer::BulkSender;
 use link::record::RecordPlace;
+use link::worker::{Orders, Worker};
 use machine::devices::block;
 use storage::replica::ReserveError;
 use storage::verify::{HashKey, block_count};
@@ -18,6 +18,7 @@ use storage::{CommitJob, FileImage, Image, Replica};
 use tokio::sync::mpsc as events;
 
 use crate::event::Event;
+use crate::vm;
 
 /// Blocks whose hashes travel in one message.
 const HASHES_PER_MESSAGE: usize = 4_096;
@@ -110,42 +111,28 @@ pub(crate) enum Command {
     Store(RecordUpdate),
 }
 
-/// Handle of the thread; it ends when the handle is dropped and its queue is done.
-pub(crate) struct DiskThread {
-    commands: mpsc::Sender<Command>,
-}
-
-impl DiskThread {
-    /// `prepared` gets the result of each `Prepare`.
-    pub(crate) fn spawn(
-        disk: Disk,
-        place: RecordPlace,
-        events: events::Sender<Event>,
-        prepared: impl Fn(Tag, Result<(), String>) + Send + 'static,
-    ) -> io::Result<Self> {
-        let (commands, orders) = mpsc::channel();
-        thread::Builder::new().name("disk".to_owned()).spawn(move || {
-            while let Ok(order) = orders.recv() {
-                let event = match order {
-                    Command::Prepare { tag, first } => {
-                        prepared(tag, prepare(&disk, tag, first));
-                        None
-                    }
-                    order => obey(&disk, &place, order),
-                };
-                if let Some(event) = event {
-                    // A closed channel means that the role has ended; what is queued is still to be done.
-                    let _ = events.blocking_send(event);
+/// Starts the thread that does the disk's work; `vm` gets the result of each `Prepare`.
+pub(crate) fn spawn(
+    disk: Disk,
+    place: RecordPlace,
+    events: events::Sender<Event>,
+    vm: Orders<vm::Command>,
+) -> io::Result<Worker<Command>> {
+    Worker::spawn("disk", move |inbox| {
+        while let Some(order) = inbox.next() {
+            let event = match order {
+                Command::Prepare { tag, first } => {
+                    vm.send(vm::Command::Check(tag, prepare(&disk, tag, first)));
+                    None
                 }
+                order => obey(&disk, &place, order),
+            };
+            if let Some(event) = event {
+                // A closed channel means that the role has ended; what is queued is still to be done.
+                let _ = events.blocking_send(event);
             }
-        })?;
-        Ok(Self { commands })
-    }
-
-    pub(crate) fn send(&self, command: Command) {
-        // The thread ends only with this handle.
-        let _ = self.commands.send(command);
-    }
+        }
+    })
 }
 
 fn obey(disk: &Disk, place: &RecordPlace, order: Command) -> Option<Event> {

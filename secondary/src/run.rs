@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration as StdDuration;
 
 use bytes::Bytes;
-use checkpoint::pair::{Delivery, Report, WitnessAnswer};
+use checkpoint::pair::Delivery;
 use checkpoint::wire::{Message, Session};
 use checkpoint::{Generation, Instant};
 use link::clock;
@@ -13,17 +13,17 @@ use link::port::{Observer, Port, PortBackend};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
-use link::{CloseCause, Established, Events as LinkEvents, Link, LinkEvent, Which};
+use link::{Alarms, CloseCause, Established, Events as LinkEvents, Link, LinkEvent, Which, Worker};
 use machine::{PowerEvent, Vm};
-use storage::witness::{Claim, DirectoryWitness};
+use storage::witness::DirectoryWitness;
 use storage::{FileImage, Replica};
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
+use tracing::info;
 
-use crate::disk::{self, Disk, DiskThread, Follower};
+use crate::disk::{self, Disk, Follower};
 use crate::event::{Action, Event, LinkEnd, Outcome};
 use crate::protocol::{Options, Secondary};
-use crate::vm::{Command, VmThread};
+use crate::vm::{self, Command, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
 const EVENTS_MAX: usize = 4_096;
@@ -87,13 +87,8 @@ pub async fn run(
         .vm
         .set_backends(Box::new(net), Box::new(block))
         .map_err(std::io::Error::other)?;
-    let vm = Arc::new(VmThread::spawn(setup.vm, events.clone())?);
-    let check = Arc::downgrade(&vm);
-    let thread = DiskThread::spawn(disk.clone(), setup.record, events.clone(), move |tag, result| {
-        if let Some(vm) = check.upgrade() {
-            vm.send(Command::Check(tag, result));
-        }
-    })?;
+    let vm = vm::spawn(setup.vm, events.clone())?;
+    let thread = disk::spawn(disk.clone(), setup.record, events.clone(), vm.orders())?;
     let primary = setup.established.hello.node;
     setup.sentinel.guard(&setup.established.link.sockets());
     let role = Role {
@@ -114,7 +109,7 @@ pub async fn run(
         port: setup.port,
         witness: setup.witness,
         sentinel: setup.sentinel,
-        alarms: Vec::new(),
+        alarms: Alarms::default(),
         state: "starting",
         started: clock::now(),
         rates: Rates::default(),
@@ -142,9 +137,9 @@ impl Observer for Events {
 struct Role {
     protocol: Secondary,
     actions: Vec<Action>,
-    vm: Arc<VmThread>,
+    vm: VmThread,
     disk: Disk,
-    thread: DiskThread,
+    thread: Worker<disk::Command>,
     events: mpsc::Sender<Event>,
     link: Link,
     session: Session,
@@ -159,7 +154,7 @@ struct Role {
     port: Arc<Port>,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
-    alarms: Vec<String>,
+    alarms: Alarms,
     state: &'static str,
     started: Instant,
     rates: Rates,
@@ -215,8 +210,8 @@ impl Role {
         let taken = matches!(outcome, Outcome::TakenOver(_));
         let image_ready = taken.then(|| self.fold());
         drop(self.thread);
-        let vm = Arc::try_unwrap(self.vm).ok();
-        let vm = tokio::task::spawn_blocking(move || vm.and_then(VmThread::join))
+        let vm = self.vm;
+        let vm = tokio::task::spawn_blocking(move || vm.join())
             .await
             .map_err(std::io::Error::other)?;
         Ok(Finished {
@@ -279,7 +274,7 @@ impl Role {
             Action::End(outcome) => self.outcome = Some(outcome),
             Action::Load(tag) => self.vm.send(Command::Load(tag)),
             Action::PauseVm => self.vm.send(Command::Pause),
-            Action::Report(report) => self.report(report),
+            Action::Report(report) => self.alarms.report(report),
             Action::ResumeVm => self.vm.send(Command::Resume),
             Action::Send(message) => self.link.send(message),
             Action::SendBlockHashes(tag) => {
@@ -309,27 +304,10 @@ impl Role {
         }
     }
 
-    fn report(&mut self, report: Report) {
-        match report {
-            Report::Alarm(text) => {
-                warn!("{text}");
-                self.alarms.truncate(15);
-                self.alarms.insert(0, text);
-            }
-            Report::Note(text) => info!("{text}"),
-            Report::State(_) => {}
-        }
-    }
-
-    fn claim(&mut self, term: Generation) {
-        let Some(witness) = self.witness.clone() else { return };
+    fn claim(&self, term: Generation) {
+        let Some(witness) = &self.witness else { return };
         let events = self.events.clone();
-        tokio::task::spawn_blocking(move || {
-            let answer = match witness.claim(term) {
-                Ok(Claim::Won) => WitnessAnswer::Won,
-                Ok(Claim::LostTo(owner)) => WitnessAnswer::LostTo(owner),
-                Err(error) => WitnessAnswer::Unreachable(error.to_string()),
-            };
+        link::contest::claim(witness, term, move |answer| {
             // A closed channel means that the role has ended.
             let _ = events.blocking_send(Event::WitnessAnswered(term, answer));
         });
@@ -430,7 +408,7 @@ impl Role {
                 overlay_bytes: overlay,
                 staged_bytes: staged,
                 rates: self.rates,
-                alarms: &self.alarms,
+                alarms: self.alarms.list(),
                 since: now.since(self.started),
             },
         )

@@ -2,14 +2,12 @@
 //!
 //! Nothing of a checkpoint touches the machine before `Load`. No decision is made here.
 
-use std::sync::mpsc;
-use std::thread;
-
 use checkpoint::Tag;
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::decode_batch;
 use checkpoint::wire::{DeviceState, PageBatch};
 use link::describe;
+use link::worker::{Inbox, Worker};
 use machine::{GuestRam, MachineState, Section, Vm};
 use tokio::sync::mpsc as events;
 
@@ -28,43 +26,19 @@ pub(crate) enum Command {
     StagePages(PageBatch),
 }
 
-/// Handle of the thread; it ends when the handle is dropped.
-pub(crate) struct VmThread {
-    commands: Option<mpsc::Sender<Command>>,
-    thread: Option<thread::JoinHandle<Box<dyn Vm>>>,
-}
+/// The thread; it ends with the VM as the last order left it.
+pub(crate) type VmThread = Worker<Command, Box<dyn Vm>>;
 
-impl VmThread {
-    pub(crate) fn spawn(vm: Box<dyn Vm>, events: events::Sender<Event>) -> std::io::Result<Self> {
-        let (commands, orders) = mpsc::channel();
-        let ram = vm.ram();
-        let worker = Worker {
-            vm,
-            ram,
-            events,
-            stage: Stage::default(),
-        };
-        let thread = thread::Builder::new()
-            .name("vm".to_owned())
-            .spawn(move || worker.run(&orders))?;
-        Ok(Self {
-            commands: Some(commands),
-            thread: Some(thread),
-        })
-    }
-
-    pub(crate) fn send(&self, command: Command) {
-        if let Some(commands) = &self.commands {
-            // A thread that has ended has reported `VmFailed`; nothing is left to do for it.
-            let _ = commands.send(command);
-        }
-    }
-
-    /// Ends the thread and returns the VM, stopped.
-    pub(crate) fn join(mut self) -> Option<Box<dyn Vm>> {
-        self.commands = None;
-        self.thread.take().and_then(|thread| thread.join().ok())
-    }
+/// Starts the thread that owns the VM.
+pub(crate) fn spawn(vm: Box<dyn Vm>, events: events::Sender<Event>) -> std::io::Result<VmThread> {
+    let ram = vm.ram();
+    let loader = Loader {
+        vm,
+        ram,
+        events,
+        stage: Stage::default(),
+    };
+    Worker::spawn("vm", move |inbox| loader.run(&inbox))
 }
 
 /// A checkpoint in flight: decoded pages in the order in which they came, and the devices' state.
@@ -75,16 +49,16 @@ struct Stage {
     devices: Option<MachineState>,
 }
 
-struct Worker {
+struct Loader {
     vm: Box<dyn Vm>,
     ram: GuestRam,
     events: events::Sender<Event>,
     stage: Stage,
 }
 
-impl Worker {
-    fn run(mut self, orders: &mpsc::Receiver<Command>) -> Box<dyn Vm> {
-        while let Ok(order) = orders.recv() {
+impl Loader {
+    fn run(mut self, inbox: &Inbox<Command>) -> Box<dyn Vm> {
+        while let Some(order) = inbox.next() {
             if let Some(event) = self.obey(order) {
                 // A closed channel means that the role has ended; the next receive ends this thread.
                 let _ = self.events.blocking_send(event);
