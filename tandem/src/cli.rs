@@ -1,7 +1,7 @@
 //! The way from the command line to a command, and from its result to the exit code.
 
 use std::error::Error;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -84,7 +84,8 @@ fn prepare(vm: &VmSettings) -> Result<()> {
     })?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr);
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
     if vm.logging.log_json {
         log.json().init()
     } else {

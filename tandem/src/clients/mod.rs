@@ -90,11 +90,22 @@ pub struct TcpReport {
     /// Connections that the other side ended, or that could not be opened.
     pub broken: u64,
     /// Longest time from one answer to the next on one connection.
-    pub longest_gap: Duration,
+    pub longest_gap: Option<Gap>,
     /// What went wrong, in words.
     pub faults: Vec<String>,
     /// The counters incremented, with what the clients know of them.
     pub counters: Vec<Counter>,
+}
+
+/// A time in which a connection got no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// The answer before it, or the connection's beginning.
+    pub from: Instant,
+    /// The answer after it, or the failure.
+    pub until: Instant,
+    /// The client's kind.
+    pub client: &'static str,
 }
 
 /// A key that one connection increments.
@@ -209,15 +220,27 @@ impl Clients {
     }
 }
 
+impl Gap {
+    /// Returns how long it was.
+    #[must_use]
+    pub fn length(&self) -> Duration {
+        self.until - self.from
+    }
+}
+
 impl TcpReport {
     fn add(&mut self, other: Self) {
         self.requests += other.requests;
         self.failed += other.failed;
         self.wrong += other.wrong;
         self.broken += other.broken;
-        self.longest_gap = self.longest_gap.max(other.longest_gap);
+        self.note_gap(other.longest_gap);
         self.faults.extend(other.faults);
         self.counters.extend(other.counters);
+    }
+
+    fn note_gap(&mut self, gap: Option<Gap>) {
+        self.longest_gap = self.longest_gap.into_iter().chain(gap).max_by_key(Gap::length);
     }
 
     fn fail(&mut self, client: &str, error: &RequestError) {
@@ -253,7 +276,7 @@ impl Runner {
         namespace.thread(name, move || runner.run(name, address, client))
     }
 
-    fn run(&self, name: &str, address: SocketAddr, mut client: impl Exchange) -> TcpReport {
+    fn run(&self, name: &'static str, address: SocketAddr, mut client: impl Exchange) -> TcpReport {
         let mut report = TcpReport::default();
         let mut line = match tcp::Line::connect(address) {
             Ok(line) => line,
@@ -266,7 +289,11 @@ impl Runner {
         while !self.stop.load(Ordering::Relaxed) {
             let result = client.exchange(&mut line, Instant::now() + REQUEST_LIMIT);
             let now = Instant::now();
-            report.longest_gap = report.longest_gap.max(now - last_answer);
+            report.note_gap(Some(Gap {
+                from: last_answer,
+                until: now,
+                client: name,
+            }));
             last_answer = now;
             if let Err(error) = result {
                 report.fail(name, &error);

@@ -3,8 +3,6 @@
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,9 +16,11 @@ use super::report::Round;
 use super::story::Story;
 use super::tidy::Tidy;
 use super::{DemoOptions, Victim};
-use crate::clients::{Clients, Counter, Load, Report as ClientReport, Target, http_get, stored_count};
+use crate::clients::{Clients, Counter, Gap, Load, Report as ClientReport, Target, http_get, stored_count};
 use crate::lab::{Host, Lab, TAP};
+use crate::settings::Mac;
 
+const MAC: &str = "02:74:61:6e:64:6d";
 const PAIR: &str = "demo";
 const IMAGE_BYTES: u64 = 64 << 20;
 const PORT: u16 = 7100;
@@ -38,9 +38,20 @@ const AFTER_TAKEOVER: Duration = Duration::from_millis(1_500);
 const UDP_IN_FLIGHT: Duration = Duration::from_millis(1_000);
 const WATCH_PERIOD: Duration = Duration::from_millis(2);
 
-/// Runs a round and returns its numbers.
+/// Runs a round and returns its numbers. If it can't be carried out, the roles' last words are in the error.
 pub(super) fn run(options: &DemoOptions, story: &Story, tidy: &Tidy, random: &mut Random) -> Result<Round> {
     let mut stage = Stage::start(options, tidy)?;
+    let outcome = play(&mut stage, options, story, tidy, random);
+    outcome.map_err(|error| {
+        if tidy.is_interrupted() {
+            error
+        } else {
+            error.context(stage.last_words())
+        }
+    })
+}
+
+fn play(stage: &mut Stage, options: &DemoOptions, story: &Story, tidy: &Tidy, random: &mut Random) -> Result<Round> {
     let mut round = Round::default();
     stage.protect(story, tidy, &mut round)?;
     stage.prepare(options, story, tidy)?;
@@ -52,27 +63,16 @@ pub(super) fn run(options: &DemoOptions, story: &Story, tidy: &Tidy, random: &mu
     round.epochs = last.epoch;
     round.divergences = last.divergences;
     round.mid_checkpoint = last.state == State::Checkpointing;
-    if options.nondeterminism > 0 {
-        story.tell(&format!(
-            "{} divergences, {} checkpoints so far",
-            last.divergences, last.checkpoints.total
-        ));
-    }
+    story.tell(&format!(
+        "{} divergences, {} checkpoints so far",
+        last.divergences, last.checkpoints.total
+    ));
 
     let strike = stage.strike(options, story)?;
-    let noticed = stage.watch(options)?;
-    let answer = tidy.wait("an answer after the kill", TAKEOVER_LIMIT, || {
-        Ok(clients.first_answer_since(strike))
-    });
-    let survivor = stage.survivor(options, tidy);
-    if answer.is_err() || survivor.is_err() {
-        let report = clients.stop();
-        noticed.give_up();
-        return Err(stage.post_mortem(&report, answer.err().or_else(|| survivor.err())));
-    }
-    let (answer, survivor) = (answer?, survivor?);
-    let noticed = noticed.join();
-    if let Some(noticed) = noticed {
+    let noticed = stage.watch(options, strike)?;
+    let what = format!("an answer after the {}", blow(options));
+    let answer = tidy.wait(&what, TAKEOVER_LIMIT, || Ok(clients.first_answer_since(strike)))?;
+    if let Some(noticed) = noticed.join() {
         round.detection_ms = Some(ms(noticed.saturating_duration_since(strike)));
         story.tell_of(noticed, "the survivor notices");
     }
@@ -80,18 +80,22 @@ pub(super) fn run(options: &DemoOptions, story: &Story, tidy: &Tidy, random: &mu
     story.tell_of(
         answer,
         &format!(
-            "first answer: {:.1} ms after the {}",
+            "first answer, {:.1} ms after the {}",
             ms(answer - strike),
             blow(options)
         ),
     );
+    let survivor = stage.survivor(options, tidy)?;
     tidy.sleep(AFTER_TAKEOVER)?;
     let report = clients.stop();
     count(&mut round, &report, strike, answer);
     story.tell(&format!(
-        "the same connections go on: {} requests, {} failed",
+        "the same connections went on: {} requests, {} failed",
         round.requests, round.failed_requests
     ));
+    if let Some(gap) = &report.tcp.longest_gap {
+        story.tell(&format!("longest TCP gap: {}", gap_told(gap, strike)));
+    }
     for fault in &report.tcp.faults {
         story.tell(&format!("FAULT {fault}"));
     }
@@ -159,6 +163,9 @@ impl Stage {
             &self.memory,
             "--tap",
             TAP,
+            // The VM that boots from the survivor's image is the same machine to the clients.
+            "--mac",
+            MAC,
         ])
     }
 
@@ -252,10 +259,10 @@ impl Stage {
     }
 
     /// Begins to watch, from outside, when a survivor notices.
-    fn watch(&mut self, options: &DemoOptions) -> Result<Noticed> {
+    fn watch(&mut self, options: &DemoOptions, strike: Instant) -> Result<Noticed> {
         let watched = if options.cut { Host::A } else { victim(options).other() };
         let control = self.role(watched)?.control().to_owned();
-        Noticed::watch(&control)
+        Noticed::watch(&control, strike)
     }
 
     /// Waits until one side says that it runs alone, and returns its host.
@@ -332,62 +339,43 @@ impl Stage {
         Ok(())
     }
 
-    fn post_mortem(&self, report: &ClientReport, error: Option<anyhow::Error>) -> anyhow::Error {
-        let mut text = format!("{} TCP requests, {} failed", report.tcp.requests, report.tcp.failed);
-        for (host, process) in &self.roles {
-            text.push_str(&format!(
-                "\nthe end of the log on {}:\n{}",
-                host.name(),
-                process.log_end()
-            ));
-        }
-        error.unwrap_or_else(|| anyhow::anyhow!("no survivor")).context(text)
+    fn last_words(&self) -> String {
+        let logs = self
+            .roles
+            .iter()
+            .map(|(host, role)| format!("the log on {} ends:\n{}", host.name(), role.log_end()));
+        logs.collect::<Vec<_>>().join("\n")
     }
 }
 
 /// A thread that finds out when a role leaves `protected`.
-struct Noticed {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Option<Instant>>,
-}
+struct Noticed(JoinHandle<Option<Instant>>);
 
 impl Noticed {
-    fn watch(control: &Path) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, control) = (Arc::clone(&stop), control.to_owned());
+    fn watch(control: &Path, strike: Instant) -> Result<Self> {
+        let control = control.to_owned();
         let watcher = std::thread::Builder::new().name("watch".into());
         let thread = watcher.spawn(move || {
             let deadline = Instant::now() + TAKEOVER_LIMIT;
-            while Instant::now() < deadline && !stopped.load(Ordering::Relaxed) {
-                let asked = Instant::now();
-                if let Ok(status) = ask_status(&control)
-                    && !status.state.is_protected()
-                {
-                    // It may have noticed a while ago; but not before the answer before this one.
-                    return Some(
-                        asked
-                            .checked_sub(Duration::from_millis(status.since_ms))
-                            .unwrap_or(asked),
-                    );
+            while Instant::now() < deadline {
+                let status = ask_status(&control);
+                let now = Instant::now();
+                match status {
+                    Ok(status) if !status.state.is_protected() => {
+                        // It may have been so for a while, and its word comes late when it is busy.
+                        let since = now.checked_sub(Duration::from_millis(status.since_ms));
+                        return Some(since.filter(|since| *since > strike).unwrap_or(now));
+                    }
+                    Ok(_) | Err(_) => std::thread::sleep(WATCH_PERIOD),
                 }
-                std::thread::sleep(WATCH_PERIOD);
             }
             None
         });
-        Ok(Self {
-            stop,
-            thread: thread.context("can't watch the survivor")?,
-        })
-    }
-
-    fn give_up(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // Its answer is of no use any more.
-        let _ = self.thread.join();
+        Ok(Self(thread.context("can't watch the survivor")?))
     }
 
     fn join(self) -> Option<Instant> {
-        self.thread.join().ok().flatten()
+        self.0.join().ok().flatten()
     }
 }
 
@@ -402,9 +390,20 @@ fn count(round: &mut Round, report: &ClientReport, strike: Instant, answer: Inst
     round.udp_lost_elsewhere = report
         .udp
         .lost_outside(strike.checked_sub(UDP_IN_FLIGHT).unwrap_or(strike), answer);
-    round.longest_tcp_gap_ms = ms(report.tcp.longest_gap);
+    round.longest_tcp_gap_ms = report.tcp.longest_gap.as_ref().map_or(0.0, |gap| ms(gap.length()));
     round.pings = report.ping.sent;
     round.pings_answered = report.ping.answered;
+}
+
+fn gap_told(gap: &Gap, strike: Instant) -> String {
+    let place = if gap.until < strike {
+        format!("ended {:.0} ms before the blow", ms(strike - gap.until))
+    } else if gap.from < strike {
+        "over the blow".to_owned()
+    } else {
+        format!("began {:.0} ms after the blow", ms(gap.from - strike))
+    };
+    format!("{:.1} ms, {}, {place}", ms(gap.length()), gap.client)
 }
 
 fn victim(options: &DemoOptions) -> Host {
