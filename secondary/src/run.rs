@@ -346,6 +346,9 @@ impl Role {
     fn answer(&mut self, request: ControlRequest) {
         let reply = match request.command {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
+            Question::Checkpoint if !matches!(self.protocol.state_name(), "protected" | "checkpointing") => Err(
+                format!("no checkpoint now: this side is {}", self.protocol.state_name()),
+            ),
             Question::Checkpoint => {
                 self.link.send(Message::Want(self.protocol.tag()));
                 Ok(Answer::Done("the primary is asked for a checkpoint".to_owned()))

@@ -34,6 +34,11 @@ impl Work {
         await_fact("an answer over UDP", || self.0.first_answer_since(moment))
     }
 
+    /// Returns when the first answer came to a UDP request sent after `moment`, if one has come.
+    pub(crate) fn answer_since(&self, moment: Instant) -> Option<Instant> {
+        self.0.first_answer_since(moment)
+    }
+
     /// Lets the clients finish and demands that they have noticed nothing.
     pub(crate) fn finish(self, stage: &Stage) -> Report {
         let report = self.0.stop();

@@ -11,7 +11,12 @@
 //! never on how long something took. Needs /dev/kvm and root; without them a test says so and does nothing, or
 //! fails if TANDEM_REQUIRE_KVM is set.
 
+mod ends;
+mod flows;
+mod idle;
+mod journal;
 mod load;
 mod program;
+mod split;
 mod stage;
 mod survival;

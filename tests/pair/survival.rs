@@ -119,7 +119,7 @@ fn case_1_2_3_6_either_side_is_killed_within_a_checkpoint() {
     work.finish(&stage);
 }
 
-fn random_span(up_to: Duration) -> Duration {
+pub(crate) fn random_span(up_to: Duration) -> Duration {
     let random = RandomState::new().build_hasher().finish();
     let nanos = u64::try_from(up_to.as_nanos()).expect("a short span");
     Duration::from_nanos(random % nanos)

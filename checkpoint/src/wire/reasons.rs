@@ -26,7 +26,7 @@ pub enum Refusal {
         theirs: String,
     },
     /// Both hosts have one name, by which the witness could not tell them apart.
-    #[error("both hosts are called '{0}': give each its own --node")]
+    #[error("both hosts are called '{0}': give each its own --name")]
     SameNode(String),
     /// A setting that must be equal is not.
     #[error("{what} differs: primary has {primary}, secondary has {secondary}: make them equal")]
