@@ -137,9 +137,16 @@ impl Server {
             self.echo.full(),
             self.discard.full(),
         ];
-        let ingress = self
-            .interface
-            .poll_ingress_single(at, &mut Gate { device, full }, &mut self.sockets);
+        let opening = [
+            self.http.opening(),
+            self.redis.opening(),
+            self.echo.opening(),
+            self.discard.opening(),
+        ]
+        .concat();
+        let opening = &opening[..];
+        let mut gate = Gate { device, full, opening };
+        let ingress = self.interface.poll_ingress_single(at, &mut gate, &mut self.sockets);
         let mut moved = ingress != PollIngressSingleResult::None;
         moved |= self.serve(now);
         let mut egress = false;

@@ -10,8 +10,10 @@ use alloc::vec::Vec;
 
 use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
+use smoltcp::wire::IpEndpoint;
 
 use crate::clock::Moment;
+use crate::gate::Opening;
 use crate::settings::Settings;
 use crate::world::World;
 
@@ -34,6 +36,7 @@ pub(crate) struct Pool<S> {
     most: usize,
     slots: Vec<Slot<S>>,
     listening: usize,
+    opening: Vec<(u16, IpEndpoint)>,
 }
 
 #[derive(Debug)]
@@ -51,6 +54,7 @@ impl<S: Stream> Pool<S> {
             most,
             slots: Vec::new(),
             listening: 0,
+            opening: Vec::new(),
         }
     }
 
@@ -58,8 +62,14 @@ impl<S: Stream> Pool<S> {
     pub(crate) fn serve(&mut self, sockets: &mut SocketSet<'static>, world: &mut World, now: Moment) -> bool {
         let mut moved = false;
         self.listening = 0;
+        self.opening.clear();
         for slot in &mut self.slots {
             let socket = sockets.get_mut::<Socket<'_>>(slot.handle);
+            if socket.state() == State::SynReceived
+                && let Some(peer) = socket.remote_endpoint()
+            {
+                self.opening.push((self.port, peer));
+            }
             match socket.state() {
                 State::Listen => self.listening += 1,
                 State::Closed | State::TimeWait => slot.release(world),
@@ -77,6 +87,11 @@ impl<S: Stream> Pool<S> {
             }
         }
         moved
+    }
+
+    /// The connections that are being opened.
+    pub(crate) fn opening(&self) -> &Opening {
+        &self.opening
     }
 
     /// The port, if it takes no new connection now.

@@ -462,6 +462,33 @@ fn a_full_port_lets_newcomers_wait() {
     }
 }
 
+/// A held SYN-ACK makes the client repeat its SYN; meanwhile a socket that stands before the one that has it listens again.
+#[test]
+fn a_repeated_syn_does_not_open_a_second_connection() {
+    let mut lab = Lab::new("");
+    let earlier = lab.connect(SERVER4, 80);
+    lab.settle();
+    let late = lab.connect(SERVER4, 80);
+    let at = instant(lab.moment());
+    lab.client.poll(at, &mut lab.client_wire, &mut lab.sockets);
+    let syn: Vec<Vec<u8>> = lab.client_wire.outbound.drain(..).collect();
+    lab.server_wire.inbound.extend(syn.iter().cloned());
+    lab.server.round(lab.moment(), &mut lab.server_wire);
+    let held: Vec<Vec<u8>> = lab.server_wire.outbound.drain(..).collect();
+    assert_eq!((syn.len(), held.len()), (1, 1), "a SYN and its answer");
+    lab.socket(earlier).close();
+    lab.settle();
+    lab.connect(SERVER4, 80);
+    lab.settle();
+    lab.server_wire.inbound.extend(syn);
+    lab.server.round(lab.moment(), &mut lab.server_wire);
+    lab.client_wire.inbound.extend(held);
+    lab.settle();
+    assert_eq!(lab.socket(late).state(), smol_tcp::State::Established);
+    lab.send(late, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert!(lab.receive(late, 15).starts_with(b"HTTP/1.1 200"));
+}
+
 #[test]
 fn the_server_closing_first_does_not_use_up_its_sockets() {
     let mut lab = Lab::new("");
