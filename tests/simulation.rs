@@ -104,7 +104,7 @@ fn no_seed_breaks_a_rule() {
         coverage.add(&run(seed, false));
     }
     println!("{coverage}");
-    for phase in ["protected", "stopping", "sending", "awaiting", "syncing"] {
+    for phase in ["protected", "stopping", "sending", "awaiting"] {
         assert!(
             coverage.has("kill", phase) || coverage.has("power loss", phase),
             "no host died in {phase}"

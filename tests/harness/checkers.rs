@@ -101,6 +101,18 @@ impl Checkers {
         self.loads += 1;
     }
 
+    /// A secondary took over in this epoch, and lets out what its guest had sent meanwhile.
+    pub fn taken_over(&self, epoch: Epoch, outputs: &[Bytes]) {
+        for frame in outputs {
+            assert!(
+                self.followed
+                    .iter()
+                    .any(|(tag, sent)| tag.epoch == epoch && sent == frame),
+                "rule 1: a frame of an execution that was replaced is let out at the takeover in epoch {epoch}"
+            );
+        }
+    }
+
     /// A node let a frame out.
     pub fn released(&mut self, node: usize, generation: Generation, paired: bool, frame: &Bytes) {
         assert!(

@@ -244,6 +244,7 @@ impl World {
                 host.serving = false;
                 host.fold();
                 let taken = *taken;
+                self.checkers.taken_over(taken.last_epoch, &taken.outputs);
                 return self.start_primary(
                     node,
                     Start::TakenOver {

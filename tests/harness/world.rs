@@ -246,7 +246,11 @@ impl World {
 
     /// Orders of one host's VM thread are carried out one after the other.
     pub(crate) fn order(&mut self, node: usize, order: VmOrder) {
-        let at = (self.now + 2_000 + self.random.below(200_000)).max(self.nodes[node].ordered_until);
+        let longest = match order {
+            VmOrder::Load(_) => 5 * MILLISECOND,
+            _ => 200_000,
+        };
+        let at = (self.now + 2_000 + self.random.below(longest)).max(self.nodes[node].ordered_until);
         self.nodes[node].ordered_until = at;
         let life = self.nodes[node].life;
         self.later(at - self.now, Happening::Vm(node, life, order));

@@ -16,7 +16,7 @@ impl Primary {
             recorded: false,
         });
         match self.state {
-            State::Protected { .. } => self.stop_for(now, Trigger::Admin, actions),
+            State::Protected { .. } => self.stop_when_loaded(now, Trigger::Admin, actions),
             State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. } => {}
             State::Contending { .. } => self.goodbye(actions),
             State::Alone | State::Pairing { .. } | State::Syncing { .. } => actions.push(Action::PauseVm),

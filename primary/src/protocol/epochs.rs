@@ -4,7 +4,28 @@ use super::{Action, Instant, Message, NetworkState, Primary, Shipment, State, Ta
 
 impl Primary {
     pub(super) fn trigger(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
-        if matches!(self.state, State::Protected { .. }) && self.ending.is_none() {
+        if !matches!(self.state, State::Protected { .. }) || self.ending.is_some() {
+            return;
+        }
+        self.stop_when_loaded(now, trigger, actions);
+    }
+
+    /// A checkpoint is taken only on top of one that the secondary has loaded.
+    pub(super) fn stop_when_loaded(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
+        if self.peer_loaded {
+            self.stop_for(now, trigger, actions);
+        } else {
+            self.wanted = self.wanted.or(Some(trigger));
+        }
+    }
+
+    pub(super) fn peer_has_loaded(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
+        if tag.epoch != self.committed || self.peer_loaded || !matches!(self.state, State::Protected { .. }) {
+            return self.misbehaved(now, "it loaded a checkpoint that it had not acknowledged", actions);
+        }
+        self.peer_loaded = true;
+        self.comparator.loaded(now, tag.epoch);
+        if let Some(trigger) = self.wanted.take() {
             self.stop_for(now, trigger, actions);
         }
     }
@@ -89,6 +110,8 @@ impl Primary {
         self.counters.last_checkpoint = Some(now);
         self.counters.last_pause = now.since(asked);
         self.state = State::Protected { since: now };
+        self.peer_loaded = false;
+        self.wanted = None;
         if self.ending.is_none() {
             actions.push(Action::ResumeVm);
         }

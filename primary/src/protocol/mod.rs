@@ -38,6 +38,8 @@ use crate::event::{Action, Event, GuestEnd, Outcome, Shipment};
 const CLAIM_RETRY: Duration = Duration::from_millis(100);
 /// Longest time that an orderly end waits for its last checkpoint.
 const ENDING_MAX: Duration = Duration::from_millis(5_000);
+/// Longest time from a secondary's acknowledgement to its load.
+const LOAD_MAX: Duration = Duration::from_millis(10_000);
 /// When announcements are repeated after a start or a takeover.
 const ANNOUNCE_AFTER: [Duration; 6] = [
     Duration(0),
@@ -185,6 +187,10 @@ pub struct Primary {
     changed: ChangedBlocks,
     announce: Option<(Instant, usize)>,
     witness_alarmed: bool,
+    /// The secondary has loaded the last checkpoint: it can take the next.
+    peer_loaded: bool,
+    /// A checkpoint to be taken as soon as it has.
+    wanted: Option<Trigger>,
     ending: Option<Ending>,
     counters: Counters,
     verdicts: Vec<Verdict>,
@@ -250,6 +256,8 @@ impl Primary {
             ),
             announce: Some((now, 0)),
             witness_alarmed: false,
+            peer_loaded: false,
+            wanted: None,
             ending: None,
             counters: Counters::default(),
             verdicts: Vec::new(),
@@ -307,11 +315,12 @@ impl Primary {
     pub fn deadline(&self) -> Option<Instant> {
         let liveness = self.liveness.as_ref().map(Liveness::deadline);
         let state = match self.state {
+            State::Protected { since } if !self.peer_loaded => Some(since + LOAD_MAX),
             State::Protected { since } if self.ending.is_none() => Some(since + self.options.epoch_age_max),
             State::Contending { retry, .. } => retry,
             _ => None,
         };
-        let comparator = (matches!(self.state, State::Protected { .. }) && self.ending.is_none())
+        let comparator = (matches!(self.state, State::Protected { .. }) && self.peer_loaded && self.ending.is_none())
             .then(|| self.comparator.deadline())
             .flatten();
         let announce = self.announce.map(|(start, next)| start + ANNOUNCE_AFTER[next]);
@@ -438,7 +447,11 @@ impl Primary {
             actions.push(Action::Claim(term));
         }
         if let State::Protected { since } = self.state {
-            if since + self.options.epoch_age_max <= now {
+            if !self.peer_loaded {
+                if since + LOAD_MAX <= now {
+                    self.misbehaved(now, "it did not load a checkpoint in time", actions);
+                }
+            } else if since + self.options.epoch_age_max <= now {
                 self.trigger(now, Trigger::Age, actions);
             } else if self.comparator.deadline().is_some_and(|deadline| deadline <= now) {
                 self.comparator.timeout(now, &mut self.verdicts);

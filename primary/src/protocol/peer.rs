@@ -115,8 +115,7 @@ impl Primary {
             }
             Message::Want(_) => self.trigger(now, Trigger::Limit, actions),
             Message::Acknowledge(tag) => self.acknowledged(now, tag, actions),
-            Message::Loaded(tag) if tag.epoch == self.committed => self.comparator.loaded(now, tag.epoch),
-            Message::Loaded(_) => self.misbehaved(now, "it loaded a checkpoint that it had not acknowledged", actions),
+            Message::Loaded(tag) => self.peer_has_loaded(now, tag, actions),
             Message::Committed(tag) => self.peer_committed(now, tag, actions),
             Message::Output(_) => {}
             _ => self.misbehaved(now, "it sent a message that only a primary sends", actions),

@@ -98,7 +98,8 @@ impl Secondary {
     }
 
     pub(super) fn input(&mut self, input: Input, actions: &mut Vec<Action>) {
-        if self.first || input.number != self.received.next() {
+        let begun = !matches!(self.state, State::Idle | State::Syncing);
+        if !begun || input.number != self.received.next() {
             return self.misbehaved("its inputs are out of order", actions);
         }
         let loading = matches!(self.flight, Flight::Loading(..));
