@@ -8,6 +8,8 @@ use crate::memory::PAGE_BYTES;
 
 global_asm!(
     ".pushsection .rodata.guests, \"a\"",
+    // Global: the code that names them may be in another object file.
+    ".globl guest_count, guest_count_end, guest_compute, guest_compute_end, guest_pages, guest_pages_end, guest_tick, guest_tick_end, guest_hostile, guest_hostile_end, guest_high, guest_high_end, guest_fault, guest_fault_end",
     // Counts for ever.
     "guest_count:",
     "mov ebx, 0x400000",
