@@ -105,8 +105,8 @@ fn stop_signals() -> Result<watch::Receiver<bool>> {
 }
 
 async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
-    let (generation, last_epoch) = host.contest()?;
     let (_server, control) = Server::start(&host.settings.vm.control)?;
+    let (generation, last_epoch) = host.contest()?;
     let mut outside = Outside { control, stop };
     let port = Port::new().context("the host refuses a descriptor: raise its limits (ulimit -n)")?;
     let (mut vm, power) = host.machine(Mapping::Shared, &port)?;

@@ -13,10 +13,12 @@
 
 mod ends;
 mod flows;
+mod garbage;
 mod idle;
 mod journal;
 mod load;
 mod program;
 mod split;
 mod stage;
+mod starts;
 mod survival;

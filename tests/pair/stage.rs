@@ -9,7 +9,6 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -158,11 +157,19 @@ impl Stage {
 
     /// Starts the program with these words on a host.
     pub(crate) fn start_with(&mut self, host: Host, words: Vec<String>) {
+        self.start_within(host, &[], words);
+    }
+
+    /// As `start_with`, by way of another program that starts this one.
+    fn start_within(&mut self, host: Host, wrapper: &[&str], words: Vec<String>) {
         let name = format!("{}-{}-{}", self.roles.len(), words[0], host.name());
         let log = self.folder.path().join(format!("{name}.log"));
         let out = File::create(&log).expect("a log can be made");
-        let mut command = Command::new(program::path());
-        command.args(&words).args(["--parent", &std::process::id().to_string()]);
+        let program = word(program::path());
+        let mut line = wrapper.iter().copied().chain([program.as_str()]);
+        let mut command = Command::new(line.next().expect("the program at least"));
+        command.args(line).args(&words);
+        command.args(["--parent", &std::process::id().to_string()]);
         command
             .stdin(Stdio::null())
             .stderr(out.try_clone().expect("a log can be made"));
@@ -184,7 +191,12 @@ impl Stage {
 
     /// Runs the program with these words on a host until it ends, and returns how, and all it printed.
     pub(crate) fn run(&mut self, host: Host, words: Vec<String>) -> (ExitStatus, String) {
-        self.start_with(host, words);
+        self.run_within(host, &[], words)
+    }
+
+    /// As `run`, by way of another program that starts this one.
+    pub(crate) fn run_within(&mut self, host: Host, wrapper: &[&str], words: Vec<String>) -> (ExitStatus, String) {
+        self.start_within(host, wrapper, words);
         let status = self.await_end(host);
         let role = self.roles.pop().expect("just started");
         (status, role.text())
@@ -305,27 +317,21 @@ impl Stage {
         });
     }
 
-    /// Returns whose the last term is, and its number.
+    /// Returns the last term and whose it is.
     pub(crate) fn owner(&self) -> (u64, String) {
+        self.latest_term().expect("a pair that has run owns a term")
+    }
+
+    /// Returns the last term and whose it is, if any was taken.
+    pub(crate) fn latest_term(&self) -> Option<(u64, String)> {
         let witness = DirectoryWitness::open(self.folder.path().join("witness"), PAIR, "observer", None);
-        let latest = witness
-            .and_then(|witness| witness.latest())
-            .expect("the witness can be read");
-        let (term, owner) = latest.expect("a pair that has run owns a term");
-        (term.0, owner)
+        let latest = witness.and_then(|witness| witness.latest());
+        let latest = latest.expect("the witness can be read");
+        latest.map(|(term, owner)| (term.0, owner))
     }
 
     pub(crate) fn image_bytes(&self, host: Host) -> Vec<u8> {
         fs::read(self.image(host)).expect("an image can be read")
-    }
-
-    /// Writes into an image that no role has open.
-    pub(crate) fn spoil(&self, host: Host, offset: u64, bytes: &[u8]) {
-        let image = File::options()
-            .write(true)
-            .open(self.image(host))
-            .expect("an image is there");
-        image.write_all_at(bytes, offset).expect("an image can be written");
     }
 
     fn kill_all(&mut self) {
