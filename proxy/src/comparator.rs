@@ -505,6 +505,8 @@ impl std::fmt::Display for Mode {
 }
 
 #[cfg(test)]
+mod frames_tests;
+#[cfg(test)]
 pub(crate) mod properties;
 #[cfg(test)]
 mod tests;

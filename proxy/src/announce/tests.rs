@@ -1,3 +1,5 @@
+//! What is learned of a guest, and the frames that announce it.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! The checked view of frames, on good and on damaged bytes.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Sequence translation: openings, takeovers, ends, bounds.
+
 use bytes::Bytes;
 use proptest::prelude::*;
 
