@@ -357,6 +357,11 @@ impl Role {
                 self.step(Event::StopAsked);
                 Ok(Answer::Done("ending in order".to_owned()))
             }
+            Question::Takeover { .. } if self.witness.is_some() => Err(
+                "a witness is configured, and it alone decides: this side takes over by itself as soon as the witness \
+                 gives it the term; make the witness's directory reachable again"
+                    .to_owned(),
+            ),
             Question::Takeover {
                 old_primary_is_off: true,
             } if self.protocol.state_name() == "contending" => {
