@@ -23,6 +23,7 @@ use serde_json::Value;
 use storage::DirectoryWitness;
 use tandem::clients::{Target, http_get};
 use tandem::lab::{Host, Lab, TAP};
+use tandem::settings::Mac;
 use tempfile::TempDir;
 
 use crate::program;
@@ -138,7 +139,10 @@ impl Stage {
         option("--memory", self.setup.memory.to_owned());
         option("--tap", TAP.to_owned());
         option("--control", path(self.control(host)));
-        if role != "run" {
+        if role == "run" {
+            // The clients know the VM by the address that the pair gave it.
+            option("--mac", Mac::derived(PAIR).to_string());
+        } else {
             option("--pair", PAIR.to_owned());
             option("--takeover-limit", self.setup.takeover_limit.to_owned());
             option("--listen", Self::listen_address(host).to_string());
