@@ -265,9 +265,6 @@ impl Host {
         let cpu = machine::cpu_identity()?;
         let image = Arc::new(FileImage::open(&settings.vm.image)?);
         let record_path = Record::path_for(&settings.vm.image);
-        let batch = Limits::default().batch(image.size());
-        let journal = Arc::new(FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?);
-        let recovery = storage::recover(&*image, &*journal)?;
         let record = Record::load(&record_path)?;
         if let (Some(record), Some(pair)) = (&record, &settings.pair)
             && record.pair != *pair
@@ -279,13 +276,6 @@ impl Host {
                 record.pair
             );
         }
-        if let Some(mut record) = record.clone() {
-            let before = record.tag;
-            record.advance(&recovery);
-            if record.tag != before {
-                record.store(&record_path)?;
-            }
-        }
         let tap = Arc::new(Tap::open(&settings.vm.tap)?);
         let known = record.as_ref().and_then(|record| record.witness.as_deref());
         let witness = match (&settings.witness, &settings.pair) {
@@ -294,6 +284,17 @@ impl Host {
             }
             _ => None,
         };
+        // Only now: a refused start leaves no file behind.
+        let batch = Limits::default().batch(image.size());
+        let journal = Arc::new(FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?);
+        let recovery = storage::recover(&*image, &*journal)?;
+        if let Some(mut record) = record {
+            let before = record.tag;
+            record.advance(&recovery);
+            if record.tag != before {
+                record.store(&record_path)?;
+            }
+        }
         Ok(Self {
             settings,
             image,
