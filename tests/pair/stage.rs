@@ -315,12 +315,6 @@ impl Stage {
         self.role(host).text()
     }
 
-    pub(crate) fn await_log(&mut self, host: Host, text: &str) {
-        await_fact(&format!("'{text}' in the log of {}", host.name()), || {
-            self.log(host).contains(text).then_some(())
-        });
-    }
-
     /// Returns the last term and whose it is.
     pub(crate) fn owner(&self) -> (u64, String) {
         self.latest_term().expect("a pair that has run owns a term")

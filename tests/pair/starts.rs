@@ -14,11 +14,13 @@ use crate::stage::{PORT, Setup, Stage, await_fact, word};
 const FAILED: i32 = 1;
 const MISUSED: i32 = 2;
 
+type Change = dyn Fn(&Stage, &mut Vec<String>);
+
 /// A start, as the right words with something changed; how it ends; and what it must tell.
 struct Wrong {
     what: &'static str,
     role: &'static str,
-    change: Box<dyn Fn(&Stage, &mut Vec<String>)>,
+    change: Box<Change>,
     code: i32,
     told: &'static [&'static str],
 }
@@ -312,8 +314,8 @@ fn case_32_44_a_peer_that_does_not_fit_is_refused_with_both_values() {
     image.set_len(80 << 20).expect("an image can be made");
     stage.start(Host::A, "primary");
     stage.await_state(Host::A, State::Alone);
-    type Change = Box<dyn Fn(&mut Vec<String>)>;
-    let unfit: [(&[&str], Change); 7] = [
+    type Unfit = Box<dyn Fn(&mut Vec<String>)>;
+    let unfit: [(&[&str], Unfit); 7] = [
         (
             &["67108864", "83886080"],
             Box::new(move |words| set(words, "--image", word(&large))),
