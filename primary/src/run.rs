@@ -23,7 +23,7 @@ use machine::{GuestRam, PowerEvent, Vm};
 use storage::witness::DirectoryWitness;
 use storage::{FileImage, Image};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::event::{Action, Event, GuestEnd, Outcome};
@@ -73,6 +73,8 @@ pub struct Setup {
     pub power: mpsc::UnboundedReceiver<PowerEvent>,
     /// The process that ends the connections when this one dies.
     pub sentinel: Arc<Sentinel>,
+    /// A secondary that has been met already.
+    pub met: Option<Established>,
 }
 
 /// What a role hears from outside while it runs; it outlives the role.
@@ -107,7 +109,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
     let (dialled, answers) = mpsc::channel(1);
     let mut actions = Vec::new();
     let protocol = Primary::new(setup.options.clone(), setup.start, clock::now(), &mut actions);
-    let role = Role {
+    let mut role = Role {
         protocol,
         actions,
         vm,
@@ -141,7 +143,11 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         rates: Rates::default(),
         sampled: (clock::now(), crate::protocol::Counters::default()),
         outcome: None,
+        asked: Vec::new(),
     };
+    if let Some(met) = setup.met {
+        role.connected(met);
+    }
     role.run(inbox, answers, setup.power, outside).await
 }
 
@@ -253,6 +259,8 @@ struct Role {
     rates: Rates,
     sampled: (Instant, crate::protocol::Counters),
     outcome: Option<Outcome>,
+    /// Who asked for a checkpoint, and the epoch that it ends.
+    asked: Vec<(Epoch, oneshot::Sender<Result<Answer, String>>)>,
 }
 
 impl Role {
@@ -332,6 +340,7 @@ impl Role {
             self.carry_out(action);
         }
         self.actions = actions;
+        self.answer_asked();
         let state = self.protocol.state_name();
         if state != self.state && self.outcome.is_none() {
             if state != "checkpointing" && self.state != "checkpointing" {
@@ -428,7 +437,7 @@ impl Role {
 
     fn dial(&mut self) {
         let Some(peer) = self.peer else { return };
-        if self.dialler.as_ref().is_some_and(|dialler| !dialler.is_finished()) {
+        if self.link.is_some() || self.dialler.as_ref().is_some_and(|dialler| !dialler.is_finished()) {
             return;
         }
         self.local.generation = self.protocol.tag().generation;
@@ -446,9 +455,13 @@ impl Role {
                         return;
                     }
                     Err(error) => {
-                        let text = error.to_string();
+                        let text = link::describe(&error);
                         if text != told {
-                            info!("no secondary yet: {text}");
+                            if error.is_passing() {
+                                info!("no secondary yet: {text}");
+                            } else {
+                                warn!("the VM stays unprotected until this is mended: {text}");
+                            }
                             told = text;
                         }
                     }
@@ -506,12 +519,13 @@ impl Role {
     fn answer(&mut self, request: ControlRequest) {
         let reply = match request.command {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
-            Question::Checkpoint if self.protocol.state_name() == "protected" => {
-                self.step(Event::CheckpointAsked);
-                Ok(Answer::Done("a checkpoint is being taken".to_owned()))
+            Question::Checkpoint if self.is_protected() => {
+                // The one under way, or the next: either covers all that the guest has done until now.
+                self.asked.push((self.protocol.committed().next(), request.reply));
+                return self.step(Event::CheckpointAsked);
             }
             Question::Checkpoint => Err(format!(
-                "no checkpoint now: this side is {}",
+                "no checkpoint: this side is {}, and takes one only while it is protected",
                 self.protocol.state_name()
             )),
             Question::Stop => {
@@ -524,6 +538,30 @@ impl Role {
         };
         // The asker may have gone.
         let _ = request.reply.send(reply);
+    }
+
+    fn is_protected(&self) -> bool {
+        matches!(self.protocol.state_name(), "protected" | "checkpointing")
+    }
+
+    /// Tells those who asked for a checkpoint what became of it.
+    fn answer_asked(&mut self) {
+        if self.asked.is_empty() {
+            return;
+        }
+        let (committed, protected) = (self.protocol.committed(), self.is_protected());
+        for (epoch, reply) in core::mem::take(&mut self.asked) {
+            // The asker may have gone.
+            if committed >= epoch {
+                let _ = reply.send(Ok(Answer::Done(format!("checkpoint {epoch} is committed"))));
+            } else if protected {
+                self.asked.push((epoch, reply));
+            } else {
+                let _ = reply.send(Err(
+                    "the secondary was lost before the checkpoint was committed".to_owned()
+                ));
+            }
+        }
     }
 
     fn status(&mut self) -> Status {

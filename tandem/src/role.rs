@@ -18,7 +18,7 @@ use link::control::{Answer, Command, ControlRequest, Server};
 use link::port::Port;
 use link::record::RecordPlace;
 use link::status::{Peer, State, Status};
-use link::{Listener, Sentinel};
+use link::{Established, Listener, Sentinel};
 use machine::tap::Tap;
 use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
@@ -105,6 +105,7 @@ fn stop_signals() -> Result<watch::Receiver<bool>> {
 }
 
 async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
+    let met = host.meet().await?;
     let (_server, control) = Server::start(&host.settings.vm.control)?;
     let (generation, last_epoch) = host.contest()?;
     let mut outside = Outside { control, stop };
@@ -114,7 +115,7 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
         .context("the guest can't be booted")?;
     info!(node = host.settings.node, generation = generation.0, "running");
     let start = Start::Boot { generation, last_epoch };
-    host.be_primary(Box::new(vm), port, power, start, None, &mut outside)
+    host.be_primary(Box::new(vm), port, power, start, (met, None), &mut outside)
         .await
 }
 
@@ -192,12 +193,22 @@ async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
                     outputs,
                 };
                 return host
-                    .be_primary(vm, port, finished.power, start, finished.image_ready, &mut outside)
+                    .be_primary(
+                        vm,
+                        port,
+                        finished.power,
+                        start,
+                        (None, finished.image_ready),
+                        &mut outside,
+                    )
                     .await;
             }
         }
     }
 }
+
+/// Told when the image holds all that the guest was told is written.
+type ImageReady = std::sync::mpsc::Receiver<Result<(), String>>;
 
 /// What both kinds of settings have in common for a role.
 struct RoleSettings {
@@ -369,6 +380,23 @@ impl Host {
         }
     }
 
+    /// Meets the secondary before anything is started, if there is one yet: one that refuses for good ends the start.
+    async fn meet(&self) -> Result<Option<Established>> {
+        let Some(peer) = self.settings.peer else {
+            return Ok(None);
+        };
+        let local = self.local(self.record()?.as_ref());
+        let judge = |welcome: &_| handshake::judge_welcome(&local, welcome);
+        match link::connect(peer, handshake::hello(&local), judge).await {
+            Ok(established) => Ok(Some(established)),
+            Err(error) if error.is_passing() => {
+                info!("no secondary yet: {}", link::describe(&error));
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// A start without a peer is a contest too: refuses unless this host's state is provably the newest.
     fn contest(&self) -> Result<(Generation, Epoch)> {
         let record = self.record()?;
@@ -436,7 +464,7 @@ impl Host {
         port: Arc<Port>,
         power: mpsc::UnboundedReceiver<PowerEvent>,
         start: Start,
-        image_ready: Option<std::sync::mpsc::Receiver<Result<(), String>>>,
+        (met, image_ready): (Option<Established>, Option<ImageReady>),
         outside: &mut Outside,
     ) -> Result<Ending> {
         let setup = primary::Setup {
@@ -462,6 +490,7 @@ impl Host {
             witness: self.witness.clone(),
             power,
             sentinel: Arc::clone(&self.sentinel),
+            met,
         };
         Ok(match primary::run(setup, outside).await? {
             PrimaryOutcome::Ended(GoodbyeReason::Failed(reason)) | PrimaryOutcome::Failed(reason) => bail!("{reason}"),

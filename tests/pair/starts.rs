@@ -363,6 +363,26 @@ fn case_32_44_a_peer_that_does_not_fit_is_refused_with_both_values() {
     stage.await_protected();
 }
 
+/// A primary that finds a secondary which does not fit starts nothing.
+#[test]
+fn a_start_against_an_unfit_secondary_fails() {
+    let Some(mut stage) = Stage::new(Setup::default()) else {
+        return;
+    };
+    stage.start(Host::B, "secondary");
+    stage.await_state(Host::B, State::Starting);
+    let mut words = stage.words(Host::A, "primary");
+    set(&mut words, "--memory", "128M");
+    let told = &["134217728", "67108864"];
+    assert_fails(&mut stage, "another memory size", words, FAILED, told);
+    assert!(
+        !Record::path_for(&stage.image(Host::A)).exists(),
+        "a record of a start that failed"
+    );
+    stage.start(Host::A, "primary");
+    stage.await_protected();
+}
+
 #[test]
 fn a_host_that_can_not_run_a_vm_says_why() {
     let Some(mut stage) = Stage::new(Setup::default()) else {
