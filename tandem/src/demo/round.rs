@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use link::control::ask_status;
+use link::control::{Command, ask, ask_status};
 use link::status::{State, Status};
 
 use super::process::Process;
@@ -18,7 +18,6 @@ use super::tidy::Tidy;
 use super::{DemoOptions, Victim};
 use crate::clients::{Clients, Counter, Gap, Load, Report as ClientReport, Target, http_get, stored_count};
 use crate::lab::{Host, Lab, TAP};
-use crate::settings::Mac;
 
 const MAC: &str = "02:74:61:6e:64:6d";
 const PAIR: &str = "demo";
@@ -115,7 +114,7 @@ struct Stage {
 impl Stage {
     fn start(options: &DemoOptions, tidy: &Tidy) -> Result<Self> {
         let lab = Lab::new().context("can't build the lab for the demo")?;
-        let folder = tidy.folder().to_owned();
+        let folder = tidy.folder()?;
         fs::create_dir_all(folder.join("witness")).context("can't make the witness's folder")?;
         for host in [Host::A, Host::B] {
             let image = File::create(image(&folder, host)).context("can't make an image")?;
@@ -153,20 +152,9 @@ impl Stage {
 
     fn vm_arguments(&self, command: &str, host: Host) -> Vec<String> {
         let image = image(&self.folder, host).display().to_string();
-        words([
-            command,
-            "--name",
-            host.name(),
-            "--image",
-            &image,
-            "--memory",
-            &self.memory,
-            "--tap",
-            TAP,
-            // The VM that boots from the survivor's image is the same machine to the clients.
-            "--mac",
-            MAC,
-        ])
+        // The VM that boots from the survivor's image is the same machine to the clients.
+        let vm = ["--image", &image, "--memory", &self.memory, "--tap", TAP, "--mac", MAC];
+        [words([command, "--name", host.name()]), words(vm)].concat()
     }
 
     fn role(&mut self, host: Host) -> Result<&mut Process> {
@@ -206,6 +194,7 @@ impl Stage {
             self.admin(&format!("/touch/{touched}"))?;
             story.tell(&format!("the guest has written {touched} MiB of its memory"));
         }
+        self.commit(story)?;
         if options.nondeterminism > 0 {
             self.admin(&format!("/set?nondeterminism={}", options.nondeterminism))?;
             story.tell(&format!(
@@ -214,6 +203,14 @@ impl Stage {
             ));
         }
         self.await_protected(tidy).map(drop)
+    }
+
+    /// Has all that the guest has written until now taken over by the secondary.
+    fn commit(&mut self, story: &Story) -> Result<()> {
+        let start = Instant::now();
+        ask(self.role(Host::A)?.control(), &Command::Checkpoint).context("the primary takes no checkpoint")?;
+        story.tell(&format!("a checkpoint of it all took {:.0} ms", ms(start.elapsed())));
+        Ok(())
     }
 
     fn await_guest(&mut self, tidy: &Tidy) -> Result<()> {

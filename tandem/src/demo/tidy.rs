@@ -4,17 +4,25 @@
 //! become children when their own parent dies; those of the demo die with it by themselves. Namespaces and
 //! interfaces vanish with their last process.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 use tempfile::TempDir;
 use tokio::signal::unix::{SignalKind, signal};
 
+const PREFIX: &str = "tandem-demo-";
+/// A folder that is this old, and not locked, is nobody's any more.
+const ABANDONED: Duration = Duration::from_secs(60);
+const NO_SYMLINK: i32 = (OFlags::NOFOLLOW.union(OFlags::DIRECTORY).union(OFlags::NONBLOCK))
+    .bits()
+    .cast_signed();
 const PERIOD: Duration = Duration::from_millis(5);
 /// Orphans that end by themselves, as sentinels do, get this long.
 const ORPHANS_LIMIT: Duration = Duration::from_millis(500);
@@ -23,25 +31,38 @@ const ORPHANS_LIMIT: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct Tidy {
     folder: TempDir,
+    /// Says to later demos that the folder is in use.
+    _lock: File,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Tidy {
     /// Makes the folder, and begins to listen for Ctrl-C.
     pub(super) fn start() -> Result<Self> {
+        sweep(&std::env::temp_dir());
         let folder = tempfile::Builder::new()
-            .prefix("tandem-demo-")
+            .prefix(PREFIX)
             .tempdir()
             .context("can't make a temporary folder: check that TMPDIR, or /tmp, is writable")?;
+        let lock = File::open(folder.path()).context("can't open the temporary folder")?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).context("can't lock the temporary folder")?;
         set_child_subreaper(Some(getpid())).context("can't adopt orphaned processes")?;
         clean_at_panic(folder.path().to_owned());
         let interrupted = Arc::new(AtomicBool::new(false));
         listen_for_signals(Arc::clone(&interrupted))?;
-        Ok(Self { folder, interrupted })
+        Ok(Self {
+            _lock: lock,
+            folder,
+            interrupted,
+        })
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        self.folder.path()
+    /// Makes the folder for the files of a round.
+    pub(super) fn folder(&self) -> Result<PathBuf> {
+        // Not the locked one: who locks what is in there may lock its folder as well.
+        let folder = self.folder.path().join("round");
+        fs::create_dir_all(&folder).context("can't make a temporary folder")?;
+        Ok(folder)
     }
 
     pub(super) fn is_interrupted(&self) -> bool {
@@ -100,6 +121,25 @@ impl Tidy {
 impl Drop for Tidy {
     fn drop(&mut self) {
         end_children();
+    }
+}
+
+/// Removes what a demo left that was killed itself. One that lives holds its folder's lock.
+fn sweep(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let ours = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        let aged = |file: &File| file.metadata().and_then(|data| data.modified()).ok()?.elapsed().ok();
+        let Ok(file) = OpenOptions::new().read(true).custom_flags(NO_SYMLINK).open(&path) else {
+            continue;
+        };
+        if ours
+            && aged(&file).is_some_and(|age| age > ABANDONED)
+            && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            // Another user's, perhaps: theirs to remove.
+            let _ = fs::remove_dir_all(path);
+        }
     }
 }
 
@@ -181,6 +221,30 @@ fn listen_for_signals(interrupted: Arc<AtomicBool>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_abandoned_folders_of_demos_are_swept() {
+        let parent = TempDir::new().unwrap();
+        let folder = |name: &str| {
+            let path = parent.path().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("host-a.img"), "x").unwrap();
+            let file = File::open(&path).unwrap();
+            file.set_modified(std::time::SystemTime::now() - 2 * ABANDONED).unwrap();
+            (path, file)
+        };
+        let (abandoned, _) = folder("tandem-demo-1");
+        let (locked, lock) = folder("tandem-demo-2");
+        let (other, _) = folder("other");
+        let (young, file) = folder("tandem-demo-3");
+        file.set_modified(std::time::SystemTime::now()).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+        sweep(parent.path());
+        assert_eq!(
+            [abandoned, locked, other, young].map(|path| path.exists()),
+            [false, true, true, true]
+        );
+    }
 
     #[test]
     fn a_parent_is_found_whatever_its_child_is_called() {
