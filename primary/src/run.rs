@@ -472,6 +472,8 @@ impl Role {
     }
 
     fn connected(&mut self, established: Established) {
+        // Its work is done, though its task may not have ended yet: the next loss starts another.
+        self.dialler = None;
         let welcome = established.welcome;
         info!(secondary = %welcome.node, "connected");
         self.session = welcome.session;

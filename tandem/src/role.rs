@@ -6,6 +6,7 @@
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -133,13 +134,16 @@ async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
         let record = host.record()?;
         let local = host.local(record.as_ref());
         let judge = |hello: &_, session| handshake::judge_hello(&local, hello, session);
-        let established = tokio::select! {
-            established = listener.accept(judge) => established,
-            Some(request) = outside.control.recv() => {
-                host.answer_waiting(request, address);
-                continue;
+        let established = {
+            // One acceptance until it succeeds: giving it up would end a handshake that is under way.
+            let mut accepted = pin!(listener.accept(judge));
+            loop {
+                tokio::select! {
+                    established = &mut accepted => break established,
+                    Some(request) = outside.control.recv() => host.answer_waiting(request, address),
+                    _ = outside.stop.changed() => return Ok(Ending::Done),
+                }
             }
-            _ = outside.stop.changed() => return Ok(Ending::Done),
         };
         let port = Port::new().context("the host refuses a descriptor")?;
         let (vm, power) = host.machine(Mapping::Private, &port)?;

@@ -363,6 +363,25 @@ fn case_32_44_a_peer_that_does_not_fit_is_refused_with_both_values() {
     stage.await_protected();
 }
 
+/// A waiting secondary answers its operator while a primary's handshake is under way, and keeps both.
+#[test]
+fn questions_during_a_handshake_do_not_end_it() {
+    let Some(mut stage) = Stage::new(Setup::default()) else {
+        return;
+    };
+    stage.start(Host::B, "secondary");
+    stage.await_state(Host::B, State::Starting);
+    stage.start(Host::A, "primary");
+    for _ in 0..300 {
+        stage.status(Host::B).expect("it answers");
+    }
+    stage.await_protected();
+    assert!(
+        !stage.log(Host::B).contains("without a session"),
+        "a handshake was given up"
+    );
+}
+
 /// A primary that finds a secondary which does not fit starts nothing.
 #[test]
 fn a_start_against_an_unfit_secondary_fails() {
