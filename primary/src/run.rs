@@ -139,7 +139,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         released_late: 0,
         alarms: Alarms::default(),
         state: "starting",
-        started: clock::now(),
+        since: clock::now(),
         rates: Rates::default(),
         sampled: (clock::now(), crate::protocol::Counters::default()),
         outcome: None,
@@ -255,7 +255,8 @@ struct Role {
     released_late: u64,
     alarms: Alarms,
     state: &'static str,
-    started: Instant,
+    /// When the state last changed.
+    since: Instant,
     rates: Rates,
     sampled: (Instant, crate::protocol::Counters),
     outcome: Option<Outcome>,
@@ -341,12 +342,15 @@ impl Role {
         }
         self.actions = actions;
         self.answer_asked();
-        let state = self.protocol.state_name();
+        // A protected pair takes checkpoints all the time: that is no news.
+        let state = match self.protocol.state_name() {
+            "checkpointing" => "protected",
+            other => other,
+        };
         if state != self.state && self.outcome.is_none() {
-            if state != "checkpointing" && self.state != "checkpointing" {
-                info!(state, generation = self.protocol.tag().generation.0, "state");
-            }
+            info!(state, generation = self.protocol.tag().generation.0, "state");
             self.state = state;
+            self.since = clock::now();
         }
     }
 
@@ -592,7 +596,7 @@ impl Role {
                 rates: self.rates,
                 released_late: self.released_late,
                 alarms: self.alarms.list(),
-                since: now.since(self.started),
+                since: now.since(self.since),
             },
         )
     }

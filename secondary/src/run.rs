@@ -111,7 +111,7 @@ pub async fn run(
         sentinel: setup.sentinel,
         alarms: Alarms::default(),
         state: "starting",
-        started: clock::now(),
+        since: clock::now(),
         rates: Rates::default(),
         sampled: (clock::now(), crate::protocol::Counters::default()),
         outcome: None,
@@ -156,7 +156,8 @@ struct Role {
     sentinel: Arc<Sentinel>,
     alarms: Alarms,
     state: &'static str,
-    started: Instant,
+    /// When the state last changed.
+    since: Instant,
     rates: Rates,
     sampled: (Instant, crate::protocol::Counters),
     outcome: Option<Outcome>,
@@ -243,12 +244,15 @@ impl Role {
             self.carry_out(action);
         }
         self.actions = actions;
-        let state = self.protocol.state_name();
+        // A protected pair takes checkpoints all the time: that is no news.
+        let state = match self.protocol.state_name() {
+            "checkpointing" => "protected",
+            other => other,
+        };
         if state != self.state && self.outcome.is_none() {
-            if state != "checkpointing" && self.state != "checkpointing" {
-                info!(state, generation = self.protocol.tag().generation.0, "state");
-            }
+            info!(state, generation = self.protocol.tag().generation.0, "state");
             self.state = state;
+            self.since = clock::now();
         }
     }
 
@@ -417,7 +421,7 @@ impl Role {
                 staged_bytes: staged,
                 rates: self.rates,
                 alarms: self.alarms.list(),
-                since: now.since(self.started),
+                since: now.since(self.since),
             },
         )
     }
