@@ -115,10 +115,15 @@ impl Host {
             (Cap::MpState, "saving the processor's run state"),
             (Cap::GetTscKhz, "the frequency of the time stamp counter"),
         ];
-        match needed.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
-            Some((_, capability)) => Err(HostError::Capability { capability }),
-            None => Ok(Self { kvm }),
+        if let Some((_, capability)) = needed.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
+            return Err(HostError::Capability { capability });
         }
+        if kvm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) & 1 == 0 {
+            return Err(HostError::Capability {
+                capability: "a dirty log that stays until it is cleared",
+            });
+        }
+        Ok(Self { kvm })
     }
 
     /// Tries what only shows when a VM is made.
@@ -171,11 +176,6 @@ impl Host {
     pub(crate) fn msr_indexes(&self) -> Result<Vec<u32>, HostError> {
         let list = self.kvm.get_msr_index_list().map_err(refused("list the MSRs"))?;
         Ok(list.as_slice().to_vec())
-    }
-
-    /// Says whether the dirty log can be read without clearing it.
-    pub(crate) fn has_manual_dirty_log(&self) -> bool {
-        self.kvm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) & 1 != 0
     }
 }
 

@@ -118,7 +118,7 @@ impl KvmVm {
         let cpuid = host.cpuid()?;
         let ram = GuestRam::new(config.memory_bytes, config.mapping)?;
         let vm = host.create_vm()?;
-        let dirty = DirtyLog::new(&host, &vm, &ram)?;
+        let dirty = DirtyLog::new(&vm, &ram)?;
         let doorbell = Arc::new(Doorbell::default());
         let line = || Arc::clone(&doorbell) as Arc<dyn Interrupt>;
         let memory = || ram.memory().clone();
@@ -269,6 +269,14 @@ impl Vm for KvmVm {
         self.doorbell.trigger();
         self.life = Life::Paused;
         Ok(())
+    }
+
+    fn dirty_now(&mut self) -> Result<PageSet, VmError> {
+        Ok(self.dirty.peek(&self.vm, &self.ram)?)
+    }
+
+    fn clear_dirty(&mut self, pages: &PageSet) -> Result<(), VmError> {
+        Ok(self.dirty.clear(&self.vm, &self.ram, pages)?)
     }
 
     fn take_dirty(&mut self) -> Result<PageSet, VmError> {

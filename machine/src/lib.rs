@@ -21,9 +21,11 @@ compile_error!("Tandem runs on x86-64 Linux only");
 pub mod boot;
 mod bus;
 mod clock;
+mod copy;
 pub mod devices;
 mod dirty;
 pub mod doorbell;
+mod heat;
 mod kvm;
 mod kvm_vm;
 pub mod memory;
@@ -34,9 +36,12 @@ pub mod state;
 pub mod tap;
 mod vcpu;
 mod vm;
+mod written;
 
 pub use boot::BootError;
+pub use copy::CopyBuffer;
 pub use doorbell::Interrupt;
+pub use heat::Heat;
 pub use kvm::{HostError, cpu_identity, host_check};
 pub use kvm_vm::{BuildError, KvmVm, MachineConfig};
 pub use memory::{GuestRam, Mapping, Memory, MemoryError, PAGE_BYTES};
@@ -45,6 +50,7 @@ pub use state::{MachineState, Section, StateError};
 pub use vcpu::state::RegisterError;
 pub use vcpu::{PowerEvent, PowerHook};
 pub use vm::{Vm, VmError};
+pub use written::Written;
 
 /// Turns a 64-bit count or index into one for slices; both have 64 bits here.
 #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, see the check above")]

@@ -21,10 +21,11 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::Advice;
 use thiserror::Error;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::written::Written;
 use crate::{PageSet, index};
 
 /// Bytes of a page.
@@ -39,7 +40,7 @@ pub const MEMORY_MAX: u64 = 64 << 30;
 const PAGE: u64 = PAGE_BYTES as u64;
 
 /// Guest memory as devices see it; every write through it is noted in its bitmap.
-pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+pub type Memory = GuestMemoryMmap<Written>;
 
 /// Whose writes reach the committed image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,6 +170,29 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Copies pages that follow each other, from `first` on, as the guest sees them; else like [`Self::read_page`].
+    ///
+    /// # Panics
+    /// If `content` is not made of whole pages.
+    pub fn read_run(&self, first: u64, content: &mut [u8]) -> Result<(), MemoryError> {
+        assert!(
+            content.len().is_multiple_of(PAGE_BYTES),
+            "memory is read in whole pages"
+        );
+        self.check_pages(first, content.len() as u64 / PAGE)?;
+        let low_bytes = index(self.low_bytes.saturating_sub(first * PAGE)).min(content.len());
+        let (low, high) = content.split_at_mut(low_bytes);
+        for (first, content) in [(first, low), (first.max(self.low_bytes / PAGE), high)] {
+            if !content.is_empty() {
+                let address = self.page_address(first)?;
+                self.memory
+                    .read_slice(content, address)
+                    .expect("every RAM page is mapped");
+            }
+        }
+        Ok(())
+    }
+
     /// Copies a page of the committed image.
     pub fn read_committed(&self, page: u64, content: &mut [u8; PAGE_BYTES]) -> Result<(), MemoryError> {
         self.check_pages(page, 1)?;
@@ -195,6 +219,22 @@ impl GuestRam {
         self.image
             .write_all_at(content, first * PAGE)
             .map_err(MemoryError::Image)
+    }
+
+    /// Replaces `pages` of the committed image, in this order, with the pages in `content`; a page that comes
+    /// twice is as it came last.
+    ///
+    /// # Panics
+    /// If there is not one page of content for each.
+    pub fn write_committed_pages(&self, pages: &[u64], content: &[u8]) -> Result<(), MemoryError> {
+        assert_eq!(content.len(), pages.len() * PAGE_BYTES, "one page of content for each");
+        let mut rest = content;
+        for run in pages.chunk_by(|page, next| page.checked_add(1) == Some(*next)) {
+            let (content, others) = rest.split_at(run.len() * PAGE_BYTES);
+            self.write_committed_run(run[0], content)?;
+            rest = others;
+        }
+        Ok(())
     }
 
     /// Drops the guest's own copies of `pages`, so that it sees the committed image there. A shared
@@ -267,16 +307,25 @@ impl GuestRam {
         }
     }
 
-    /// Moves the pages that were written through [`Self::memory`] since the last call into `pages`.
+    /// Adds the pages that were written through [`Self::memory`] to `pages`.
+    pub(crate) fn peek_written(&self, pages: &mut PageSet) {
+        for (region, part) in self.memory.iter().zip(self.parts()) {
+            (**region).bitmap().peek(part.first_page, pages);
+        }
+    }
+
+    /// Moves the pages that were written through [`Self::memory`] into `pages`.
     pub(crate) fn take_written(&self, pages: &mut PageSet) {
-        let mut first = 0;
-        for region in self.memory.iter() {
-            for word in (**region).bitmap().get_and_reset() {
-                if word != 0 {
-                    pages.union_word(first, word);
-                }
-                first += 64;
-            }
+        for (region, part) in self.memory.iter().zip(self.parts()) {
+            (**region).bitmap().take(part.first_page, pages);
+        }
+    }
+
+    /// Forgets that `pages` were written through [`Self::memory`].
+    pub(crate) fn clear_written(&self, pages: &PageSet) {
+        for (region, part) in self.memory.iter().zip(self.parts()) {
+            let words = index(part.bytes / PAGE / 64);
+            (**region).bitmap().clear(pages.words_from(part.first_page, words));
         }
     }
 
@@ -390,13 +439,12 @@ fn map(
     bytes: u64,
     address: u64,
     mapping: Mapping,
-) -> Result<GuestRegionMmap<AtomicBitmap>, MemoryError> {
+) -> Result<GuestRegionMmap<Written>, MemoryError> {
     let sharing = match mapping {
         Mapping::Shared => libc::MAP_SHARED,
         Mapping::Private => libc::MAP_PRIVATE,
     };
-    let page_bytes = std::num::NonZeroUsize::new(PAGE_BYTES).expect("a page is not empty");
-    let region = MmapRegionBuilder::new_with_bitmap(index(bytes), AtomicBitmap::new(index(bytes), page_bytes))
+    let region = MmapRegionBuilder::new_with_bitmap(index(bytes), Written::with_len(index(bytes)))
         .with_file_offset(FileOffset::from_arc(Arc::clone(image), offset))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(sharing | libc::MAP_NORESERVE)
@@ -414,154 +462,4 @@ fn map(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SMALL: u64 = MEMORY_MIN;
-
-    fn page_of(byte: u8) -> [u8; PAGE_BYTES] {
-        [byte; PAGE_BYTES]
-    }
-
-    fn seen(ram: &GuestRam, page: u64) -> u8 {
-        let mut content = page_of(0xee);
-        ram.read_page(page, &mut content).unwrap();
-        content[0]
-    }
-
-    fn committed(ram: &GuestRam, page: u64) -> u8 {
-        let mut content = page_of(0xee);
-        ram.read_committed(page, &mut content).unwrap();
-        content[0]
-    }
-
-    #[test]
-    fn refuses_sizes_no_machine_has() {
-        for bytes in [0, 4096, SMALL + 4096, MEMORY_MAX + MEMORY_STEP, u64::MAX] {
-            assert!(
-                matches!(GuestRam::new(bytes, Mapping::Shared), Err(MemoryError::Size { .. })),
-                "{bytes}"
-            );
-        }
-    }
-
-    #[test]
-    fn pages_are_numbered_across_the_device_window() {
-        let ram = GuestRam::new(LOW_MEMORY_END_MAX + MEMORY_STEP, Mapping::Private).unwrap();
-        let low = LOW_MEMORY_END_MAX / PAGE;
-        assert_eq!(ram.pages(), low + 512);
-        assert_eq!(ram.page_address(low - 1).unwrap().0, LOW_MEMORY_END_MAX - PAGE);
-        assert_eq!(ram.page_address(low).unwrap().0, HIGH_MEMORY);
-        assert!(ram.page_address(low + 512).is_err());
-        assert_eq!(ram.page_at(HIGH_MEMORY + 5), Some(low));
-        assert_eq!(ram.page_at(LOW_MEMORY_END_MAX), None);
-        assert_eq!(ram.page_at(HIGH_MEMORY + MEMORY_STEP), None);
-
-        ram.write_committed(low + 1, &page_of(7)).unwrap();
-        assert_eq!(
-            ram.memory().read_obj::<u8>(GuestAddress(HIGH_MEMORY + PAGE)).unwrap(),
-            7
-        );
-        ram.memory().write_obj(9_u8, GuestAddress(HIGH_MEMORY + PAGE)).unwrap();
-        let mut dirty = PageSet::new(ram.pages());
-        ram.take_written(&mut dirty);
-        assert_eq!(dirty.iter().collect::<Vec<_>>(), [low + 1]);
-        ram.memory()
-            .write_obj(9_u8, GuestAddress(LOW_MEMORY_END_MAX - 1))
-            .unwrap();
-        dirty.insert(low - 1);
-        dirty.insert(low);
-        ram.revert(&dirty).unwrap();
-        assert_eq!(
-            seen(&ram, low + 1),
-            7,
-            "a revert over the end of the low part reaches the high part"
-        );
-    }
-
-    #[test]
-    fn private_writes_stay_out_of_the_image_until_reverted() {
-        let ram = GuestRam::new(SMALL, Mapping::Private).unwrap();
-        ram.write_committed(3, &page_of(1)).unwrap();
-        assert_eq!(seen(&ram, 3), 1, "a page not written shows the image");
-        ram.memory().write_slice(&page_of(2), GuestAddress(3 * PAGE)).unwrap();
-        assert_eq!((seen(&ram, 3), committed(&ram, 3)), (2, 1));
-        ram.write_committed(3, &page_of(4)).unwrap();
-        assert_eq!(seen(&ram, 3), 2, "the guest's own copy hides the image");
-        let mut dirty = PageSet::new(ram.pages());
-        ram.take_written(&mut dirty);
-        assert_eq!(dirty.iter().collect::<Vec<_>>(), [3]);
-        ram.revert(&dirty).unwrap();
-        assert_eq!(seen(&ram, 3), 4);
-    }
-
-    #[test]
-    fn populated_pages_are_those_of_the_image_and_the_copies() {
-        for mapping in [Mapping::Shared, Mapping::Private] {
-            let ram = GuestRam::new(SMALL, mapping).unwrap();
-            assert!(ram.populated().unwrap().is_empty());
-            for page in [0, 7, 8, ram.pages() - 1] {
-                ram.write_committed(page, &page_of(1)).unwrap();
-            }
-            ram.memory().write_obj(1_u8, GuestAddress(8 * PAGE)).unwrap();
-            ram.give_back_image(0..ram.pages()).unwrap();
-            let pages: Vec<_> = ram.populated().unwrap().iter().collect();
-            assert_eq!(pages, [0, 7, 8, ram.pages() - 1], "{mapping:?}");
-        }
-    }
-
-    #[test]
-    fn image_is_given_back_only_under_copies() {
-        use std::os::unix::fs::MetadataExt;
-        let ram = GuestRam::new(SMALL, Mapping::Private).unwrap();
-        for page in 0..100 {
-            ram.write_committed(page, &page_of(1)).unwrap();
-        }
-        for page in 0..40 {
-            ram.memory()
-                .write_slice(&page_of(2), GuestAddress(page * PAGE))
-                .unwrap();
-        }
-        for page in 40..60 {
-            assert_eq!(seen(&ram, page), 1, "only read");
-        }
-        let held = || ram.image.metadata().unwrap().blocks() / 8;
-        assert_eq!(held(), 100);
-        assert_eq!(ram.give_back_image(0..30).unwrap(), 30);
-        assert_eq!(ram.give_back_image(20..ram.pages()).unwrap(), 20);
-        assert_eq!(held(), 60);
-        for page in 0..100 {
-            assert_eq!(seen(&ram, page), if page < 40 { 2 } else { 1 }, "page {page}");
-        }
-        assert!(ram.give_back_image(0..ram.pages() + 1).is_err());
-    }
-
-    #[test]
-    fn shared_writes_are_the_image() {
-        let ram = GuestRam::new(SMALL, Mapping::Shared).unwrap();
-        ram.memory().write_slice(&page_of(2), GuestAddress(3 * PAGE)).unwrap();
-        assert_eq!(committed(&ram, 3), 2);
-        ram.revert(&PageSet::full(ram.pages())).unwrap();
-        assert_eq!(seen(&ram, 3), 2);
-    }
-
-    #[test]
-    fn pages_past_the_end_are_errors() {
-        let ram = GuestRam::new(SMALL, Mapping::Shared).unwrap();
-        let mut content = page_of(0);
-        for page in [ram.pages(), u64::MAX] {
-            assert!(matches!(
-                ram.read_page(page, &mut content),
-                Err(MemoryError::NoPage { .. })
-            ));
-            assert!(matches!(
-                ram.read_committed(page, &mut content),
-                Err(MemoryError::NoPage { .. })
-            ));
-            assert!(matches!(
-                ram.write_committed(page, &content),
-                Err(MemoryError::NoPage { .. })
-            ));
-        }
-    }
-}
+mod tests;

@@ -95,6 +95,19 @@ impl PageSet {
         self.words[crate::index(first / 64)] |= bits;
     }
 
+    /// Returns the set as words: bit *n* of the first is page *n*.
+    #[cfg(test)]
+    pub(crate) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Returns `count` words of the set: bit *n* of the first is page `first` + *n*.
+    pub(crate) fn words_from(&self, first: u64, count: usize) -> &[u64] {
+        debug_assert_eq!(first % 64, 0, "words begin at multiples of 64");
+        let first = crate::index(first / 64);
+        &self.words[first..first + count]
+    }
+
     /// Clears the bits past the last page.
     pub(crate) fn trim(&mut self) {
         let used = self.pages % 64;

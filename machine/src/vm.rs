@@ -42,10 +42,19 @@ pub trait Vm: Send {
     /// If the machine is not paused.
     fn restore(&mut self, state: &MachineState) -> Result<(), VmError>;
 
-    /// Returns the pages written since the last call, by the guest or by the machine. The machine may run.
+    /// Returns the dirty pages, and leaves them dirty: those written by the guest or by the machine since they
+    /// last counted as clean. The machine may run.
+    fn dirty_now(&mut self) -> Result<PageSet, VmError>;
+
+    /// Counts exactly `pages` as clean from now on, whether they were dirty or not. The machine may run. What is
+    /// read of a page after this is its content at the next stop, unless [`Self::take_dirty`] has the page then. After
+    /// an error all of them are dirty.
+    fn clear_dirty(&mut self, pages: &PageSet) -> Result<(), VmError>;
+
+    /// Returns the dirty pages; from now on they count as clean. The machine may run.
     fn take_dirty(&mut self) -> Result<PageSet, VmError>;
 
-    /// Makes `pages` part of what the next [`Self::take_dirty`] returns.
+    /// Makes `pages` dirty: they were taken or cleared, but nothing became of it.
     fn put_back_dirty(&mut self, pages: &PageSet);
 
     /// Returns a handle on the memory, for any thread.

@@ -3,7 +3,6 @@
 //! Nothing of a checkpoint touches the machine before `Load`. No decision is made here.
 
 use checkpoint::Tag;
-use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::decode_batch;
 use checkpoint::wire::{DeviceState, PageBatch};
 use link::describe;
@@ -145,10 +144,7 @@ impl Loader {
         let devices = stage.devices.unwrap_or_default();
         self.vm.pause()?;
         let own = self.vm.take_dirty()?;
-        for (page, content) in stage.pages.iter().zip(stage.content.chunks_exact(PAGE_BYTES)) {
-            let content = content.try_into().expect("the chunk is one page");
-            self.ram.write_committed(*page, content)?;
-        }
+        self.ram.write_committed_pages(&stage.pages, &stage.content)?;
         self.ram.revert(&own)?;
         Ok(self.vm.restore(&devices)?)
     }

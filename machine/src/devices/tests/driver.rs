@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use virtio_queue::QueueState;
 use virtio_queue::desc::{RawDescriptor, split};
 use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::PageSet;
 use crate::devices::{Interrupt, VirtioMmio};
 use crate::memory::Memory;
 
@@ -42,12 +42,9 @@ pub(super) fn bell() -> Arc<Bell> {
 /// The pages that were written through vm-memory, and forgets them.
 pub(super) fn written_pages(ram: &Memory) -> Vec<u64> {
     let region = ram.iter().next().unwrap();
-    let bitmap: &AtomicBitmap = (**region).bitmap();
-    let pages = (0..region.len() / PAGE)
-        .filter(|page| bitmap.dirty_at(crate::index(page * PAGE)))
-        .collect();
-    bitmap.reset();
-    pages
+    let mut pages = PageSet::new((region.len() / PAGE).next_multiple_of(64));
+    (**region).bitmap().take(0, &mut pages);
+    pages.iter().collect()
 }
 
 pub(super) fn read32(mmio: &VirtioMmio, offset: u64) -> u32 {

@@ -65,6 +65,94 @@ fn dirty_pages_are_those_of_the_guest_and_of_the_machine() {
 }
 
 #[test]
+fn a_look_changes_nothing_and_a_clear_only_what_it_names() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut machine = booted(pages());
+    machine.vm.resume().unwrap();
+    machine.settle();
+    machine.vm.take_dirty().unwrap();
+    machine.vm.doorbell.trigger();
+    machine.settle();
+    let memory = machine.vm.ram.memory().clone();
+    let write = |page: u64| memory.write_obj(1_u8, GuestAddress(page * PAGE)).unwrap();
+    write(DATA_PAGE + 1);
+    write(DATA_PAGE + 3);
+    let mut given_back = PageSet::new(machine.vm.ram.pages());
+    given_back.extend([DATA_PAGE + 2, DATA_PAGE + 5]);
+    machine.vm.put_back_dirty(&given_back);
+    let mut expected = given_back.clone();
+    expected.insert(DATA_PAGE + 1);
+    expected.extend((0..10).map(|number| DATA_PAGE + number * 3));
+    for _ in 0..2 {
+        assert_eq!(machine.vm.dirty_now().unwrap(), expected);
+    }
+    // Of the guest's, of the machine's, of both, given back, and of nobody.
+    let mut some = PageSet::new(expected.pages());
+    some.extend([0, 1, 2, 3, 4, 27].map(|offset| DATA_PAGE + offset));
+    machine.vm.clear_dirty(&some).unwrap();
+    expected.subtract(&some);
+    assert_eq!(machine.vm.dirty_now().unwrap(), expected);
+    machine.vm.clear_dirty(&some).unwrap();
+    // What was cleared is noticed again, by both.
+    machine.vm.doorbell.trigger();
+    machine.settle();
+    write(DATA_PAGE + 1);
+    expected.extend([0, 1, 3, 27].map(|offset| DATA_PAGE + offset));
+    assert_eq!(machine.vm.take_dirty().unwrap(), expected);
+    assert!(machine.vm.dirty_now().unwrap().is_empty());
+}
+
+/// Background shipping, against a guest and a device that write all the time until a moment before the stop.
+#[test]
+fn what_was_shipped_ahead_is_good_unless_dirty_at_the_stop() {
+    if kvm_is_missing() {
+        return;
+    }
+    let mut machine = booted(pages());
+    let (ram, doorbell) = (machine.vm.ram(), Arc::clone(&machine.vm.doorbell));
+    let mut shipped: Vec<Option<[u8; PAGE_BYTES]>> = vec![None; crate::index(ram.pages())];
+    let (mut good, mut spoilt) = (0_u64, 0_u64);
+    for round in 0..100 {
+        machine.vm.resume().unwrap();
+        thread::scope(|scope| {
+            let (ram, doorbell) = (&ram, &doorbell);
+            let device = scope.spawn(move || {
+                for count in 0..300_u64 {
+                    let at = DATA + count * 7 % 64 * PAGE + 2048;
+                    ram.memory().write_obj(count + round, GuestAddress(at)).unwrap();
+                    doorbell.trigger();
+                }
+            });
+            while !device.is_finished() {
+                let dirty = machine.vm.dirty_now().unwrap();
+                machine.vm.clear_dirty(&dirty).unwrap();
+                for page in dirty.iter() {
+                    let copy = shipped[crate::index(page)].get_or_insert([0; PAGE_BYTES]);
+                    ram.read_page(page, copy).unwrap();
+                }
+            }
+        });
+        machine.vm.pause().unwrap();
+        let dirty = machine.vm.take_dirty().unwrap();
+        let mut content = [0; PAGE_BYTES];
+        for (page, copy) in (0..).zip(&mut shipped) {
+            let Some(copy) = copy else { continue };
+            ram.read_page(page, &mut content).unwrap();
+            if dirty.contains(page) {
+                *copy = content;
+                spoilt += 1;
+            } else {
+                assert!(*copy == content, "page {page} in round {round}");
+                good += 1;
+            }
+        }
+    }
+    println!("{good} pages good as shipped, {spoilt} spoilt by the stop");
+}
+
+#[test]
 fn private_machine_goes_back_to_the_committed_image() {
     if kvm_is_missing() {
         return;
