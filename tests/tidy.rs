@@ -171,6 +171,31 @@ fn the_protocols_do_no_input_or_output() {
     none(&complaints);
 }
 
+/// `tandem` does not compile with deliberate bugs; this finds what would try.
+#[test]
+fn no_manifest_but_that_of_the_tests_enables_mutants() {
+    let allowed = |krate: &str| match krate {
+        "checkpoint" => &["mutants = []"][..],
+        "tests" => &[
+            r#"mutants = ["checkpoint/mutants"]"#,
+            r#"name = "mutants""#,
+            r#"path = "mutants.rs""#,
+            r#"required-features = ["mutants"]"#,
+        ],
+        _ => &[],
+    };
+    let mut complaints = Vec::new();
+    for krate in CRATES.into_iter().chain(["."]) {
+        for line in read(&root().join(krate).join("Cargo.toml")).lines() {
+            let says = line.split('#').next().unwrap_or_default().trim();
+            if says.contains("mutants") && !allowed(krate).contains(&says) {
+                complaints.push(format!("the manifest of {krate} says {says}"));
+            }
+        }
+    }
+    none(&complaints);
+}
+
 #[test]
 fn files_say_what_they_are_and_stay_short() {
     let mut complaints = Vec::new();

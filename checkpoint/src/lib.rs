@@ -19,6 +19,7 @@ pub mod failover;
 pub mod handshake;
 pub mod limits;
 pub mod liveness;
+pub mod mutants;
 pub mod pages;
 pub mod pair;
 pub mod staging;

@@ -23,6 +23,7 @@
 //! Driven by the protocols of both roles. Never reads a clock.
 
 use crate::limits::{FENCE_SHARE, HEARTBEATS_PER_LIMIT};
+use crate::mutants::{self, Mutant};
 use crate::time::{Duration, Instant};
 use crate::wire::Heartbeat;
 
@@ -119,13 +120,25 @@ impl Liveness {
     /// Returns when the peer is declared lost unless it is heard before.
     #[must_use]
     pub fn suspect_at(&self) -> Instant {
-        (self.heard + self.limit).max(self.grace_until)
+        let limit = if mutants::on(Mutant::SuspectTooSoon) {
+            self.part(1, 2)
+        } else {
+            self.limit
+        };
+        (self.heard + limit).max(self.grace_until)
     }
 
     /// Returns until when output may leave: the `not_after` of each release.
     #[must_use]
     pub fn lease_until(&self) -> Instant {
         self.echoed
+            .map(|echoed| {
+                if mutants::on(Mutant::LeaseFromHearing) {
+                    self.heard
+                } else {
+                    echoed
+                }
+            })
             .map_or(Instant(0), |echoed| echoed + self.part(FENCE_SHARE.0, FENCE_SHARE.1))
     }
 

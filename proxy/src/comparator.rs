@@ -17,6 +17,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Duration, Epoch, Instant, limits};
 
 use crate::counters::{Counters, FlowReport, Held, Pending};
@@ -132,7 +133,7 @@ impl Comparator {
     pub fn primary_output(&mut self, now: Instant, frame: Bytes, verdicts: &mut Vec<Verdict>) {
         self.catch_up_if_behind(now, verdicts);
         let parsed = frame::parse(&frame);
-        if self.mode != Mode::Comparing {
+        if self.mode != Mode::Comparing || (self.loaded_at.is_none() && mutants::on(Mutant::ReleaseNextEpoch)) {
             self.follow(&parsed);
             self.counters.released_at_once += 1;
             verdicts.push(Verdict::Release(frame));
@@ -179,7 +180,8 @@ impl Comparator {
             )));
             return;
         }
-        if self.mode != Mode::Comparing || self.committed.is_some_and(|committed| epoch <= committed) {
+        let stale = self.committed.is_some_and(|committed| epoch <= committed);
+        if self.mode != Mode::Comparing || (stale && !mutants::on(Mutant::MatchAcrossEpochs)) {
             self.counters.stale += 1;
             return;
         }

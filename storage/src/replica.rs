@@ -21,6 +21,7 @@ use std::io;
 use std::sync::Arc;
 
 use checkpoint::limits::{BLOCK_BYTES, EPOCH_WRITES_BYTES_MAX, OVERLAY_BYTES_MAX};
+use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Epoch, Generation, Tag};
 
 use crate::changed::BlockSet;
@@ -399,12 +400,20 @@ impl<I: Image + ?Sized> Replica<I> {
             Some(epoch),
             "commit of an epoch that was not reserved"
         );
-        let later = self.buffers.split_off(&epoch.next());
+        let last = if mutants::on(Mutant::CommitNextWrites) {
+            epoch.next()
+        } else {
+            epoch
+        };
+        let later = self.buffers.split_off(&last.next());
         let mut batch = SectorMap::default();
         for (_, buffer) in std::mem::replace(&mut self.buffers, later) {
             batch.merge(buffer);
         }
-        self.overlay = SectorMap::default();
+        let overlay = std::mem::take(&mut self.overlay);
+        if mutants::on(Mutant::CommitOverlay) {
+            batch.merge(overlay);
+        }
         self.last = epoch;
         self.enqueue(Kind::Commit, batch)
     }

@@ -4,6 +4,11 @@
 
 use std::process::ExitCode;
 
+const _: () = assert!(
+    !checkpoint::mutants::ENABLED,
+    "a program with deliberate bugs must not exist: build without the feature `mutants`"
+);
+
 fn main() -> ExitCode {
     tandem::cli::main()
 }

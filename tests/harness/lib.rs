@@ -10,6 +10,7 @@ pub mod faults;
 mod network;
 pub mod node;
 pub mod random;
+pub mod run;
 mod shells;
 pub mod toy_vm;
 pub mod trace;

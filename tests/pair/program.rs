@@ -45,3 +45,12 @@ fn build() -> PathBuf {
     assert!(built.success(), "the program could not be built: {cargo:?}");
     folder.join("tandem")
 }
+
+/// A program that could misbehave on purpose keeps the symbols of what switches that on.
+#[test]
+fn the_program_has_no_deliberate_bugs() {
+    let program = std::fs::read(path()).expect("the program is there");
+    let symbol = ["7mutants", "6active"].concat();
+    let found = program.windows(symbol.len()).any(|bytes| bytes == symbol.as_bytes());
+    assert!(!found, "the program was built with the feature `mutants`");
+}

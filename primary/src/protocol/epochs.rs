@@ -1,6 +1,6 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
-use super::{Action, Instant, Message, NetworkState, Primary, Shipment, State, Tag, Totals, Trigger};
+use super::{Action, Instant, Message, Mutant, NetworkState, Primary, Shipment, State, Tag, Totals, Trigger, mutants};
 
 impl Primary {
     pub(super) fn trigger(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
@@ -86,11 +86,15 @@ impl Primary {
         actions.push(Action::Send(Message::NetworkState(network)));
         actions.push(Action::Send(Message::End(totals.mark(self.input, shipment.entropy))));
         actions.push(Action::SeedEntropy(Some(shipment.entropy)));
-        self.peer_entitled = true;
+        self.peer_entitled = trigger != Trigger::Sync || !mutants::on(Mutant::EntitleLate);
         self.counters.pages += shipment.pages;
         self.counters.page_bytes += shipment.bytes;
         self.counters.last_shipment = (shipment.pages, shipment.bytes);
         self.state = State::Awaiting { trigger, asked, tag };
+        if mutants::on(Mutant::ReleaseBeforeAcknowledgement) {
+            self.comparator.commit(asked, tag.epoch, &mut self.verdicts);
+            self.act_on_verdicts(asked, actions);
+        }
     }
 
     pub(super) fn acknowledged(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {

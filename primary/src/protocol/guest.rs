@@ -1,8 +1,8 @@
 //! What the own guest does: frames, inputs, disk writes, its end. And what may leave to the clients.
 
 use super::{
-    ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, GoodbyeReason, GuestEnd, Input, Instant, Message, Mode,
-    Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits,
+    ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, GoodbyeReason, GuestEnd, Input, Instant, Message, Mode, Mutant,
+    Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits, mutants,
 };
 
 impl Primary {
@@ -30,7 +30,8 @@ impl Primary {
 
     pub(super) fn guest_wrote(&mut self, now: Instant, offset: u64, data: Bytes, actions: &mut Vec<Action>) {
         self.changed.mark(offset, data.len() as u64);
-        if !self.mirroring() {
+        let stopping = matches!(self.state, State::Stopping { .. });
+        if !self.mirroring() || (stopping && mutants::on(Mutant::MirrorStopsAtTrigger)) {
             return;
         }
         self.write_bytes += data.len() as u64;
@@ -111,7 +112,10 @@ impl Primary {
 
     /// Returns until when output may leave, if that is bounded: as soon as the peer may contend.
     pub(super) fn lease(&self) -> Option<Instant> {
-        let liveness = self.liveness.as_ref().filter(|_| self.peer_entitled)?;
+        let liveness = self
+            .liveness
+            .as_ref()
+            .filter(|_| self.peer_entitled && !mutants::on(Mutant::IgnoreLease))?;
         Some(liveness.lease_until())
     }
 

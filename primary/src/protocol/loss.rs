@@ -1,7 +1,8 @@
 //! The loss of the secondary: who goes on, decided by the witness.
 
 use super::{
-    Action, CLAIM_RETRY, Generation, Instant, Mode, Outcome, Primary, RecordUpdate, Report, State, WitnessAnswer,
+    Action, CLAIM_RETRY, Generation, Instant, Mode, Mutant, Outcome, Primary, RecordUpdate, Report, State,
+    WitnessAnswer, mutants,
 };
 
 impl Primary {
@@ -12,7 +13,10 @@ impl Primary {
         let peer = self.peer.take().unwrap_or_default();
         actions.push(Action::CloseLink);
         actions.push(Action::Report(Report::Note(format!("secondary {peer} lost: {cause}"))));
-        if let State::Sending { .. } | State::Awaiting { .. } = self.state {
+        if let State::Sending { tag, .. } | State::Awaiting { tag, .. } = self.state {
+            if mutants::on(Mutant::ReuseEpoch) {
+                self.epoch = tag.epoch;
+            }
             if self.comparator.mode() == Mode::Comparing {
                 self.comparator.abandon();
             }

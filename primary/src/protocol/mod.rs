@@ -25,6 +25,7 @@ mod peer;
 use bytes::Bytes;
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
+use checkpoint::mutants::{self, Mutant};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Input, Message, NetworkState, Welcome};

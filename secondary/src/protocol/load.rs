@@ -1,6 +1,6 @@
 //! A checkpoint from its end mark to the resumption: verify, commit, load.
 
-use super::{Action, EndMark, Epoch, Flight, Instant, Message, Secondary, State, Tag};
+use super::{Action, EndMark, Epoch, Flight, Instant, Message, Mutant, Secondary, State, Tag, mutants};
 
 impl Secondary {
     pub(super) fn end_mark(&mut self, mark: EndMark, actions: &mut Vec<Action>) {
@@ -15,6 +15,9 @@ impl Secondary {
         }
         self.counters.last_shipment = (mark.pages, 0);
         self.flight = Flight::Checking(mark);
+        if mutants::on(Mutant::AcknowledgeEarly) {
+            actions.push(Action::Send(Message::Acknowledge(mark.tag)));
+        }
         actions.push(Action::Check(mark.tag));
     }
 
@@ -41,12 +44,16 @@ impl Secondary {
         self.totals.advance();
         self.quiet = false;
         // What the guest sent in an execution that this checkpoint replaces must not leave.
-        self.outputs.clear();
-        self.recent.clear();
+        if !mutants::on(Mutant::KeepReplacedOutput) {
+            self.outputs.clear();
+            self.recent.clear();
+        }
         if self.state == State::Syncing {
             self.state = State::Following;
         }
-        actions.push(Action::Send(Message::Acknowledge(mark.tag)));
+        if !mutants::on(Mutant::AcknowledgeEarly) {
+            actions.push(Action::Send(Message::Acknowledge(mark.tag)));
+        }
         actions.push(Action::Load(mark.tag));
     }
 

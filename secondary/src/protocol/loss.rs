@@ -1,8 +1,8 @@
 //! The loss of the primary: read the link to its end, wait for the lease, win the witness, take over.
 
 use super::{
-    Action, CLAIM_RETRY, Claim, Flight, Generation, GoodbyeReason, Instant, LinkEnd, Outcome, RecordUpdate, Report,
-    Role, Secondary, State, TakenOver, WitnessAnswer,
+    Action, CLAIM_RETRY, Claim, Flight, Generation, GoodbyeReason, Instant, LinkEnd, Mutant, Outcome, RecordUpdate,
+    Report, Role, Secondary, State, TakenOver, WitnessAnswer, mutants,
 };
 
 impl Secondary {
@@ -72,7 +72,7 @@ impl Secondary {
         }
         match self.flight {
             // Committed: the load is finished first, and leaves the VM stopped.
-            Flight::Loading(..) => {}
+            Flight::Loading(..) if !mutants::on(Mutant::TakeOverInOldState) => {}
             _ => {
                 self.flight = Flight::Staging;
                 self.staged_network = None;
@@ -195,7 +195,11 @@ impl Secondary {
         assert!(self.later.is_empty(), "a load delivers what came while it was done");
         let taken = TakenOver {
             generation: self.generation,
-            last_epoch: self.running,
+            last_epoch: if mutants::on(Mutant::ReuseEpochAtTakeover) {
+                self.committed
+            } else {
+                self.running
+            },
             network: core::mem::take(&mut self.network),
             inputs: Vec::new(),
             outputs: core::mem::take(&mut self.recent)

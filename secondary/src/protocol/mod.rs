@@ -32,6 +32,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
+use checkpoint::mutants::{self, Mutant};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::staging::{StagingError, Totals};
 use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Heartbeat, Input, Message, Output};

@@ -1,8 +1,8 @@
 //! The primary's messages: the pairing's begin, inputs, and the parts of a checkpoint.
 
 use super::{
-    Action, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, NetworkPicture, PartError, Report, Secondary,
-    State, Tag, Totals, limits,
+    Action, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, Mutant, NetworkPicture, PartError, Report,
+    Secondary, State, Tag, Totals, limits, mutants,
 };
 
 impl Secondary {
@@ -37,11 +37,13 @@ impl Secondary {
                 }
                 self.counters.pages += u64::from(batch.count);
                 self.counters.page_bytes += batch.encoded.len() as u64;
-                actions.push(if self.state == State::Syncing {
-                    Action::ApplyPages(batch)
-                } else {
-                    Action::StagePages(batch)
-                });
+                actions.push(
+                    if self.state == State::Syncing || mutants::on(Mutant::ApplyPagesEarly) {
+                        Action::ApplyPages(batch)
+                    } else {
+                        Action::StagePages(batch)
+                    },
+                );
             }
             Message::DeviceState(state) => {
                 if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.device_state(&state)?)) {

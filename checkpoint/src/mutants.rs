@@ -1,0 +1,114 @@
+//! Deliberate bugs, to test the tests: each breaks a rule, and the simulation must notice.
+//!
+//! Without the feature `mutants` [`on`] is the constant `false` and nothing of this is in a program. With it,
+//! [`with`] makes one of them active in the calling thread. No shipped program enables the feature: `tandem` does not
+//! compile with it. `docs/TESTING.md` tells how to add one.
+
+macro_rules! mutants {
+    ($($(#[doc = $rule:literal])+ $variant:ident $name:literal)+) => {
+        /// A deliberate bug; the text of each says what goes wrong.
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        pub enum Mutant {
+            $($(#[doc = $rule])+ $variant,)+
+        }
+
+        impl Mutant {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// Returns its name.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+        }
+    };
+}
+
+mutants! {
+    /// The secondary acknowledges a checkpoint before it has decided that it is complete.
+    AcknowledgeEarly "acknowledge-early"
+    /// Pages of a checkpoint go into the committed image before the checkpoint is complete.
+    ApplyPagesEarly "apply-pages-early"
+    /// A checkpoint commits the disk writes of the epoch after it, too.
+    CommitNextWrites "commit-next-writes"
+    /// A checkpoint makes the secondary's own speculative writes part of the disk.
+    CommitOverlay "commit-overlay"
+    /// Two frames of the same length count as equal.
+    CompareLengths "compare-lengths"
+    /// Sending the first checkpoint does not make the peer one that may contend.
+    EntitleLate "entitle-late"
+    /// Released frames carry no time after which they must not leave.
+    IgnoreLease "ignore-lease"
+    /// What the guest sent in an execution that a checkpoint replaced is kept for the takeover.
+    KeepReplacedOutput "keep-replaced-output"
+    /// The lease counts from when the peer was last heard, not from when what it echoes was sent.
+    LeaseFromHearing "lease-from-hearing"
+    /// Output of the secondary from before a load is matched with the primary's from after it.
+    MatchAcrossEpochs "match-across-epochs"
+    /// Disk writes between a trigger and the stop are not mirrored.
+    MirrorStopsAtTrigger "mirror-stops-at-trigger"
+    /// Output leaves as covered by a checkpoint once that has been sent.
+    ReleaseBeforeAcknowledgement "release-before-acknowledgement"
+    /// Output of the epoch after a checkpoint leaves as if the checkpoint covered it, until that is loaded.
+    ReleaseNextEpoch "release-next-epoch"
+    /// An abandoned epoch's number is used again.
+    ReuseEpoch "reuse-epoch"
+    /// A side that took over goes on from the last committed epoch's number.
+    ReuseEpochAtTakeover "reuse-epoch-at-takeover"
+    /// The peer counts as lost after half the time that its lease relies on.
+    SuspectTooSoon "suspect-too-soon"
+    /// A takeover after the commit point is in the state before it.
+    TakeOverInOldState "take-over-in-old-state"
+}
+
+/// Whether this build can have mutants.
+pub const ENABLED: bool = cfg!(feature = "mutants");
+
+#[cfg(not(feature = "mutants"))]
+/// Tells whether this mutant is active: never.
+#[inline(always)]
+#[must_use]
+pub const fn on(_: Mutant) -> bool {
+    false
+}
+
+#[cfg(feature = "mutants")]
+pub use active::{on, reached, with};
+
+#[cfg(feature = "mutants")]
+mod active {
+    use core::cell::Cell;
+
+    use super::Mutant;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+        static REACHED: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// Tells whether this mutant is active in this thread.
+    #[must_use]
+    pub fn on(mutant: Mutant) -> bool {
+        let on = ACTIVE.get() == Some(mutant);
+        REACHED.set(REACHED.get() + u64::from(on));
+        on
+    }
+
+    /// Calls the function with this mutant active in this thread; one that panics leaves it so.
+    pub fn with<T>(mutant: Mutant, function: impl FnOnce() -> T) -> T {
+        ACTIVE.set(Some(mutant));
+        REACHED.set(0);
+        let result = function();
+        ACTIVE.set(None);
+        result
+    }
+
+    /// Returns how often the last mutant of this thread was asked for and active.
+    #[must_use]
+    pub fn reached() -> u64 {
+        REACHED.get()
+    }
+}
