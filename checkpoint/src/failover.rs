@@ -1,6 +1,9 @@
-//! Whether a host may start the VM when no peer is there to ask.
+//! Who may run the VM.
 //!
-//! Such a start is a contest too: this host may have been dead while the other side took over. What
+//! While a pair runs, each side's part in that decision is a [`Contest`]: who contends, for which term, from
+//! when on, and what may leave meanwhile.
+//!
+//! A start without a peer is a contest too: this host may have been dead while the other side took over. What
 //! decides is the durable record beside the image and the latest term at the witness:
 //!
 //! | record | latest term | decision |
@@ -14,11 +17,15 @@
 //! | complete, secondary | the same | refuse: the primary's disk may be newer |
 //! | complete | another host's | refuse: that host's disk is newer, or may be |
 //!
-//! To start is to claim the next term; only a claim that is won may be followed by running the VM. While
-//! a pair runs, the same rule holds in the protocols of both roles: a side that holds a complete state of
-//! generation *g* and loses its peer claims term *g* + 1.
+//! To start is to claim the next term; only a claim that is won may be followed by running the VM. [`Contest`]
+//! keeps the same rule: a side that holds a complete state of generation *g* and loses its peer claims
+//! term *g* + 1.
 //!
-//! Driven by the program before it takes a role. Never asks the witness itself.
+//! Driven by the program before it takes a role, and by the protocols of both roles. Never asks the witness itself.
+
+mod contest;
+
+pub use contest::{Claim, Connection, Contest, Event, Order, Standing};
 
 use crate::epoch::{Generation, Role};
 

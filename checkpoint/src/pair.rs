@@ -16,7 +16,7 @@ pub struct Delivery {
 }
 
 /// What the witness said to a claim of a term.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WitnessAnswer {
     /// The term is this side's, now and for ever.
     Won,

@@ -18,8 +18,8 @@ impl Primary {
         match self.state {
             State::Protected { .. } => self.stop_when_loaded(now, Trigger::Admin, actions),
             State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. } => {}
-            State::Contending { .. } => self.goodbye(actions),
-            State::Alone | State::Pairing { .. } | State::Syncing { .. } => actions.push(Action::PauseVm),
+            State::Contending => self.goodbye(actions),
+            State::Alone | State::Pairing | State::Syncing { .. } => actions.push(Action::PauseVm),
             State::Over => {}
         }
     }
@@ -47,6 +47,7 @@ impl Primary {
 
     pub(super) fn finish(&mut self, outcome: Outcome, actions: &mut Vec<Action>) {
         self.state = State::Over;
+        self.contest.end();
         self.liveness = None;
         self.ending = None;
         self.announce = None;
@@ -55,7 +56,7 @@ impl Primary {
 
     pub(super) fn store_record(&self, clean: bool, actions: &mut Vec<Action>) {
         actions.push(Action::StoreRecord(RecordUpdate {
-            generation: self.generation,
+            generation: self.contest.generation(),
             role: Role::Primary,
             committed: self.committed,
             complete: true,

@@ -1,6 +1,8 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
-use super::{Action, Instant, Message, Mutant, NetworkState, Primary, Shipment, State, Tag, Totals, Trigger, mutants};
+use super::{
+    Action, Instant, Message, Mutant, NetworkState, Primary, Shipment, State, Tag, Totals, Trigger, failover, mutants,
+};
 
 impl Primary {
     pub(super) fn trigger(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
@@ -38,7 +40,7 @@ impl Primary {
     pub(super) fn paused(&mut self, actions: &mut Vec<Action>) {
         match self.state {
             State::Stopping { trigger, asked } => self.stopped(trigger, asked, actions),
-            State::Alone | State::Pairing { .. } | State::Syncing { .. } => self.record_end(actions),
+            State::Alone | State::Pairing | State::Syncing { .. } => self.record_end(actions),
             _ => {}
         }
     }
@@ -68,13 +70,17 @@ impl Primary {
         actions.push(Action::SendCheckpoint { tag, blocks, totals });
     }
 
-    pub(super) fn checkpoint_sent(&mut self, shipment: Shipment, actions: &mut Vec<Action>) {
+    pub(super) fn checkpoint_sent(&mut self, now: Instant, shipment: Shipment, actions: &mut Vec<Action>) {
         let State::Sending { trigger, asked, tag } = self.state else {
             return;
         };
         let mut totals = shipment.totals;
         if totals.tag() != tag {
             return;
+        }
+        // From here on the secondary may contend.
+        if trigger != Trigger::Sync || !mutants::on(Mutant::EntitleLate) {
+            self.contend(now, failover::Event::CheckpointSent, "", actions);
         }
         let network = NetworkState {
             tag,
@@ -86,7 +92,6 @@ impl Primary {
         actions.push(Action::Send(Message::NetworkState(network)));
         actions.push(Action::Send(Message::End(totals.mark(self.input, shipment.entropy))));
         actions.push(Action::SeedEntropy(Some(shipment.entropy)));
-        self.peer_entitled = trigger != Trigger::Sync || !mutants::on(Mutant::EntitleLate);
         self.counters.pages += shipment.pages;
         self.counters.page_bytes += shipment.bytes;
         self.counters.last_shipment = (shipment.pages, shipment.bytes);

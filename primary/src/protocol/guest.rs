@@ -1,8 +1,8 @@
 //! What the own guest does: frames, inputs, disk writes, its end. And what may leave to the clients.
 
 use super::{
-    ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, GoodbyeReason, GuestEnd, Input, Instant, Message, Mode, Mutant,
-    Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits, mutants,
+    ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, GoodbyeReason, GuestEnd, Input, Instant, Liveness, Message,
+    Mode, Mutant, Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits, mutants,
 };
 
 impl Primary {
@@ -104,7 +104,7 @@ impl Primary {
             return;
         }
         // While contending nothing leaves; the next repetition may.
-        if !matches!(self.state, State::Contending { .. }) {
+        if !matches!(self.state, State::Contending) {
             self.transmit(self.network.announcements(), self.lease(), actions);
         }
         self.announce = (next + 1 < ANNOUNCE_AFTER.len()).then_some((start, next + 1));
@@ -112,11 +112,8 @@ impl Primary {
 
     /// Returns until when output may leave, if that is bounded: as soon as the peer may contend.
     pub(super) fn lease(&self) -> Option<Instant> {
-        let liveness = self
-            .liveness
-            .as_ref()
-            .filter(|_| self.peer_entitled && !mutants::on(Mutant::IgnoreLease))?;
-        Some(liveness.lease_until())
+        let leased_until = self.liveness.as_ref().map_or(Instant(0), Liveness::lease_until);
+        self.contest.release_until(leased_until)
     }
 
     pub(super) fn hold_input(&mut self, actions: &mut Vec<Action>) {

@@ -23,6 +23,7 @@ mod loss;
 mod peer;
 
 use bytes::Bytes;
+use checkpoint::failover::{self, Contest, Order};
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
@@ -35,8 +36,6 @@ use storage::ChangedBlocks;
 
 use crate::event::{Action, Event, GuestEnd, Outcome, Shipment};
 
-/// Time between two claims of a term that the witness did not answer.
-const CLAIM_RETRY: Duration = Duration::from_millis(100);
 /// Longest time that an orderly end waits for its last checkpoint.
 const ENDING_MAX: Duration = Duration::from_millis(5_000);
 /// Longest time from a secondary's acknowledgement to its load.
@@ -119,10 +118,8 @@ pub struct Counters {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Alone,
-    Pairing {
-        term: Generation,
-        won: bool,
-    },
+    /// The contest for the pairing's term is open, or won and being recorded.
+    Pairing,
     Syncing {
         disk: bool,
         memory: bool,
@@ -144,12 +141,7 @@ enum State {
         asked: Instant,
         tag: Tag,
     },
-    /// `retry` is when to claim again, `None` while an answer is outstanding; `won` while the record is written.
-    Contending {
-        term: Generation,
-        retry: Option<Instant>,
-        won: bool,
-    },
+    Contending,
     Over,
 }
 
@@ -166,14 +158,12 @@ struct Ending {
 pub struct Primary {
     options: Options,
     state: State,
-    generation: Generation,
+    contest: Contest,
     /// The epoch that the guest runs in.
     epoch: Epoch,
     committed: Epoch,
     liveness: Option<Liveness>,
     peer: Option<String>,
-    /// The peer may have committed a checkpoint of this generation, so it may contend.
-    peer_entitled: bool,
     comparator: Comparator,
     network: NetworkPicture,
     /// As it was at the stop for the checkpoint in flight.
@@ -187,7 +177,6 @@ pub struct Primary {
     write_bytes: u64,
     changed: ChangedBlocks,
     announce: Option<(Instant, usize)>,
-    witness_alarmed: bool,
     /// The secondary has loaded the last checkpoint: it can take the next.
     peer_loaded: bool,
     /// A checkpoint to be taken as soon as it has.
@@ -221,12 +210,11 @@ impl Primary {
         };
         let mut primary = Self {
             state: State::Alone,
-            generation,
+            contest: Contest::owner(options.witness, generation),
             epoch: last_epoch.next(),
             committed: last_epoch,
             liveness: None,
             peer: None,
-            peer_entitled: false,
             comparator: Comparator::new(
                 ComparatorLimits {
                     unmatched: options.unmatched_max,
@@ -256,7 +244,6 @@ impl Primary {
                 },
             ),
             announce: Some((now, 0)),
-            witness_alarmed: false,
             peer_loaded: false,
             wanted: None,
             ending: None,
@@ -288,9 +275,9 @@ impl Primary {
         }
         match event {
             Event::CheckpointAsked => self.trigger(now, Trigger::Admin, actions),
-            Event::CheckpointSent(shipment) => self.checkpoint_sent(shipment, actions),
+            Event::CheckpointSent(shipment) => self.checkpoint_sent(now, shipment, actions),
             Event::Connected(welcome) => self.connected(now, welcome, actions),
-            Event::DiskSynced(generation) if generation == self.generation => self.synced(now, None, actions),
+            Event::DiskSynced(generation) if generation == self.contest.generation() => self.synced(now, None, actions),
             Event::MemorySynced(shipment) if shipment.totals.tag() == self.tag() => {
                 self.synced(now, Some(shipment), actions)
             }
@@ -300,7 +287,7 @@ impl Primary {
             Event::GuestStopped(end) => self.guest_stopped(now, end, actions),
             Event::GuestWrote { offset, data } => self.guest_wrote(now, offset, data, actions),
             Event::InputConsumed(delivery) => self.input_consumed(delivery, actions),
-            Event::LinkClosed(cause) => self.link_lost(now, &cause, actions),
+            Event::LinkClosed(cause) => self.link_lost(now, failover::Event::Lost, &cause, actions),
             Event::Paused => self.paused(actions),
             Event::PeerSent(message) => self.peer_sent(now, message, actions),
             Event::RecordStored(record) => self.recorded(now, record, actions),
@@ -318,8 +305,7 @@ impl Primary {
         let state = match self.state {
             State::Protected { since } if !self.peer_loaded => Some(since + LOAD_MAX),
             State::Protected { since } if self.ending.is_none() => Some(since + self.options.epoch_age_max),
-            State::Contending { retry, .. } => retry,
-            _ => None,
+            _ => self.contest.deadline(),
         };
         let comparator = (matches!(self.state, State::Protected { .. }) && self.peer_loaded && self.ending.is_none())
             .then(|| self.comparator.deadline())
@@ -337,7 +323,7 @@ impl Primary {
     pub fn state_name(&self) -> &'static str {
         match self.state {
             State::Alone => "alone",
-            State::Pairing { .. }
+            State::Pairing
             | State::Syncing { .. }
             | State::Stopping {
                 trigger: Trigger::Sync, ..
@@ -350,7 +336,7 @@ impl Primary {
             } => "syncing",
             State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. } => "checkpointing",
             State::Protected { .. } => "protected",
-            State::Contending { .. } => "contending",
+            State::Contending => "contending",
             State::Over => "ended",
         }
     }
@@ -360,7 +346,7 @@ impl Primary {
     pub fn phase(&self) -> &'static str {
         match self.state {
             State::Alone => "alone",
-            State::Pairing { .. } => "pairing",
+            State::Pairing => "pairing",
             State::Syncing { .. } => "syncing",
             State::Protected { .. } => "protected",
             State::Stopping {
@@ -375,7 +361,7 @@ impl Primary {
             State::Stopping { .. } => "stopping",
             State::Sending { .. } => "sending",
             State::Awaiting { .. } => "awaiting",
-            State::Contending { .. } => "contending",
+            State::Contending => "contending",
             State::Over => "over",
         }
     }
@@ -384,7 +370,7 @@ impl Primary {
     #[must_use]
     pub fn tag(&self) -> Tag {
         Tag {
-            generation: self.generation,
+            generation: self.contest.generation(),
             epoch: self.epoch,
         }
     }
@@ -433,20 +419,7 @@ impl Primary {
             return self.goodbye(actions);
         }
         self.beat(now, actions);
-        if let State::Contending {
-            term,
-            retry: Some(retry),
-            ..
-        } = self.state
-            && retry <= now
-        {
-            self.state = State::Contending {
-                term,
-                retry: None,
-                won: false,
-            };
-            actions.push(Action::Claim(term));
-        }
+        self.contend(now, failover::Event::Timeout, "", actions);
         if let State::Protected { since } = self.state {
             if !self.peer_loaded {
                 if since + LOAD_MAX <= now {

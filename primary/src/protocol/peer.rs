@@ -1,8 +1,8 @@
 //! The secondary: pairing with it, the initial sync, and its messages.
 
 use super::{
-    Action, BlockHashes, ChangedBlocks, Epoch, Generation, InputNumber, Instant, Liveness, Message, Primary, Report,
-    Shipment, State, Tag, Totals, Trigger, Welcome,
+    Action, BlockHashes, ChangedBlocks, Epoch, InputNumber, Instant, Liveness, Message, Primary, Report, Shipment,
+    State, Tag, Totals, Trigger, Welcome, failover,
 };
 
 impl Primary {
@@ -11,23 +11,10 @@ impl Primary {
             actions.push(Action::CloseLink);
             return;
         }
-        let term = self.generation.next();
         self.peer = Some(welcome.node);
-        self.peer_entitled = false;
         self.liveness = Some(Liveness::new(self.options.takeover_limit, now));
-        self.state = State::Pairing { term, won: false };
-        if self.options.witness {
-            actions.push(Action::Claim(term));
-        } else {
-            self.pairing_won(term, actions);
-        }
-        self.report_state(actions);
-    }
-
-    pub(super) fn pairing_won(&mut self, term: Generation, actions: &mut Vec<Action>) {
-        self.generation = term;
-        self.state = State::Pairing { term, won: true };
-        self.store_record(false, actions);
+        self.state = State::Pairing;
+        self.contend(now, failover::Event::Connected, "", actions);
     }
 
     pub(super) fn begin_sync(&mut self, actions: &mut Vec<Action>) {
@@ -35,7 +22,7 @@ impl Primary {
             return;
         }
         let common = Tag {
-            generation: self.generation,
+            generation: self.contest.generation(),
             epoch: Epoch(self.epoch.0 - 1),
         };
         self.changed = ChangedBlocks::new(self.options.disk_bytes, common);
@@ -88,7 +75,7 @@ impl Primary {
         let Some(liveness) = &mut self.liveness else { return };
         liveness.heard(now);
         if let Some(generation) = message.generation()
-            && generation != self.generation
+            && generation != self.contest.generation()
         {
             return self.misbehaved(now, "it speaks of another generation", actions);
         }
@@ -99,9 +86,8 @@ impl Primary {
                 }
             }
             Message::Goodbye(reason) => {
-                // It has promised never to run what it holds: there is nobody to contend with.
-                self.peer_entitled = false;
-                self.link_lost(now, &format!("it said goodbye: {reason}"), actions);
+                let cause = format!("it said goodbye: {reason}");
+                self.link_lost(now, failover::Event::Goodbye, &cause, actions);
             }
             Message::BlockHashes(hashes) => self.hashes_arrived(now, hashes, actions),
             Message::Output(output) if self.protected() => {
@@ -127,14 +113,15 @@ impl Primary {
         actions.push(Action::Report(Report::Alarm(format!(
             "the secondary broke the protocol: {what}"
         ))));
-        self.link_lost(now, "it broke the protocol", actions);
+        self.link_lost(now, failover::Event::Lost, "it broke the protocol", actions);
     }
 
     pub(super) fn beat(&mut self, now: Instant, actions: &mut Vec<Action>) {
         let Some(liveness) = &mut self.liveness else { return };
         if liveness.is_suspect(now) {
             let limit = self.options.takeover_limit;
-            return self.link_lost(now, &format!("silent for more than {limit}"), actions);
+            let cause = format!("silent for more than {limit}");
+            return self.link_lost(now, failover::Event::Lost, &cause, actions);
         }
         if liveness.heartbeat_due() <= now {
             actions.push(Action::SendControl(Message::Heartbeat(liveness.beat(now))));

@@ -1,22 +1,25 @@
 //! Orderly ends, and those of a side that can't go on.
 
-use super::{Action, Epoch, Flight, GoodbyeReason, Message, Outcome, RecordUpdate, Role, Secondary, State};
+use super::{
+    Action, Epoch, Flight, GoodbyeReason, Instant, Message, Outcome, RecordUpdate, Role, Secondary, Standing, failover,
+};
 
 impl Secondary {
-    pub(super) fn leave(&mut self, reason: GoodbyeReason, actions: &mut Vec<Action>) {
-        match self.state {
-            State::Contending { .. } | State::Draining { .. } | State::Severed { .. } => {
+    pub(super) fn leave(&mut self, now: Instant, reason: GoodbyeReason, actions: &mut Vec<Action>) {
+        match self.standing() {
+            Standing::Contending(_) | Standing::Alone | Standing::Draining { .. } | Standing::Severed { .. } => {
                 self.finish(Outcome::Ended(reason), actions);
             }
             _ => {
                 actions.push(Action::SendControl(Message::Goodbye(reason.clone())));
-                self.goodbye(reason, actions);
+                self.goodbye(now, reason, actions);
             }
         }
     }
 
-    pub(super) fn goodbye(&mut self, reason: GoodbyeReason, actions: &mut Vec<Action>) {
+    pub(super) fn goodbye(&mut self, now: Instant, reason: GoodbyeReason, actions: &mut Vec<Action>) {
         self.leaving = Some(reason);
+        self.contend(now, failover::Event::Goodbye, "", actions);
         if !matches!(self.flight, Flight::Loading(..)) {
             self.flight = Flight::Staging;
             actions.push(Action::PauseVm);
@@ -43,7 +46,7 @@ impl Secondary {
     }
 
     pub(super) fn finish(&mut self, outcome: Outcome, actions: &mut Vec<Action>) {
-        self.state = State::Over;
+        self.contest.end();
         actions.push(Action::End(outcome));
     }
 
@@ -52,9 +55,20 @@ impl Secondary {
     }
 
     pub(super) fn store_record_for(&self, committed: Epoch, complete: bool, clean: bool, actions: &mut Vec<Action>) {
+        self.store_record_as(Role::Secondary, committed, complete, clean, actions);
+    }
+
+    pub(super) fn store_record_as(
+        &self,
+        role: Role,
+        committed: Epoch,
+        complete: bool,
+        clean: bool,
+        actions: &mut Vec<Action>,
+    ) {
         actions.push(Action::StoreRecord(RecordUpdate {
-            generation: self.generation,
-            role: Role::Secondary,
+            generation: self.contest.generation(),
+            role,
             committed,
             complete,
             clean,

@@ -2,7 +2,7 @@
 
 use super::{
     Action, Bytes, CONFIRM_EVERY, Delivery, Flight, Message, Mutant, NetworkPicture, Output, PENDING_OUTPUTS_MAX,
-    RECENT_OUTPUTS_MAX, Secondary, State, mutants,
+    RECENT_OUTPUTS_MAX, Secondary, Standing, mutants,
 };
 
 impl Secondary {
@@ -12,12 +12,12 @@ impl Secondary {
             return;
         }
         let frame = self.network.leaving(frame);
-        match self.state {
-            State::Following => {
+        match self.standing() {
+            Standing::Following => {
                 self.remember(&frame);
                 actions.push(Action::Send(Message::Output(Output { tag: self.tag(), frame })));
             }
-            State::Draining { .. } | State::Severed { .. } | State::Contending { .. }
+            Standing::Draining { .. } | Standing::Severed { .. } | Standing::Contending(_) | Standing::Alone
                 if self.outputs.len() < PENDING_OUTPUTS_MAX =>
             {
                 self.outputs.push(frame);
@@ -40,7 +40,7 @@ impl Secondary {
     pub(super) fn input_consumed(&mut self, delivery: &Delivery, actions: &mut Vec<Action>) {
         self.counters.inputs += 1;
         let Some(number) = delivery.number else { return };
-        if self.state != State::Following || matches!(self.flight, Flight::Loading(..)) {
+        if self.standing() != Standing::Following || matches!(self.flight, Flight::Loading(..)) {
             return;
         }
         self.consumed = number;
@@ -50,7 +50,7 @@ impl Secondary {
     }
 
     pub(super) fn confirm(&mut self, actions: &mut Vec<Action>) {
-        if self.consumed > self.confirmed && self.state == State::Following {
+        if self.consumed > self.confirmed && self.standing() == Standing::Following {
             self.confirmed = self.consumed;
             actions.push(Action::Send(Message::Confirm(self.tag(), self.confirmed)));
         }

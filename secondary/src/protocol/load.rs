@@ -1,14 +1,15 @@
 //! A checkpoint from its end mark to the resumption: verify, commit, load.
 
-use super::{Action, EndMark, Epoch, Flight, Instant, Message, Mutant, Secondary, State, Tag, mutants};
+use super::{Action, EndMark, Epoch, Flight, Instant, Message, Mutant, Secondary, Standing, Tag, failover, mutants};
 
 impl Secondary {
-    pub(super) fn end_mark(&mut self, mark: EndMark, actions: &mut Vec<Action>) {
+    pub(super) fn end_mark(&mut self, now: Instant, mark: EndMark, actions: &mut Vec<Action>) {
         if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.verify(&mark)?)) {
-            return self.misbehaved(&error.to_string(), actions);
+            return self.misbehaved(now, &error.to_string(), actions);
         }
         if mark.input != self.received || matches!(self.flight, Flight::Loading(..)) {
             return self.misbehaved(
+                now,
                 "its end mark names inputs that it did not send, or comes too early",
                 actions,
             );
@@ -23,7 +24,12 @@ impl Secondary {
 
     pub(super) fn checked(&mut self, now: Instant, tag: Tag, result: Result<(), String>, actions: &mut Vec<Action>) {
         let Flight::Checking(mark) = self.flight else { return };
-        if mark.tag != tag || !matches!(self.state, State::Syncing | State::Following | State::Draining { .. }) {
+        if mark.tag != tag
+            || !matches!(
+                self.standing(),
+                Standing::Syncing | Standing::Following | Standing::Draining { .. }
+            )
+        {
             return;
         }
         if let Err(reason) = result {
@@ -48,9 +54,7 @@ impl Secondary {
             self.outputs.clear();
             self.recent.clear();
         }
-        if self.state == State::Syncing {
-            self.state = State::Following;
-        }
+        self.contend(now, failover::Event::Committed, "", actions);
         if !mutants::on(Mutant::AcknowledgeEarly) {
             actions.push(Action::Send(Message::Acknowledge(mark.tag)));
         }
@@ -81,7 +85,7 @@ impl Secondary {
         }
         self.quiet = true;
         let started = core::mem::take(&mut self.first);
-        if self.state == State::Following && self.leaving.is_none() {
+        if self.standing() == Standing::Following {
             self.quiet = false;
             actions.push(Action::ResumeVm);
             self.confirm(actions);

@@ -1,75 +1,73 @@
-//! The loss of the primary: read the link to its end, wait for the lease, win the witness, take over.
+//! The part of the secondary in the contest for the right to run: what it hears of it and what it is ordered to do.
+//!
+//! The decisions are in [`checkpoint::failover::Contest`]; a takeover also waits for the VM.
 
 use super::{
-    Action, CLAIM_RETRY, Claim, Flight, Generation, GoodbyeReason, Instant, LinkEnd, Mutant, Outcome, RecordUpdate,
-    Report, Role, Secondary, State, TakenOver, WitnessAnswer, mutants,
+    Action, Connection, Flight, GoodbyeReason, Instant, LinkEnd, Mutant, Order, Outcome, RecordUpdate, Report, Role,
+    Secondary, Standing, TakenOver, failover, mutants,
 };
 
 impl Secondary {
-    pub(super) fn closed(&mut self, end: &LinkEnd, data: bool, actions: &mut Vec<Action>) {
-        if self.leaving.is_some() {
-            return;
+    pub(super) fn closed(&mut self, now: Instant, connection: Connection, end: &LinkEnd, actions: &mut Vec<Action>) {
+        if self.standing() == Standing::Following {
+            actions.push(Action::Report(Report::Note(format!(
+                "a connection of primary {} is gone: {end}",
+                self.primary
+            ))));
         }
-        let (until, ended, open) = match self.state {
-            // A goodbye may still come on the control connection, whose end follows.
-            State::Idle | State::Syncing if data => return,
-            State::Idle | State::Syncing => return self.link_lost(&end.to_string(), actions),
-            State::Following => {
-                actions.push(Action::Report(Report::Note(format!(
-                    "a connection of primary {} is gone: {end}",
-                    self.primary
-                ))));
-                (self.liveness.suspect_at(), false, [true; 2])
-            }
-            State::Draining { until, ended, open } => (until, ended, open),
-            State::Severed { .. } | State::Contending { .. } | State::Over => return,
+        let event = failover::Event::Closed {
+            connection,
+            ended: *end == LinkEnd::PeerEnded,
+            leased_until: self.liveness.suspect_at(),
         };
-        let ended = ended || *end == LinkEnd::PeerEnded;
-        let open = if data { [open[0], false] } else { [false, open[1]] };
-        self.state = State::Draining { until, ended, open };
-        if ended && open == [false; 2] {
-            self.link_lost(&end.to_string(), actions);
+        self.contend(now, event, &end.to_string(), actions);
+    }
+
+    /// Tells the contest and carries out what it orders. `cause` is why the peer counts as lost, if it does.
+    pub(super) fn contend(&mut self, now: Instant, event: failover::Event, cause: &str, actions: &mut Vec<Action>) {
+        let before = self.state_name();
+        let mut orders = Vec::new();
+        self.contest.step(now, event, &mut orders);
+        for order in orders {
+            match order {
+                Order::Alarm(cause) => {
+                    actions.push(Action::Report(Report::Alarm(format!("witness unreachable: {cause}"))));
+                }
+                Order::AskOperator => actions.push(Action::Report(Report::Alarm(
+                    "no witness is configured: once the old primary is off for good, run \
+                     `tandem takeover --old-primary-is-off`"
+                        .to_owned(),
+                ))),
+                Order::Claim(term) => actions.push(Action::Claim(term)),
+                Order::Fence { owner, term } => {
+                    let reason =
+                        format!("{owner} owns the VM since term {term}: this side's VM and its output are stopped");
+                    actions.push(Action::Report(Report::State("fenced")));
+                    self.finish(Outcome::Fenced(reason), actions);
+                }
+                Order::GiveUp => {
+                    actions.push(Action::CloseLink);
+                    let reason = format!("primary {} lost before the first checkpoint: {cause}", self.primary);
+                    self.finish(Outcome::Unpaired(reason), actions);
+                }
+                Order::Lose => {
+                    actions.push(Action::CloseLink);
+                    let note = format!("primary {} lost: {cause}", self.primary);
+                    actions.push(Action::Report(Report::Note(note)));
+                }
+                Order::Record(_) => self.store_record_as(Role::Primary, self.committed, true, false, actions),
+                Order::Run => self.try_take_over(actions),
+                Order::Sever => actions.push(Action::CloseLink),
+                Order::Stop => self.stop_for_contest(actions),
+                Order::Pair => unreachable!("{order:?} is for a primary"),
+            }
+        }
+        if self.standing() != Standing::Over && self.state_name() != before {
+            self.report_state(actions);
         }
     }
 
-    /// Nothing more comes from the primary, and it lets nothing more out: its state is final.
-    pub(super) fn link_lost(&mut self, cause: &str, actions: &mut Vec<Action>) {
-        if self.leaving.is_some() {
-            return;
-        }
-        match self.state {
-            State::Idle | State::Syncing => {
-                actions.push(Action::CloseLink);
-                let reason = format!("primary {} lost before the first checkpoint: {cause}", self.primary);
-                self.finish(Outcome::Unpaired(reason), actions);
-            }
-            State::Following | State::Draining { .. } | State::Severed { .. } => {
-                actions.push(Action::CloseLink);
-                actions.push(Action::Report(Report::Note(format!(
-                    "primary {} lost: {cause}",
-                    self.primary
-                ))));
-                self.contend(actions);
-            }
-            State::Contending { .. } | State::Over => {}
-        }
-    }
-
-    pub(super) fn contend(&mut self, actions: &mut Vec<Action>) {
-        let term = self.generation.next();
-        self.state = State::Contending {
-            term,
-            retry: None,
-            claim: Claim::Open,
-        };
-        if self.options.witness {
-            actions.push(Action::Claim(term));
-        } else {
-            actions.push(Action::Report(Report::Alarm(
-                "no witness is configured: once the old primary is off for good, run `tandem takeover --old-primary-is-off`"
-                    .to_owned(),
-            )));
-        }
+    fn stop_for_contest(&mut self, actions: &mut Vec<Action>) {
         match self.flight {
             // Committed: the load is finished first, and leaves the VM stopped.
             Flight::Loading(..) if !mutants::on(Mutant::TakeOverInOldState) => {}
@@ -80,78 +78,6 @@ impl Secondary {
                 actions.push(Action::DropStage);
             }
         }
-        self.report_state(actions);
-    }
-
-    pub(super) fn take_over_asked(&mut self, actions: &mut Vec<Action>) {
-        if let State::Draining { .. } | State::Severed { .. } = self.state {
-            self.link_lost("the operator says that it is off", actions);
-        }
-        if let State::Contending {
-            term,
-            claim: Claim::Open,
-            ..
-        } = self.state
-        {
-            self.won(term, actions);
-        }
-    }
-
-    pub(super) fn witness_answered(
-        &mut self,
-        now: Instant,
-        term: Generation,
-        answer: WitnessAnswer,
-        actions: &mut Vec<Action>,
-    ) {
-        let State::Contending {
-            term: asked,
-            claim: Claim::Open,
-            ..
-        } = self.state
-        else {
-            return;
-        };
-        if asked != term {
-            return;
-        }
-        match answer {
-            WitnessAnswer::Won => self.won(term, actions),
-            WitnessAnswer::LostTo(owner) => {
-                let reason =
-                    format!("{owner} owns the VM since term {term}: this side's VM and its output are stopped");
-                actions.push(Action::Report(Report::State("fenced")));
-                self.finish(Outcome::Fenced(reason), actions);
-            }
-            WitnessAnswer::Unreachable(cause) => {
-                // Once in each outage: the claim is repeated many times.
-                if !core::mem::replace(&mut self.witness_alarmed, true) {
-                    actions.push(Action::Report(Report::Alarm(format!("witness unreachable: {cause}"))));
-                }
-                self.state = State::Contending {
-                    term,
-                    retry: Some(now + CLAIM_RETRY),
-                    claim: Claim::Open,
-                };
-            }
-        }
-    }
-
-    pub(super) fn won(&mut self, term: Generation, actions: &mut Vec<Action>) {
-        self.state = State::Contending {
-            term,
-            retry: None,
-            claim: Claim::Won,
-        };
-        self.generation = term;
-        actions.push(Action::StoreRecord(RecordUpdate {
-            generation: term,
-            role: Role::Primary,
-            committed: self.committed,
-            complete: true,
-            clean: false,
-        }));
-        self.report_state(actions);
     }
 
     pub(super) fn recorded(&mut self, now: Instant, record: RecordUpdate, actions: &mut Vec<Action>) {
@@ -160,41 +86,25 @@ impl Secondary {
             actions.push(Action::CloseLink);
             return self.finish(Outcome::Ended(reason), actions);
         }
-        if record.generation != self.generation || !record.complete {
+        if record.generation != self.contest.generation() || !record.complete {
             return;
         }
         if let Flight::Recording(mark) = self.flight {
             return self.commit(now, mark, actions);
         }
-        if let State::Contending {
-            term,
-            claim: Claim::Won,
-            ..
-        } = self.state
-        {
-            self.state = State::Contending {
-                term,
-                retry: None,
-                claim: Claim::Recorded,
-            };
-            self.try_take_over(actions);
+        if record.role == Role::Primary {
+            self.contend(now, failover::Event::Recorded(record.generation), "", actions);
         }
     }
 
     /// Takes over once the term is won and recorded, the VM is stopped, and no load is in progress.
     pub(super) fn try_take_over(&mut self, actions: &mut Vec<Action>) {
-        let State::Contending {
-            claim: Claim::Recorded, ..
-        } = self.state
-        else {
-            return;
-        };
-        if !self.quiet || matches!(self.flight, Flight::Loading(..)) {
+        if self.standing() != Standing::Alone || !self.quiet || matches!(self.flight, Flight::Loading(..)) {
             return;
         }
         assert!(self.later.is_empty(), "a load delivers what came while it was done");
         let taken = TakenOver {
-            generation: self.generation,
+            generation: self.contest.generation(),
             last_epoch: if mutants::on(Mutant::ReuseEpochAtTakeover) {
                 self.committed
             } else {

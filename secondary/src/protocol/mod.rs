@@ -30,10 +30,11 @@ mod peer;
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use checkpoint::failover::{self, Claim, Connection, Contest, Order, Standing};
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
-use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
+use checkpoint::pair::{Delivery, RecordUpdate, Report};
 use checkpoint::staging::{StagingError, Totals};
 use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Heartbeat, Input, Message, Output};
 use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
@@ -41,8 +42,6 @@ use proxy::NetworkPicture;
 
 use crate::event::{Action, Event, LinkEnd, Outcome, TakenOver};
 
-/// Time between two claims of a term that the witness did not answer.
-const CLAIM_RETRY: Duration = Duration::from_millis(100);
 /// Inputs consumed by the guest between two confirmations.
 const CONFIRM_EVERY: u64 = 64;
 /// Frames of the guest kept while the peer is lost and the witness has not answered.
@@ -82,42 +81,6 @@ pub struct Counters {
     pub last_shipment: (u64, u64),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Idle,
-    Syncing,
-    Following,
-    /// A connection is gone. What the primary had sent is still read; it may hold a lease until then.
-    Draining {
-        until: Instant,
-        /// A connection was ended by the primary's kernel: no lease is in use any more.
-        ended: bool,
-        /// Whether the control and the data connection may still bring something.
-        open: [bool; 2],
-    },
-    /// The primary broke the protocol: nothing more of it is taken. It may hold a lease until then.
-    Severed {
-        until: Instant,
-    },
-    /// `retry` is when to claim again, `None` while an answer is outstanding or none is asked for.
-    Contending {
-        term: Generation,
-        retry: Option<Instant>,
-        claim: Claim,
-    },
-    Over,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Claim {
-    /// Asked, or to be asked again; or waiting for the operator.
-    Open,
-    /// Won; the record is being written.
-    Won,
-    /// Won and recorded.
-    Recorded,
-}
-
 /// Why a part of a checkpoint is not taken.
 #[derive(Debug, thiserror::Error)]
 enum PartError {
@@ -146,8 +109,7 @@ enum Flight {
 #[derive(Debug)]
 pub struct Secondary {
     options: Options,
-    state: State,
-    generation: Generation,
+    contest: Contest,
     /// The epoch that the own guest runs in.
     running: Epoch,
     committed: Epoch,
@@ -171,7 +133,6 @@ pub struct Secondary {
     /// The last TCP segments that the guest sent in this epoch: the primary may have died before it released them.
     recent: VecDeque<Bytes>,
     quiet: bool,
-    witness_alarmed: bool,
     leaving: Option<GoodbyeReason>,
     counters: Counters,
 }
@@ -181,8 +142,7 @@ impl Secondary {
     #[must_use]
     pub fn new(options: Options, primary: String, now: Instant) -> Self {
         Self {
-            state: State::Idle,
-            generation: options.generation,
+            contest: Contest::follower(options.witness, options.generation),
             running: Epoch(0),
             committed: Epoch(0),
             durable: Epoch(0),
@@ -200,7 +160,6 @@ impl Secondary {
             outputs: Vec::new(),
             recent: VecDeque::new(),
             quiet: true,
-            witness_alarmed: false,
             leaving: None,
             counters: Counters::default(),
             options,
@@ -209,14 +168,14 @@ impl Secondary {
 
     /// Takes one event and appends what is to be done.
     pub fn step(&mut self, now: Instant, event: Event, actions: &mut Vec<Action>) {
-        if self.state == State::Over {
+        if self.standing() == Standing::Over {
             return;
         }
         self.liveness.poll(now);
         match event {
             Event::Checked(tag, result) => self.checked(now, tag, result, actions),
-            Event::ControlClosed(end) => self.closed(&end, false, actions),
-            Event::DataClosed(end) => self.closed(&end, true, actions),
+            Event::ControlClosed(end) => self.closed(now, Connection::Control, &end, actions),
+            Event::DataClosed(end) => self.closed(now, Connection::Data, &end, actions),
             Event::DiskCommitted(epoch) => self.disk_committed(epoch, actions),
             Event::GuestSent(frame) => self.guest_sent(frame, actions),
             Event::GuestStopped(reason) => {
@@ -226,7 +185,7 @@ impl Secondary {
             }
             Event::InputConsumed(delivery) => self.input_consumed(&delivery, actions),
             Event::Loaded(tag) => self.loaded(now, tag, actions),
-            Event::NearLimit if self.state == State::Following => {
+            Event::NearLimit if self.standing() == Standing::Following => {
                 self.send_tagged(Message::Want, self.running, actions);
             }
             Event::NearLimit => {}
@@ -237,65 +196,63 @@ impl Secondary {
             Event::PeerSent(message) => self.peer_sent(now, message, actions),
             Event::RecordStored(record) => self.recorded(now, record, actions),
             Event::StageFailed(reason) | Event::VmFailed(reason) => self.fail(reason, actions),
-            Event::StopAsked => self.leave(GoodbyeReason::Operator, actions),
-            Event::TakeOverAsked => self.take_over_asked(actions),
+            Event::StopAsked => self.leave(now, GoodbyeReason::Operator, actions),
+            Event::TakeOverAsked => {
+                let cause = "the operator says that it is off";
+                self.contend(now, failover::Event::TakeOverAsked, cause, actions);
+            }
             Event::Timeout => self.timeout(now, actions),
-            Event::WitnessAnswered(term, answer) => self.witness_answered(now, term, answer, actions),
+            Event::WitnessAnswered(term, answer) => {
+                self.contend(now, failover::Event::Answered(term, answer), "", actions);
+            }
         }
     }
 
     /// Returns when to call `step` with `Event::Timeout`.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        match self.state {
-            _ if self.leaving.is_some() => None,
-            State::Idle | State::Syncing | State::Following => Some(self.liveness.deadline()),
-            State::Draining { until, .. } | State::Severed { until } => Some(until),
-            State::Contending { retry, .. } => retry,
-            State::Over => None,
+        match self.standing() {
+            Standing::Idle | Standing::Syncing | Standing::Following => Some(self.liveness.deadline()),
+            _ => self.contest.deadline(),
         }
     }
 
     /// Returns the name of the state, as `tandem status` shows it.
     #[must_use]
     pub fn state_name(&self) -> &'static str {
-        match self.state {
-            State::Idle | State::Syncing => "syncing",
-            State::Following if self.first => "syncing",
-            State::Following => match self.flight {
+        match self.standing() {
+            Standing::Idle | Standing::Syncing => "syncing",
+            Standing::Following | Standing::Leaving if self.first => "syncing",
+            Standing::Following | Standing::Leaving => match self.flight {
                 Flight::Loading(..) => "checkpointing",
                 _ => "protected",
             },
-            State::Draining { .. } | State::Severed { .. } | State::Contending { claim: Claim::Open, .. } => {
+            Standing::Draining { .. } | Standing::Severed { .. } | Standing::Contending(Claim::Open { .. }) => {
                 "contending"
             }
-            State::Contending { .. } => "promoting",
-            State::Over => "ended",
+            Standing::Contending(Claim::Won) | Standing::Alone => "promoting",
+            Standing::Over | Standing::Pairing(_) | Standing::Leading { .. } => "ended",
         }
     }
 
     /// Returns what this side is in the middle of, in finer steps than its state; for logs and tests.
     #[must_use]
     pub fn phase(&self) -> &'static str {
-        match (self.state, &self.flight) {
-            (State::Idle, _) => "idle",
-            (State::Syncing | State::Following, Flight::Checking(_)) => "checking",
-            (State::Syncing | State::Following, Flight::Recording(_)) => "recording",
-            (State::Syncing | State::Following, Flight::Loading(..)) => "loading",
-            (State::Syncing, Flight::Staging) => "receiving",
-            (State::Following, Flight::Staging) if self.durable < self.committed => "committing",
-            (State::Following, Flight::Staging) => "following",
-            (State::Draining { .. }, _) => "draining",
-            (State::Severed { .. }, _) => "severed",
-            (State::Contending { claim: Claim::Open, .. }, _) => "claiming",
-            (State::Contending { claim: Claim::Won, .. }, _) => "won",
-            (
-                State::Contending {
-                    claim: Claim::Recorded, ..
-                },
-                _,
-            ) => "recorded",
-            (State::Over, _) => "over",
+        match (self.standing(), &self.flight) {
+            (Standing::Idle, _) => "idle",
+            (Standing::Syncing | Standing::Following, Flight::Checking(_)) => "checking",
+            (Standing::Syncing | Standing::Following, Flight::Recording(_)) => "recording",
+            (Standing::Syncing | Standing::Following, Flight::Loading(..)) => "loading",
+            (Standing::Syncing, Flight::Staging) => "receiving",
+            (Standing::Following, Flight::Staging) if self.durable < self.committed => "committing",
+            (Standing::Following, Flight::Staging) => "following",
+            (Standing::Draining { .. }, _) => "draining",
+            (Standing::Severed { .. }, _) => "severed",
+            (Standing::Contending(Claim::Open { .. }), _) => "claiming",
+            (Standing::Contending(Claim::Won), _) => "won",
+            (Standing::Alone, _) => "recorded",
+            (Standing::Leaving, _) => "leaving",
+            (Standing::Over | Standing::Pairing(_) | Standing::Leading { .. }, _) => "over",
         }
     }
 
@@ -303,7 +260,7 @@ impl Secondary {
     #[must_use]
     pub fn tag(&self) -> Tag {
         Tag {
-            generation: self.generation,
+            generation: self.contest.generation(),
             epoch: self.running,
         }
     }
@@ -333,39 +290,35 @@ impl Secondary {
     }
 
     fn timeout(&mut self, now: Instant, actions: &mut Vec<Action>) {
-        match self.state {
-            State::Idle | State::Syncing | State::Following => {
+        match self.standing() {
+            Standing::Idle | Standing::Syncing | Standing::Following => {
                 if self.liveness.is_suspect(now) {
                     let limit = self.options.takeover_limit;
-                    return self.link_lost(&format!("silent for more than {limit}"), actions);
+                    let cause = format!("silent for more than {limit}");
+                    return self.contend(now, failover::Event::Lost, &cause, actions);
                 }
                 if self.liveness.heartbeat_due() <= now {
                     self.beat(now, actions);
                 }
             }
-            State::Draining { until, .. } | State::Severed { until } if until <= now => {
-                self.link_lost("nothing was heard of it within the limit", actions);
+            _ => {
+                let cause = "nothing was heard of it within the limit";
+                self.contend(now, failover::Event::Timeout, cause, actions);
             }
-            State::Contending {
-                term,
-                retry: Some(retry),
-                claim: Claim::Open,
-            } if retry <= now => {
-                self.state = State::Contending {
-                    term,
-                    retry: None,
-                    claim: Claim::Open,
-                };
-                actions.push(Action::Claim(term));
-            }
-            _ => {}
         }
     }
 
+    fn standing(&self) -> Standing {
+        self.contest.standing()
+    }
+
     fn send_tagged(&self, message: fn(Tag) -> Message, epoch: Epoch, actions: &mut Vec<Action>) {
-        if matches!(self.state, State::Following | State::Syncing) {
+        if matches!(
+            self.standing(),
+            Standing::Following | Standing::Syncing | Standing::Leaving
+        ) {
             actions.push(Action::Send(message(Tag {
-                generation: self.generation,
+                generation: self.contest.generation(),
                 epoch,
             })));
         }
