@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use checkpoint::limits::{BODY_BYTES_MAX, PAGE_BYTES};
-use checkpoint::pages::{BatchEncoder, is_zero};
+use checkpoint::pages::{BatchEncoder, Chooser, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Message, PageBatch, Section};
 use link::describe;
@@ -200,13 +200,14 @@ impl<'a> Outbox<'a> {
     /// A fresh image is zero: `skip_zero` leaves such pages out.
     fn pages(&mut self, ram: &GuestRam, pages: &PageSet, skip_zero: bool) -> Result<(), ShipError> {
         let mut content = [0; PAGE_BYTES];
-        let mut encoder = BatchEncoder::new(BATCH_BYTES);
+        let mut encoder = BatchEncoder::new(BATCH_BYTES, None);
+        let mut chooser = Chooser::default();
         for page in pages.iter() {
             ram.read_page(page, &mut content)?;
             if skip_zero && is_zero(&content) {
                 continue;
             }
-            if encoder.push(page, &content) {
+            if encoder.push(page, &content, None, &mut chooser).full {
                 self.batch(&mut encoder)?;
             }
         }

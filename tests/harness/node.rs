@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use checkpoint::limits::PAGE_BYTES;
-use checkpoint::pages::{BatchEncoder, decode_batch};
+use checkpoint::pages::{BatchEncoder, Chooser, decode_batch};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
@@ -250,14 +250,14 @@ impl Node {
     }
 
     fn batch(&self, totals: &mut Totals, pages: &[u64], messages: &mut Vec<Message>) {
-        let mut encoder = BatchEncoder::new(256 * 1024);
+        let mut encoder = BatchEncoder::new(256 * 1024, None);
+        let mut chooser = Chooser::default();
         for few in pages.chunks(8) {
             for &page in few {
                 let content = &self.vm.pages[usize::try_from(page).expect("small")];
-                assert!(
-                    !encoder.push(page, content.as_slice().try_into().expect("a page")),
-                    "eight pages fit"
-                );
+                let content = content.as_slice().try_into().expect("a page");
+                let pushed = encoder.push(page, content, None, &mut chooser);
+                assert!(!pushed.full, "eight pages fit");
             }
             let (count, encoded) = encoder.finish();
             let batch = PageBatch {
