@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use super::*;
 
 mod hostile;
+mod together;
 
 /// What a page may hold.
 #[derive(Clone, Debug)]
