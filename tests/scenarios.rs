@@ -305,7 +305,7 @@ fn an_unreachable_witness_does_not_disturb_a_protected_pair() {
     let mut world = protected();
     world.fault(Fault::WitnessDown(3_000));
     serves(&mut world);
-    assert!(world.is_protected());
+    assert!(world.run_until(100, World::is_protected));
 }
 
 #[test]

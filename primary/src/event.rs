@@ -18,6 +18,13 @@ pub enum Event {
     CheckpointSent(Shipment),
     /// A secondary accepted the handshake.
     Connected(Welcome),
+    /// What the checkpoint that ends this epoch ships of the VM has been copied: the VM may run on.
+    Copied {
+        /// The epoch.
+        tag: Tag,
+        /// Fresh seed for the entropy device of the next epoch; the end mark has the same.
+        entropy: [u8; 32],
+    },
     /// All blocks of the secondary's disk have been compared and the differing ones queued.
     DiskSynced(Generation),
     /// A frame came from the clients.
@@ -108,7 +115,8 @@ pub enum Action {
     ResumeVm,
     /// Queue a message on the data connection.
     Send(Message),
-    /// Queue the dirty pages, these disk blocks and the device state; answered by `CheckpointSent`.
+    /// Copy the dirty pages and the device state, answered by `Copied`; then queue them and these disk blocks, answered by
+    /// `CheckpointSent`.
     SendCheckpoint {
         /// The epoch that it ends.
         tag: Tag,

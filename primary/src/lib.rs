@@ -1,7 +1,7 @@
 //! The primary role: a pure protocol core and the shell that runs it.
 //!
 //! ```text
-//!   device workers ─┐                              ┌─► VM thread: pause, ship, resume
+//!   device workers ─┐                              ┌─► VM thread: pause, copy, resume; courier: ship
 //!   TAP ────────────┤                              ├─► disk thread: compare, record
 //!   peer ───────────┼──► Event ─► Primary::step ─► Action
 //!   witness ────────┤        (protocol.rs)         ├─► TAP, guest's port
@@ -13,6 +13,7 @@
 pub mod event;
 pub mod protocol;
 pub mod run;
+mod ship;
 mod status;
 mod vm;
 

@@ -382,9 +382,10 @@ impl Role {
                     link.send(message);
                 }
             }
-            Action::SendCheckpoint { tag: _, blocks, totals } => {
+            Action::SendCheckpoint { tag, blocks, totals } => {
                 if let Some((link, _)) = &self.link {
                     self.vm.send(Command::Ship {
+                        tag,
                         blocks,
                         totals,
                         bulk: link.bulk(),

@@ -1,29 +1,24 @@
 //! The thread that owns the VM: it stops, ships and resumes it, and reports each as an event.
 //!
-//! Pages go from guest memory through the encoder into the data connection's queue; the protocol sees
-//! only their number and digest. No decision is made here.
+//! At a stop it copies what a checkpoint ships, so that the VM can run on while [`crate::ship`] encodes and queues the
+//! copy. No decision is made here.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use checkpoint::limits::{BODY_BYTES_MAX, PAGE_BYTES};
-use checkpoint::pages::{BatchEncoder, Chooser, is_zero};
+use checkpoint::Tag;
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Message, PageBatch, Section};
+use checkpoint::wire::{BlockHashes, DiskWrite, Message, Section};
 use link::describe;
 use link::peer::BulkSender;
 use link::record::RecordPlace;
 use link::worker::{Inbox, Worker};
-use machine::{GuestRam, MemoryError, PageSet, Vm, VmError};
-use storage::verify::{BlockHash, HashKey, block_count, block_range};
-use storage::{FileImage, Image};
+use machine::{GuestRam, PageSet, Vm};
+use storage::verify::{BlockHash, HashKey, block_count};
+use storage::{FileImage, Image as _};
 use tokio::sync::mpsc as events;
 
 use crate::event::{Event, Shipment};
-
-/// Encoded bytes after which a batch is sent.
-const BATCH_BYTES: usize = 256 * 1024;
-const _: () = assert!(BATCH_BYTES + 2 * PAGE_BYTES < BODY_BYTES_MAX);
+use crate::ship::{Courier, Outbox, Parcel, ShipError, read_block, send};
 
 /// What the VM's thread is told.
 pub(crate) enum Command {
@@ -33,6 +28,7 @@ pub(crate) enum Command {
     Resume,
     Seed(Option<[u8; 32]>),
     Ship {
+        tag: Tag,
         blocks: Vec<u64>,
         totals: Totals,
         bulk: BulkSender,
@@ -53,53 +49,26 @@ pub(crate) fn spawn(
     events: events::Sender<Event>,
 ) -> std::io::Result<VmThread> {
     let ram = vm.ram();
-    let shipper = Shipper {
+    let keeper = Keeper {
         vm,
         ram,
-        image,
+        courier: Courier::spawn(image, events.clone())?,
         events,
         unacknowledged: None,
     };
-    Worker::spawn("vm", move |inbox| shipper.run(&inbox))
+    Worker::spawn("vm", move |inbox| keeper.run(&inbox))
 }
 
-struct Shipper {
+struct Keeper {
     vm: Box<dyn Vm>,
     ram: GuestRam,
-    image: Arc<FileImage>,
+    courier: Courier,
     events: events::Sender<Event>,
     /// Dirty pages of the checkpoint that is not acknowledged yet.
     unacknowledged: Option<PageSet>,
 }
 
-/// The connection ended in the middle of a shipment; the protocol hears of it from the connection.
-struct LinkGone;
-
-/// Why a shipment ended early.
-enum ShipError {
-    Link,
-    Vm(String),
-}
-
-impl From<LinkGone> for ShipError {
-    fn from(LinkGone: LinkGone) -> Self {
-        Self::Link
-    }
-}
-
-impl From<MemoryError> for ShipError {
-    fn from(error: MemoryError) -> Self {
-        Self::Vm(describe(&error))
-    }
-}
-
-impl From<VmError> for ShipError {
-    fn from(error: VmError) -> Self {
-        Self::Vm(describe(&error))
-    }
-}
-
-impl Shipper {
+impl Keeper {
     fn run(mut self, inbox: &Inbox<Command>) -> Box<dyn Vm> {
         while let Some(order) = inbox.next() {
             let event = match order {
@@ -121,9 +90,12 @@ impl Shipper {
                     }
                     Ok(None)
                 }
-                Command::Ship { blocks, totals, bulk } => self
-                    .ship(&blocks, totals, &bulk)
-                    .map(|shipment| Some(Event::CheckpointSent(shipment))),
+                Command::Ship {
+                    tag,
+                    blocks,
+                    totals,
+                    bulk,
+                } => self.ship(tag, blocks, totals, bulk).map(Some),
                 Command::Sync { totals, bulk } => self
                     .sync(totals, &bulk)
                     .map(|shipment| Some(Event::MemorySynced(shipment))),
@@ -148,129 +120,37 @@ impl Shipper {
         self.unacknowledged = None;
         self.vm.take_dirty()?;
         let pages = self.ram.populated()?;
-        let mut out = Outbox::new(totals, bulk);
-        out.pages(&self.ram, &pages, true)?;
+        let mut out = Outbox::new(totals, bulk.clone());
+        out.pages(&self.ram, pages.iter(), true)?;
         Ok(out.shipment([0; 32]))
     }
 
-    fn ship(&mut self, blocks: &[u64], totals: Totals, bulk: &BulkSender) -> Result<Shipment, ShipError> {
+    /// Copies what a checkpoint ships, and lets the courier ship it.
+    fn ship(&mut self, tag: Tag, blocks: Vec<u64>, totals: Totals, bulk: BulkSender) -> Result<Event, ShipError> {
         let mut out = Outbox::new(totals, bulk);
         let dirty = self.vm.take_dirty()?;
-        let sent = out.pages(&self.ram, &dirty, false);
+        let mut pages = self.courier.buffer();
+        let beyond = pages.fill(&self.ram, &dirty);
         self.unacknowledged = Some(dirty);
-        sent?;
-        for &block in blocks {
-            let (offset, data) = read_block(&*self.image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
-            out.write(offset, data)?;
-        }
+        out.pages(&self.ram, beyond?.into_iter(), false)?;
         let sections = self.vm.save()?.0.into_iter();
-        out.devices(
-            sections
+        let mut entropy = [0; 32];
+        link::entropy::fill(&mut entropy);
+        self.courier.send(Parcel {
+            out,
+            pages,
+            blocks,
+            sections: sections
                 .map(|section| Section {
                     name: section.name,
                     version: section.version,
                     bytes: section.bytes,
                 })
                 .collect(),
-        )?;
-        let mut entropy = [0; 32];
-        link::entropy::fill(&mut entropy);
-        Ok(out.shipment(entropy))
-    }
-}
-
-/// Where the parts of one checkpoint are counted and queued.
-struct Outbox<'a> {
-    totals: Totals,
-    pages: u64,
-    bytes: u64,
-    bulk: &'a BulkSender,
-}
-
-impl<'a> Outbox<'a> {
-    fn new(totals: Totals, bulk: &'a BulkSender) -> Self {
-        Self {
-            totals,
-            pages: 0,
-            bytes: 0,
-            bulk,
-        }
-    }
-
-    /// A fresh image is zero: `skip_zero` leaves such pages out.
-    fn pages(&mut self, ram: &GuestRam, pages: &PageSet, skip_zero: bool) -> Result<(), ShipError> {
-        let mut content = [0; PAGE_BYTES];
-        let mut encoder = BatchEncoder::new(BATCH_BYTES, None);
-        let mut chooser = Chooser::default();
-        for page in pages.iter() {
-            ram.read_page(page, &mut content)?;
-            if skip_zero && is_zero(&content) {
-                continue;
-            }
-            if encoder.push(page, &content, None, &mut chooser).full {
-                self.batch(&mut encoder)?;
-            }
-        }
-        if !encoder.is_empty() {
-            self.batch(&mut encoder)?;
-        }
-        Ok(())
-    }
-
-    fn batch(&mut self, encoder: &mut BatchEncoder) -> Result<(), LinkGone> {
-        let (count, encoded) = encoder.finish();
-        let batch = PageBatch {
-            tag: self.totals.tag(),
-            count,
-            encoded,
-        };
-        self.totals.pages(&batch).expect("the batch has the tag of the sums");
-        self.pages += u64::from(count);
-        self.bytes += batch.encoded.len() as u64;
-        send(self.bulk, Message::Pages(batch))
-    }
-
-    fn write(&mut self, offset: u64, data: Bytes) -> Result<(), LinkGone> {
-        let write = DiskWrite {
-            tag: self.totals.tag(),
-            offset,
-            data,
-        };
-        self.totals.write(&write).expect("the write has the tag of the sums");
-        send(self.bulk, Message::Write(write))
-    }
-
-    fn devices(&mut self, sections: Vec<Section>) -> Result<(), LinkGone> {
-        let state = DeviceState {
-            tag: self.totals.tag(),
-            sections,
-        };
-        self.totals
-            .device_state(&state)
-            .expect("the devices' state is counted once");
-        send(self.bulk, Message::DeviceState(state))
-    }
-
-    fn shipment(self, entropy: [u8; 32]) -> Shipment {
-        Shipment {
-            totals: self.totals,
-            pages: self.pages,
-            bytes: self.bytes,
             entropy,
-        }
+        });
+        Ok(Event::Copied { tag, entropy })
     }
-}
-
-/// Reads one block of the disk comparison; the last may be short.
-pub(crate) fn read_block(image: &impl Image, block: u64) -> std::io::Result<(u64, Bytes)> {
-    let (offset, bytes) = block_range(image.size(), block);
-    let mut data = vec![0; bytes];
-    image.read_at(offset, &mut data)?;
-    Ok((offset, data.into()))
-}
-
-fn send(bulk: &BulkSender, message: Message) -> Result<(), LinkGone> {
-    bulk.blocking_send(message).map_err(|_closed| LinkGone)
 }
 
 /// What the disk's thread is told.

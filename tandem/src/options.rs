@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
+use primary::protocol::Resume;
 use toml::de::{DeTable, DeValue};
 
 use crate::settings::{Mac, Witness};
@@ -93,6 +94,10 @@ pub struct PairOptions {
     /// How long an output may wait for its equal before a checkpoint is taken [default: 200ms]
     #[arg(long, value_name = "SPAN")]
     pub unmatched_limit: Option<Span>,
+    /// When the VM runs on after a stop for a checkpoint: after the `copy` of what is shipped, or after the secondary's
+    /// `acknowledgement`, which needs no memory for the copy [default: copy]
+    #[arg(long, value_name = "POLICY")]
+    pub resume_after: Option<Resume>,
     /// The options that any VM has.
     #[command(flatten)]
     pub vm: VmOptions,
@@ -146,7 +151,7 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
     "cmdline",
     "control",
     "epoch-max-age",
@@ -159,6 +164,7 @@ const KEYS: [&str; 16] = [
     "name",
     "pair",
     "peer",
+    "resume-after",
     "takeover-limit",
     "tap",
     "unmatched-limit",
@@ -184,6 +190,7 @@ impl PairOptions {
             takeover_limit: self.takeover_limit.or(file.takeover_limit),
             epoch_max_age: self.epoch_max_age.or(file.epoch_max_age),
             unmatched_limit: self.unmatched_limit.or(file.unmatched_limit),
+            resume_after: self.resume_after.or(file.resume_after),
             vm: self.vm.or(file.vm),
         })
     }
@@ -202,6 +209,7 @@ impl PairOptions {
             "name" => self.vm.name = Some(value.to_owned()),
             "pair" => self.pair = Some(value.to_owned()),
             "peer" => self.peer = Some(value.to_owned()),
+            "resume-after" => self.resume_after = Some(parsed(value)?),
             "takeover-limit" => self.takeover_limit = Some(parsed(value)?),
             "tap" => self.vm.tap = Some(value.to_owned()),
             "unmatched-limit" => self.unmatched_limit = Some(parsed(value)?),

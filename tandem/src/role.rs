@@ -24,7 +24,7 @@ use machine::tap::Tap;
 use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
 use primary::event::Outcome as PrimaryOutcome;
-use primary::protocol::Start;
+use primary::protocol::{Resume, Start};
 use secondary::event::{Outcome as SecondaryOutcome, TakenOver};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
@@ -226,6 +226,7 @@ struct RoleSettings {
     takeover_limit: Duration,
     epoch_age_max: Duration,
     unmatched_max: Duration,
+    resume: Resume,
 }
 
 impl From<Settings> for RoleSettings {
@@ -240,6 +241,7 @@ impl From<Settings> for RoleSettings {
             takeover_limit: settings.takeover_limit.into(),
             epoch_age_max: settings.epoch_max_age.into(),
             unmatched_max: settings.unmatched_limit.into(),
+            resume: settings.resume,
         }
     }
 }
@@ -256,6 +258,7 @@ impl From<RunSettings> for RoleSettings {
             takeover_limit: limits::TAKEOVER_LIMIT_DEFAULT,
             epoch_age_max: limits::EPOCH_AGE_MAX,
             unmatched_max: limits::UNMATCHED_MAX,
+            resume: Resume::default(),
         }
     }
 }
@@ -473,6 +476,7 @@ impl Host {
     ) -> Result<Ending> {
         let setup = primary::Setup {
             options: primary::protocol::Options {
+                resume: self.settings.resume,
                 witness: self.witness.is_some(),
                 takeover_limit: self.settings.takeover_limit,
                 epoch_age_max: self.settings.epoch_age_max,

@@ -12,6 +12,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use guest::settings::Settings as GuestSettings;
+use primary::protocol::Resume;
 
 use crate::options::{ConfigError, LogOptions, PairOptions, VmOptions};
 use crate::units::{ByteSize, Span};
@@ -52,6 +53,8 @@ pub struct Settings {
     pub epoch_max_age: Duration,
     /// How long an output may wait for its equal.
     pub unmatched_limit: Duration,
+    /// When the VM runs on after a stop for a checkpoint.
+    pub resume: Resume,
 }
 
 /// What a VM runs with, protected or not.
@@ -160,6 +163,7 @@ impl Settings {
                 UNMATCHED_LIMIT_DEFAULT,
                 &UNMATCHED_LIMIT,
             )?,
+            resume: options.resume_after.unwrap_or_default(),
             pair,
             node,
         })

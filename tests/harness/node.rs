@@ -71,11 +71,21 @@ pub struct Node {
     /// The secondary's layers over it.
     pub replica: Option<Replica<SimImage>>,
     journal: Arc<SimImage>,
+    /// What a checkpoint ships, copied at its stop.
+    pub(crate) parcel: Option<Parcel>,
     committed: Memory,
     stage: Vec<PageBatch>,
     devices: Option<DeviceState>,
     unacknowledged: Vec<u64>,
     jobs: VecDeque<CommitJob<SimImage>>,
+}
+
+/// A checkpoint on its way from the copy to the link.
+pub(crate) struct Parcel {
+    /// The link that it goes to.
+    pub(crate) link: usize,
+    pub(crate) messages: VecDeque<Message>,
+    pub(crate) shipment: Shipment,
 }
 
 impl Node {
@@ -105,6 +115,7 @@ impl Node {
             disk,
             replica: None,
             journal,
+            parcel: None,
             committed: ToyVm::default().pages,
             stage: Vec::new(),
             devices: None,
@@ -142,6 +153,7 @@ impl Node {
         self.serving = false;
         self.inbox.clear();
         self.link = None;
+        self.parcel = None;
         self.stage.clear();
         self.devices = None;
         self.unacknowledged.clear();
@@ -200,8 +212,8 @@ impl Node {
         )
     }
 
-    /// Ships a checkpoint.
-    pub fn ship(&mut self, blocks: &[u64], mut totals: Totals, entropy: u64) -> (Vec<Message>, Shipment) {
+    /// Copies what a checkpoint ships; returns the seed of the next epoch.
+    pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, entropy: u64) -> [u8; 32] {
         let tag = totals.tag();
         let dirty: Vec<u64> = core::mem::take(&mut self.vm.dirty).into_iter().collect();
         let mut messages = Vec::new();
@@ -233,15 +245,18 @@ impl Node {
         messages.push(Message::DeviceState(devices));
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&entropy.to_le_bytes());
-        (
-            messages,
-            Shipment {
-                totals,
-                pages,
-                bytes: 0,
-                entropy: seed,
-            },
-        )
+        let shipment = Shipment {
+            totals,
+            pages,
+            bytes: 0,
+            entropy: seed,
+        };
+        self.parcel = self.link.map(|link| Parcel {
+            link,
+            messages: messages.into(),
+            shipment,
+        });
+        seed
     }
 
     /// The dirty pages of the abandoned checkpoint belong to the next one.

@@ -22,6 +22,7 @@ impl World {
 
     pub(crate) fn start_primary(&mut self, node: usize, start: Start) {
         let options = PrimaryOptions {
+            resume: self.resume,
             witness: self.witness,
             takeover_limit: TAKEOVER_LIMIT,
             epoch_age_max: Duration::from_millis(1_000),

@@ -11,7 +11,7 @@ use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, PageBatch};
 use checkpoint::{Duration, Epoch, Generation, Tag};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
-use primary::protocol::Start;
+use primary::protocol::{Resume, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent};
 
 use crate::checkers::Checkers;
@@ -44,6 +44,7 @@ pub(crate) enum VmOrder {
 pub(crate) enum Happening {
     ClientAsks(usize, u64),
     ClientHears(Bytes),
+    Courier(usize, u64),
     Dial(usize, u64),
     DiskJobs(usize, u64),
     Fault(Fault),
@@ -69,6 +70,7 @@ pub struct World {
     pub(crate) links: Vec<Link>,
     pub(crate) terms: BTreeMap<Generation, usize>,
     pub(crate) witness: bool,
+    pub(crate) resume: Resume,
     pub(crate) witness_down_until: u64,
     pub(crate) clients: Vec<Client>,
     pub(crate) primary_actions: Vec<PrimaryAction>,
@@ -92,7 +94,7 @@ impl World {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let nodes = [Node::new(seed, &mut random), Node::new(seed ^ 1, &mut random)];
-        Self::start(random, nodes, true)
+        Self::start(seed, random, nodes, true)
     }
 
     /// Makes a world without a witness.
@@ -100,10 +102,15 @@ impl World {
     pub fn without_witness(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let nodes = [Node::new(seed, &mut random), Node::new(seed ^ 1, &mut random)];
-        Self::start(random, nodes, false)
+        Self::start(seed, random, nodes, false)
     }
 
-    fn start(random: Random, nodes: [Node; 2], witness: bool) -> Self {
+    fn start(seed: u64, random: Random, nodes: [Node; 2], witness: bool) -> Self {
+        let resume = if seed.is_multiple_of(4) {
+            Resume::AfterAcknowledgement
+        } else {
+            Resume::AfterCopy
+        };
         let mut world = Self {
             now: 0,
             serial: 0,
@@ -113,6 +120,7 @@ impl World {
             links: Vec::new(),
             terms: BTreeMap::from([(Generation(1), 0)]),
             witness,
+            resume,
             witness_down_until: 0,
             clients: (0..usize::try_from(CLIENTS).expect("few")).map(Client::new).collect(),
             primary_actions: Vec::new(),
@@ -307,6 +315,7 @@ impl World {
             | Happening::SecondaryEvent(node, life, _)
             | Happening::Serve(node, life)
             | Happening::Dial(node, life)
+            | Happening::Courier(node, life)
             | Happening::DiskJobs(node, life)
             | Happening::Restart(node, life)
             | Happening::Vm(node, life, _) => Some((*node, Some(*life))),
@@ -330,6 +339,7 @@ impl World {
         match happening {
             Happening::ClientAsks(client, turn) => self.client_asks(client, turn),
             Happening::ClientHears(frame) => self.client_hears(&frame),
+            Happening::Courier(node, life) => self.courier(node, life),
             Happening::Dial(node, life) => self.dial(node, life),
             Happening::DiskJobs(node, _) => {
                 if let Some(epoch) = self.nodes[node].run_jobs() {
@@ -384,15 +394,10 @@ impl World {
                 }
             }
             VmOrder::Ship(totals, blocks) => {
-                let entropy = self.random.draw();
-                let (messages, shipment) = host.ship(&blocks, totals, entropy);
-                if host.link.is_none() {
-                    return;
-                }
-                for message in messages {
-                    self.send(node, false, message);
-                }
-                self.step_primary(node, PrimaryEvent::CheckpointSent(shipment));
+                let (tag, life) = (totals.tag(), host.life);
+                let entropy = host.copy(&blocks, totals, self.random.draw());
+                self.step_primary(node, PrimaryEvent::Copied { tag, entropy });
+                self.soon(Happening::Courier(node, life));
             }
             VmOrder::Sync(totals) => {
                 let (messages, shipment) = host.sync_memory(totals);
@@ -404,6 +409,24 @@ impl World {
                 }
                 self.step_primary(node, PrimaryEvent::MemorySynced(shipment));
             }
+        }
+    }
+
+    /// Ships one piece of what was copied at a stop; the guest may run on meanwhile.
+    fn courier(&mut self, node: usize, life: u64) {
+        let host = &mut self.nodes[node];
+        let Some(parcel) = &mut host.parcel else { return };
+        if host.link != Some(parcel.link) {
+            host.parcel = None;
+            return;
+        }
+        if let Some(message) = parcel.messages.pop_front() {
+            self.send(node, false, message);
+            let delay = self.random.below(20_000);
+            return self.later(delay, Happening::Courier(node, life));
+        }
+        if let Some(parcel) = host.parcel.take() {
+            self.step_primary(node, PrimaryEvent::CheckpointSent(parcel.shipment));
         }
     }
 

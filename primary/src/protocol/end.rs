@@ -17,7 +17,7 @@ impl Primary {
         });
         match self.state {
             State::Protected { .. } => self.stop_when_loaded(now, Trigger::Admin, actions),
-            State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. } => {}
+            State::Stopping { .. } | State::Copying(_) | State::Sending(_) | State::Awaiting(_) => {}
             State::Contending => self.goodbye(actions),
             State::Alone | State::Pairing | State::Syncing { .. } => actions.push(Action::PauseVm),
             State::Over => {}

@@ -1,15 +1,25 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
 use super::{
-    Action, Instant, Message, Mutant, NetworkState, Primary, Shipment, State, Tag, Totals, Trigger, failover, mutants,
+    Action, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken, Totals, Trigger,
+    failover, mutants,
 };
 
 impl Primary {
     pub(super) fn trigger(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
-        if !matches!(self.state, State::Protected { .. }) || self.ending.is_some() {
+        if self.ending.is_some() {
             return;
         }
-        self.stop_when_loaded(now, trigger, actions);
+        match self.state {
+            State::Protected { .. } => self.stop_when_loaded(now, trigger, actions),
+            // The guest runs in the next epoch already, and that one is to end too.
+            State::Sending(taken) | State::Awaiting(taken) if taken.resumed => self.want(trigger),
+            _ => {}
+        }
+    }
+
+    fn want(&mut self, trigger: Trigger) {
+        self.wanted = self.wanted.or(Some(trigger));
     }
 
     /// A checkpoint is taken only on top of one that the secondary has loaded.
@@ -17,7 +27,7 @@ impl Primary {
         if self.peer_loaded {
             self.stop_for(now, trigger, actions);
         } else {
-            self.wanted = self.wanted.or(Some(trigger));
+            self.want(trigger);
         }
     }
 
@@ -66,20 +76,42 @@ impl Primary {
         self.write_bytes = 0;
         let next = Totals::new(self.tag(), Some(tag.epoch));
         let totals = core::mem::replace(&mut self.totals, next);
-        self.state = State::Sending { trigger, asked, tag };
+        self.wanted = None;
+        self.state = State::Copying(Taken {
+            trigger,
+            asked,
+            tag,
+            input: self.input,
+            resumed: false,
+        });
         actions.push(Action::SendCheckpoint { tag, blocks, totals });
     }
 
-    pub(super) fn checkpoint_sent(&mut self, now: Instant, shipment: Shipment, actions: &mut Vec<Action>) {
-        let State::Sending { trigger, asked, tag } = self.state else {
+    /// What is to be shipped of the VM no longer depends on it.
+    pub(super) fn copied(&mut self, now: Instant, tag: Tag, entropy: [u8; 32], actions: &mut Vec<Action>) {
+        let State::Copying(mut taken) = self.state else { return };
+        if taken.tag != tag {
             return;
-        };
+        }
+        actions.push(Action::SeedEntropy(Some(entropy)));
+        taken.resumed =
+            self.options.resume == Resume::AfterCopy && taken.trigger != Trigger::Sync && self.ending.is_none();
+        if taken.resumed {
+            self.counters.last_pause = now.since(taken.asked);
+            actions.push(Action::ResumeVm);
+        }
+        self.state = State::Sending(taken);
+    }
+
+    pub(super) fn checkpoint_sent(&mut self, now: Instant, shipment: Shipment, actions: &mut Vec<Action>) {
+        let State::Sending(taken) = self.state else { return };
+        let tag = taken.tag;
         let mut totals = shipment.totals;
         if totals.tag() != tag {
             return;
         }
         // From here on the secondary may contend.
-        if trigger != Trigger::Sync || !mutants::on(Mutant::EntitleLate) {
+        if taken.trigger != Trigger::Sync || !mutants::on(Mutant::EntitleLate) {
             self.contend(now, failover::Event::CheckpointSent, "", actions);
         }
         let network = NetworkState {
@@ -90,41 +122,42 @@ impl Primary {
             .network_state(&network)
             .expect("the network's state is counted once");
         actions.push(Action::Send(Message::NetworkState(network)));
-        actions.push(Action::Send(Message::End(totals.mark(self.input, shipment.entropy))));
-        actions.push(Action::SeedEntropy(Some(shipment.entropy)));
+        actions.push(Action::Send(Message::End(totals.mark(taken.input, shipment.entropy))));
         self.counters.pages += shipment.pages;
         self.counters.page_bytes += shipment.bytes;
         self.counters.last_shipment = (shipment.pages, shipment.bytes);
-        self.state = State::Awaiting { trigger, asked, tag };
+        self.state = State::Awaiting(taken);
         if mutants::on(Mutant::ReleaseBeforeAcknowledgement) {
-            self.comparator.commit(asked, tag.epoch, &mut self.verdicts);
-            self.act_on_verdicts(asked, actions);
+            self.comparator.commit(taken.asked, tag.epoch, &mut self.verdicts);
+            self.act_on_verdicts(taken.asked, actions);
         }
     }
 
     pub(super) fn acknowledged(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
-        let State::Awaiting {
-            trigger,
-            asked,
-            tag: awaited,
-        } = self.state
-        else {
+        let State::Awaiting(taken) = self.state else {
             return self.misbehaved(now, "it acknowledged a checkpoint that was not sent", actions);
         };
-        if tag != awaited {
+        if tag != taken.tag {
             return self.misbehaved(now, "it acknowledged another checkpoint than the one sent", actions);
         }
         self.committed = tag.epoch;
-        *self.counters.checkpoints.entry(trigger).or_default() += 1;
+        *self.counters.checkpoints.entry(taken.trigger).or_default() += 1;
         self.counters.last_checkpoint = Some(now);
-        self.counters.last_pause = now.since(asked);
-        self.state = State::Protected { since: now };
         self.peer_loaded = false;
-        self.wanted = None;
-        if self.ending.is_none() {
-            actions.push(Action::ResumeVm);
+        self.state = State::Protected {
+            since: now,
+            stands: !taken.resumed && self.ending.is_some(),
+        };
+        if !taken.resumed {
+            self.counters.last_pause = now.since(taken.asked);
+            if self.ending.is_none() {
+                actions.push(Action::ResumeVm);
+            }
+        } else if self.ending.is_some() {
+            // What the guest has done since the stop is to be in the last checkpoint.
+            self.stop_when_loaded(now, Trigger::Admin, actions);
         }
-        if trigger == Trigger::Sync {
+        if taken.trigger == Trigger::Sync {
             self.comparator.protect(self.epoch);
         } else {
             self.comparator.commit(now, tag.epoch, &mut self.verdicts);
@@ -139,7 +172,7 @@ impl Primary {
         }
         self.changed.clear_committed(tag);
         // The last checkpoint of a run leaves the VM stopped; with its disk epoch durable, both images are equal.
-        if tag.epoch == self.committed && matches!(self.state, State::Protected { .. }) {
+        if tag.epoch == self.committed && matches!(self.state, State::Protected { stands: true, .. }) {
             self.record_end(actions);
         }
     }

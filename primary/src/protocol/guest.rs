@@ -129,7 +129,11 @@ impl Primary {
         self.comparator.mode() == Mode::Comparing
             && matches!(
                 self.state,
-                State::Protected { .. } | State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. }
+                State::Protected { .. }
+                    | State::Stopping { .. }
+                    | State::Copying(_)
+                    | State::Sending(_)
+                    | State::Awaiting(_)
             )
     }
 

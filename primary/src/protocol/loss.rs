@@ -66,9 +66,9 @@ impl Primary {
         let peer = self.peer.take().unwrap_or_default();
         actions.push(Action::CloseLink);
         actions.push(Action::Report(Report::Note(format!("secondary {peer} lost: {cause}"))));
-        if let State::Sending { tag, .. } | State::Awaiting { tag, .. } = self.state {
+        if let State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) = self.state {
             if mutants::on(Mutant::ReuseEpoch) {
-                self.epoch = tag.epoch;
+                self.epoch = taken.tag.epoch;
             }
             if self.comparator.mode() == Mode::Comparing {
                 self.comparator.abandon();

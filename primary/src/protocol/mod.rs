@@ -1,18 +1,19 @@
 //! The primary's half of the pair protocol, pure: events in, actions out.
 //!
 //! ```text
-//!   Alone ──Connected──► Pairing ──term won, recorded──► Syncing ──all sent──► Stopping
-//!     ▲                     │ link lost                     │ link lost           │ Paused
-//!     ├─────────────────────┴───────────────────────────────┘                     ▼
-//!     │                             ┌──────── trigger ── Protected ◄─ack─ Awaiting ◄─sent─ Sending
+//!   Alone ──Connected──► Pairing ──term won, recorded──► Syncing ──all sent──► Stopping ──Paused──► Copying
+//!     ▲                     │ link lost                     │ link lost                               │ Copied
+//!     ├─────────────────────┴───────────────────────────────┘                                         ▼
+//!     │                             ┌──────── trigger ── Protected ◄──ack── Awaiting ◄──sent────── Sending
 //!     │ won, recorded               └──► Stopping             │ link lost: from any of these
 //!   Contending ◄──────────────────────────────────────────────┘
 //!     │ lost
 //!   Fenced
 //! ```
 //!
-//! The VM resumes after the acknowledgement (`Awaiting → Protected`): while a checkpoint travels the
-//! primary's guest produces nothing, so epoch *n* + 1 has no output before *n* is committed.
+//! When the VM resumes is one policy, [`Resume`]. What the guest does after the stop is epoch *n* + 1 in any case, and
+//! nothing of it leaves before *n* is committed. The first checkpoint of a pairing is always acknowledged first: until
+//! then the secondary's disk is no whole state, and must not be written by a later epoch.
 //! This is the only place that says "checkpoint acknowledged ⇒ release output". It never reads a
 //! clock, never blocks, and holds bulk data by reference only.
 
@@ -21,6 +22,8 @@ mod epochs;
 mod guest;
 mod loss;
 mod peer;
+
+use core::str::FromStr;
 
 use bytes::Bytes;
 use checkpoint::failover::{self, Contest, Order};
@@ -50,9 +53,33 @@ const ANNOUNCE_AFTER: [Duration; 6] = [
     Duration::from_millis(4_000),
 ];
 
+/// When the primary's VM resumes after the stop for a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resume {
+    /// As soon as what is to be shipped has been copied: the pause is what the copy costs.
+    #[default]
+    AfterCopy,
+    /// When the secondary has acknowledged: no memory for the copy, and no output of the next epoch is held meanwhile.
+    AfterAcknowledgement,
+}
+
+impl FromStr for Resume {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "copy" => Ok(Self::AfterCopy),
+            "acknowledgement" => Ok(Self::AfterAcknowledgement),
+            _ => Err(format!("'{text}' is no policy: say copy or acknowledgement")),
+        }
+    }
+}
+
 /// What the operator set.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// When the VM resumes after the stop for a checkpoint.
+    pub resume: Resume,
     /// Whether a witness is configured; without one the primary goes on alone unasked.
     pub witness: bool,
     /// Silence after which the peer is lost.
@@ -124,25 +151,33 @@ enum State {
         disk: bool,
         memory: bool,
     },
+    /// `stands`: the VM was not resumed, because the run ends with the last checkpoint.
     Protected {
         since: Instant,
+        stands: bool,
     },
     Stopping {
         trigger: Trigger,
         asked: Instant,
     },
-    Sending {
-        trigger: Trigger,
-        asked: Instant,
-        tag: Tag,
-    },
-    Awaiting {
-        trigger: Trigger,
-        asked: Instant,
-        tag: Tag,
-    },
+    /// The VM is stopped, and what the checkpoint ships of it is being copied.
+    Copying(Taken),
+    Sending(Taken),
+    Awaiting(Taken),
     Contending,
     Over,
+}
+
+/// A checkpoint between its stop and its acknowledgement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Taken {
+    trigger: Trigger,
+    asked: Instant,
+    tag: Tag,
+    /// Number of the last input before the stop.
+    input: InputNumber,
+    /// The VM runs again, in the next epoch.
+    resumed: bool,
 }
 
 /// The end that has been asked for.
@@ -276,6 +311,7 @@ impl Primary {
         match event {
             Event::CheckpointAsked => self.trigger(now, Trigger::Admin, actions),
             Event::CheckpointSent(shipment) => self.checkpoint_sent(now, shipment, actions),
+            Event::Copied { tag, entropy } => self.copied(now, tag, entropy, actions),
             Event::Connected(welcome) => self.connected(now, welcome, actions),
             Event::DiskSynced(generation) if generation == self.contest.generation() => self.synced(now, None, actions),
             Event::MemorySynced(shipment) if shipment.totals.tag() == self.tag() => {
@@ -303,8 +339,8 @@ impl Primary {
     pub fn deadline(&self) -> Option<Instant> {
         let liveness = self.liveness.as_ref().map(Liveness::deadline);
         let state = match self.state {
-            State::Protected { since } if !self.peer_loaded => Some(since + LOAD_MAX),
-            State::Protected { since } if self.ending.is_none() => Some(since + self.options.epoch_age_max),
+            State::Protected { since, .. } if !self.peer_loaded => Some(since + LOAD_MAX),
+            State::Protected { since, .. } if self.ending.is_none() => Some(since + self.options.epoch_age_max),
             _ => self.contest.deadline(),
         };
         let comparator = (matches!(self.state, State::Protected { .. }) && self.peer_loaded && self.ending.is_none())
@@ -327,14 +363,13 @@ impl Primary {
             | State::Syncing { .. }
             | State::Stopping {
                 trigger: Trigger::Sync, ..
-            }
-            | State::Sending {
-                trigger: Trigger::Sync, ..
-            }
-            | State::Awaiting {
-                trigger: Trigger::Sync, ..
             } => "syncing",
-            State::Stopping { .. } | State::Sending { .. } | State::Awaiting { .. } => "checkpointing",
+            State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken)
+                if taken.trigger == Trigger::Sync =>
+            {
+                "syncing"
+            }
+            State::Stopping { .. } | State::Copying(_) | State::Sending(_) | State::Awaiting(_) => "checkpointing",
             State::Protected { .. } => "protected",
             State::Contending => "contending",
             State::Over => "ended",
@@ -352,15 +387,13 @@ impl Primary {
             State::Stopping {
                 trigger: Trigger::Sync, ..
             } => "stopping first",
-            State::Sending {
-                trigger: Trigger::Sync, ..
-            } => "sending first",
-            State::Awaiting {
-                trigger: Trigger::Sync, ..
-            } => "awaiting first",
+            State::Copying(taken) if taken.trigger == Trigger::Sync => "copying first",
+            State::Sending(taken) if taken.trigger == Trigger::Sync => "sending first",
+            State::Awaiting(taken) if taken.trigger == Trigger::Sync => "awaiting first",
             State::Stopping { .. } => "stopping",
-            State::Sending { .. } => "sending",
-            State::Awaiting { .. } => "awaiting",
+            State::Copying(_) => "copying",
+            State::Sending(_) => "sending",
+            State::Awaiting(_) => "awaiting",
             State::Contending => "contending",
             State::Over => "over",
         }
@@ -420,7 +453,7 @@ impl Primary {
         }
         self.beat(now, actions);
         self.contend(now, failover::Event::Timeout, "", actions);
-        if let State::Protected { since } = self.state {
+        if let State::Protected { since, .. } = self.state {
             if !self.peer_loaded {
                 if since + LOAD_MAX <= now {
                     self.misbehaved(now, "it did not load a checkpoint in time", actions);

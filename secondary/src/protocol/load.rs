@@ -1,13 +1,16 @@
 //! A checkpoint from its end mark to the resumption: verify, commit, load.
 
-use super::{Action, EndMark, Epoch, Flight, Instant, Message, Mutant, Secondary, Standing, Tag, failover, mutants};
+use super::{
+    Action, EndMark, Epoch, Flight, InputNumber, Instant, Message, Mutant, Secondary, Standing, Tag, failover, mutants,
+};
 
 impl Secondary {
     pub(super) fn end_mark(&mut self, now: Instant, mark: EndMark, actions: &mut Vec<Action>) {
         if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.verify(&mark)?)) {
             return self.misbehaved(now, &error.to_string(), actions);
         }
-        if mark.input != self.received || matches!(self.flight, Flight::Loading(..)) {
+        let inputs = InputNumber(self.received.0 - self.later.len() as u64);
+        if mark.input != inputs || matches!(self.flight, Flight::Loading(..)) {
             return self.misbehaved(
                 now,
                 "its end mark names inputs that it did not send, or comes too early",

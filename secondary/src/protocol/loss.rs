@@ -74,6 +74,10 @@ impl Secondary {
             _ => {
                 self.flight = Flight::Staging;
                 self.staged_network = None;
+                // The epoch that they belong to will not come: the guest gets them in the one that goes on.
+                for input in core::mem::take(&mut self.later) {
+                    self.deliver(input, actions);
+                }
                 actions.push(Action::PauseVm);
                 actions.push(Action::DropStage);
             }

@@ -104,18 +104,19 @@ impl Secondary {
         if !begun || input.number != self.received.next() {
             return self.misbehaved(now, "its inputs are out of order", actions);
         }
-        let loading = matches!(self.flight, Flight::Loading(..));
-        let due = if loading { self.running.next() } else { self.running };
+        // Once the primary has stopped for a checkpoint its guest may run on in the next epoch, before this side knows.
+        let next = !self.later.is_empty() || matches!(self.flight, Flight::Loading(..));
+        let in_order = input.tag.epoch == self.running.next() || (input.tag.epoch == self.running && !next);
         // The primary stops reading its network at the limit; what it had read before may follow.
         let ahead = input.number.0 - self.consumed.0;
-        if input.tag.epoch != due || ahead > 2 * limits::INPUTS_UNCONFIRMED_MAX {
+        if !in_order || ahead > 2 * limits::INPUTS_UNCONFIRMED_MAX {
             return self.misbehaved(now, "its inputs are of another epoch, or too many", actions);
         }
         self.received = input.number;
-        if loading {
-            self.later.push(input);
-        } else {
+        if input.tag.epoch == self.running {
             self.deliver(input, actions);
+        } else {
+            self.later.push(input);
         }
     }
 
@@ -126,7 +127,14 @@ impl Secondary {
     }
 
     pub(super) fn write(&mut self, now: Instant, write: DiskWrite, actions: &mut Vec<Action>) {
-        if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.write(&write)?)) {
+        // The end mark is no end of them: the primary's guest may run in the next epoch already.
+        let ended = matches!(self.flight, Flight::Checking(_) | Flight::Recording(_));
+        let counted = match self.standing() {
+            Standing::Idle => Err(PartError::BeforeBegin),
+            _ if ended && write.tag.epoch == self.running => Err(PartError::AfterEnd),
+            _ => self.totals.write(&write).map_err(PartError::Staging),
+        };
+        if let Err(error) = counted {
             return self.misbehaved(now, &error.to_string(), actions);
         }
         actions.push(if self.standing() == Standing::Syncing {
