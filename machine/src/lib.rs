@@ -25,6 +25,7 @@ mod copy;
 pub mod devices;
 mod dirty;
 pub mod doorbell;
+pub mod floor;
 mod heat;
 mod kvm;
 mod kvm_vm;

@@ -22,7 +22,7 @@ pub trait Vm: Send {
     /// request is half done. Paused already: nothing happens. After an error, pause again or resume.
     fn pause(&mut self) -> Result<(), VmError>;
 
-    /// Lets the devices go on, each looking at all its queues first, then the guest.
+    /// Lets the devices go on, then the guest. A device that was restored looks at all its queues first.
     fn resume(&mut self) -> Result<(), VmError>;
 
     /// Saves all but the memory.

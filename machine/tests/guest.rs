@@ -5,15 +5,16 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod bundled;
+
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bundled::guest_image;
 use bytes::Bytes;
 use machine::devices::{block, net};
 use machine::{KvmVm, MachineConfig, Mapping, PAGE_BYTES, PowerEvent, Vm, host_check};
@@ -25,38 +26,6 @@ const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x7a, 0, 1];
 const OUR_MAC: [u8; 6] = [0x52, 0x54, 0, 0x7a, 0, 2];
 const GUEST_IP: [u8; 4] = [10, 77, 0, 10];
 const OUR_IP: [u8; 4] = [10, 77, 0, 1];
-
-/// Builds the guest once, and reads it.
-fn guest_image() -> &'static [u8] {
-    static IMAGE: OnceLock<Vec<u8>> = OnceLock::new();
-    IMAGE.get_or_init(|| {
-        let path = std::env::var_os("TANDEM_GUEST_ELF").map_or_else(build_guest, PathBuf::from);
-        std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-    })
-}
-
-fn build_guest() -> PathBuf {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
-    let status = Command::new(env!("CARGO"))
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args([
-            "build",
-            "--package",
-            "guest",
-            "--features",
-            "bare",
-            "--profile",
-            "guest",
-            "--target-dir",
-        ])
-        .arg(&target)
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env_remove("RUSTFLAGS")
-        .status()
-        .expect("cargo is there, it runs this test");
-    assert!(status.success(), "the guest builds");
-    target.join("guest/guest")
-}
 
 /// A cable: frames for the guest, and frames of it.
 struct Cable {

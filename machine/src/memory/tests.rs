@@ -81,6 +81,27 @@ fn private_writes_stay_out_of_the_image_until_reverted() {
 }
 
 #[test]
+fn scattered_copies_are_all_dropped_and_no_others() {
+    let ram = GuestRam::new(64 << 20, Mapping::Private).unwrap();
+    let mut scattered = PageSet::new(ram.pages());
+    scattered.extend((0..ram.pages()).step_by(3));
+    assert!(scattered.len() > 5 * RANGES_MAX as u64);
+    for page in 0..ram.pages() {
+        ram.memory().write_obj(1_u8, GuestAddress(page * PAGE)).unwrap();
+    }
+    ram.revert(&scattered).unwrap();
+    for page in 0..ram.pages() {
+        assert_eq!(seen(&ram, page), u8::from(!scattered.contains(page)), "page {page}");
+    }
+    // As on a kernel without the call for many ranges.
+    let all = PageSet::full(ram.pages());
+    for run in all.runs() {
+        drop_copies(&[ram.host_range(&run).unwrap()]).unwrap();
+    }
+    assert_eq!(seen(&ram, 1), 0);
+}
+
+#[test]
 fn populated_pages_are_those_of_the_image_and_the_copies() {
     for mapping in [Mapping::Shared, Mapping::Private] {
         let ram = GuestRam::new(SMALL, mapping).unwrap();

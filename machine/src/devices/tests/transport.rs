@@ -153,7 +153,7 @@ fn freezing_twice_is_freezing_and_an_idle_freeze_is_fast() {
 }
 
 #[test]
-fn a_thawed_device_looks_at_its_queues_without_being_notified() {
+fn a_restored_device_looks_at_its_queues_without_being_notified() {
     let ram = ram();
     let entropy = entropy(&ram);
     let mut queue = DriverQueue::new(&ram, 0);
@@ -161,8 +161,36 @@ fn a_thawed_device_looks_at_its_queues_without_being_notified() {
     std::thread::sleep(std::time::Duration::from_millis(10));
     entropy.mmio().freeze().unwrap();
     queue.offer(&[super::driver::Piece::Write(0x8000, 8)]);
+    entropy.mmio().restore(&entropy.mmio().state()).unwrap();
     entropy.mmio().thaw();
     assert_eq!(queue.wait_used().1, 8);
+}
+
+#[test]
+fn no_notification_is_lost_across_a_freeze() {
+    let ram = ram();
+    let entropy = entropy(&ram);
+    let mut queue = DriverQueue::new(&ram, 0);
+    start(entropy.mmio(), &[&queue]);
+    for round in 0..200_u64 {
+        // Before, during or after the freeze, by turns.
+        if round % 3 == 0 {
+            queue.offer(&[super::driver::Piece::Write(0x8000, 8)]);
+            queue.notify(entropy.mmio());
+        }
+        std::thread::sleep(std::time::Duration::from_micros(round * 7 % 50));
+        entropy.mmio().freeze().unwrap();
+        if round % 3 == 1 {
+            queue.offer(&[super::driver::Piece::Write(0x8000, 8)]);
+            queue.notify(entropy.mmio());
+        }
+        entropy.mmio().thaw();
+        if round % 3 == 2 {
+            queue.offer(&[super::driver::Piece::Write(0x8000, 8)]);
+            queue.notify(entropy.mmio());
+        }
+        assert_eq!(queue.wait_used().1, 8);
+    }
 }
 
 #[test]

@@ -140,7 +140,7 @@ impl VirtioMmio {
         self.freeze_within(FREEZE_LIMIT)
     }
 
-    /// Lets the device go on; it looks at all its queues first.
+    /// Lets the device go on; one that was restored, or got another back end, looks at all its queues first.
     pub fn thaw(&self) {
         self.shared().thaw();
     }
@@ -204,6 +204,7 @@ impl VirtioMmio {
         self.shared().set_broken(saved.broken);
         self.shared().set_interrupt_status(saved.interrupt_status);
         *registers = saved.registers;
+        self.shared().wake();
         Ok(())
     }
 

@@ -1,12 +1,12 @@
 //! The thread behind a device: sleeps until a queue was kicked or the back end has something, then takes a turn.
 //!
 //! ```text
-//!   asleep ──kick, readiness, thaw──► at the gate ──not frozen──► turn ──► asleep, or the gate again if there is more
+//!   asleep ──kick, readiness, wake──► at the gate ──not frozen──► turn ──► asleep, or the gate again if there is more
 //!                                         '──frozen──► waits for the thaw
 //! ```
 //!
 //! A turn is bounded, looks at all queues in their order, and between two requests sees that it is to stop.
-//! Freezing an idle worker wakes nobody. The only one that reads or writes the guest's queues.
+//! Freezing or thawing an idle worker wakes nobody. The only one that reads or writes the guest's queues.
 
 use std::any::Any;
 use std::io;
@@ -149,14 +149,14 @@ impl Shared {
         !gate.busy
     }
 
-    /// Lets the worker go on; it looks at all queues first.
+    /// Lets the worker go on where it was. One that sleeps is not woken: it found nothing to do before it slept, a turn that
+    /// was cut short leaves it at the gate, and a kick since then has not been taken from its descriptor.
     pub(super) fn thaw(&self) {
         let mut gate = lock(&self.gate);
         gate.frozen = false;
         self.stop.store(false, Ordering::Release);
         drop(gate);
         self.moved.notify_all();
-        self.wake();
     }
 
     /// Says whether the worker is at rest and stays so.

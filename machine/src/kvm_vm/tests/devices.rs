@@ -39,7 +39,7 @@ fn start_driver(machine: &Machine) {
     set(machine, 0x70, 15);
 }
 
-/// Queues the request `number`, for a page of its own.
+/// Queues the request `number`, for a page of its own, and notifies the device.
 fn queue(machine: &Machine, number: u16) {
     let memory = machine.vm.ram.memory();
     let descriptor = DESCRIPTORS + 16 * u64::from(number);
@@ -52,6 +52,7 @@ fn queue(machine: &Machine, number: u16) {
         .write_obj(number, GuestAddress(AVAILABLE + 4 + 2 * u64::from(number)))
         .unwrap();
     memory.write_obj(number + 1, GuestAddress(AVAILABLE + 2)).unwrap();
+    set(machine, 0x50, 0);
 }
 
 fn wait_for_used(machine: &Machine, count: u16) {
@@ -136,7 +137,6 @@ fn pages_that_only_a_device_wrote_reach_the_other_side() {
     for machine in [&mut primary, &mut secondary] {
         machine.vm.resume().unwrap();
         queue(machine, 1);
-        set(machine, 0x50, 0);
         wait_for_used(machine, 2);
     }
     assert_eq!(filled(&primary, 1), filled(&secondary, 1));
@@ -151,7 +151,6 @@ fn request_that_was_not_begun_is_carried_and_done_once() {
     let mut primary = sleeping();
     primary.vm.pause().unwrap();
     queue(&primary, 0);
-    set(&primary, 0x50, 0);
     thread::sleep(Duration::from_millis(20));
     assert_eq!(
         filled(&primary, 0),
@@ -177,7 +176,6 @@ fn guest_that_sleeps_is_woken_by_its_device() {
     let mut machine = sleeping();
     let before = machine.word(DATA + 8);
     queue(&machine, 0);
-    set(&machine, 0x50, 0);
     wait_for_used(&machine, 1);
     machine.run_until(|machine| machine.word(DATA + 8) > before);
     assert_eq!(machine.word(DATA + 8), before + 1);
