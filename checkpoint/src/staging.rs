@@ -45,7 +45,11 @@ pub enum StagingError {
         tag: Tag,
     },
     /// The changes are relative to a state that this side does not hold.
-    #[error("the checkpoint of epoch {tag} builds on {found:?}, this side holds {held:?}")]
+    #[error(
+        "the checkpoint of epoch {tag} builds on {}, this side holds {}",
+        base(found),
+        base(held)
+    )]
     Base {
         /// The checkpoint in flight.
         tag: Tag,
@@ -93,6 +97,10 @@ pub struct Totals {
 struct Sum {
     count: u64,
     digest: u32,
+}
+
+fn base(epoch: &Option<Epoch>) -> String {
+    epoch.map_or_else(|| "nothing".to_owned(), |epoch| format!("epoch {epoch}"))
 }
 
 impl Totals {
