@@ -15,6 +15,7 @@ impl Primary {
         self.liveness = Some(Liveness::new(self.options.takeover_limit, now));
         self.state = State::Pairing;
         self.contend(now, failover::Event::Connected, "", actions);
+        self.report_state(actions);
     }
 
     pub(super) fn begin_sync(&mut self, actions: &mut Vec<Action>) {

@@ -222,8 +222,8 @@ impl Secondary {
     pub fn state_name(&self) -> &'static str {
         match self.standing() {
             Standing::Idle | Standing::Syncing => "syncing",
-            Standing::Following | Standing::Leaving if self.first => "syncing",
-            Standing::Following | Standing::Leaving => match self.flight {
+            Standing::Following if self.first => "syncing",
+            Standing::Following => match self.flight {
                 Flight::Loading(..) => "checkpointing",
                 _ => "protected",
             },
@@ -231,7 +231,7 @@ impl Secondary {
                 "contending"
             }
             Standing::Contending(Claim::Won) | Standing::Alone => "promoting",
-            Standing::Over | Standing::Pairing(_) | Standing::Leading { .. } => "ended",
+            Standing::Leaving | Standing::Over | Standing::Pairing(_) | Standing::Leading { .. } => "ended",
         }
     }
 
