@@ -11,6 +11,7 @@ mod network;
 pub mod node;
 pub mod random;
 pub mod run;
+pub mod scenario;
 mod shells;
 pub mod toy_vm;
 pub mod trace;

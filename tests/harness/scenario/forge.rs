@@ -1,0 +1,75 @@
+//! Messages that no honest peer sends, from the words of a script.
+
+use bytes::Bytes;
+use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Heartbeat, Input, Message, Output, PageBatch};
+use checkpoint::{Epoch, Generation, InputNumber, Instant, Tag};
+
+use super::frames::Frames;
+
+/// Makes a message: `Input 2/3 #9 q1`, `Acknowledge 2/3`, `End 2/3 base=2 pages=1 writes=0 input=0`.
+pub(super) fn message(frames: &mut Frames, words: &[&str]) -> Result<Message, String> {
+    Ok(match *words {
+        ["Begin", at] => Message::Begin(tag(at)?),
+        ["Want", at] => Message::Want(tag(at)?),
+        ["Acknowledge", at] => Message::Acknowledge(tag(at)?),
+        ["Loaded", at] => Message::Loaded(tag(at)?),
+        ["Committed", at] => Message::Committed(tag(at)?),
+        ["Confirm", at, number] => Message::Confirm(tag(at)?, input(number)?),
+        ["Input", at, number, name] => Message::Input(Input {
+            tag: tag(at)?,
+            number: input(number)?,
+            frame: frames.named(name)?,
+        }),
+        ["Output", at, name] => Message::Output(Output {
+            tag: tag(at)?,
+            frame: frames.named(name)?,
+        }),
+        ["Pages", at, text] => Message::Pages(PageBatch {
+            tag: tag(at)?,
+            count: 1,
+            encoded: Bytes::copy_from_slice(text.as_bytes()),
+        }),
+        ["Write", at, text] => Message::Write(DiskWrite {
+            tag: tag(at)?,
+            offset: 0,
+            data: Bytes::copy_from_slice(&[text.as_bytes(), &[0; 512]].concat()[..512]),
+        }),
+        ["End", at, base, pages, writes, last] => Message::End(EndMark {
+            tag: tag(at)?,
+            base: (base != "base=none")
+                .then(|| after(base, "base=").map(Epoch))
+                .transpose()?,
+            pages: after(pages, "pages=")?,
+            pages_digest: 0,
+            writes: after(writes, "writes=")?,
+            writes_digest: 0,
+            sections: 1,
+            input: InputNumber(after(last, "input=")?),
+            entropy: [1; 32],
+        }),
+        ["Heartbeat", "echo=never"] => Message::Heartbeat(Heartbeat {
+            sent: Instant(1),
+            echo: Instant(u64::MAX),
+        }),
+        ["Goodbye"] => Message::Goodbye(GoodbyeReason::Operator),
+        _ => return Err("such a message can't be forged".to_owned()),
+    })
+}
+
+fn tag(text: &str) -> Result<Tag, String> {
+    let wrong = || format!("'{text}' is no GENERATION/EPOCH");
+    let (generation, epoch) = text.split_once('/').ok_or_else(wrong)?;
+    Ok(Tag {
+        generation: Generation(generation.parse().map_err(|_| wrong())?),
+        epoch: Epoch(epoch.parse().map_err(|_| wrong())?),
+    })
+}
+
+fn input(text: &str) -> Result<InputNumber, String> {
+    after(text, "#").map(InputNumber)
+}
+
+fn after(text: &str, prefix: &str) -> Result<u64, String> {
+    let number = text.strip_prefix(prefix).and_then(|number| number.parse().ok());
+    number.ok_or_else(|| format!("'{text}' is not {prefix}NUMBER"))
+}

@@ -1,0 +1,452 @@
+//! One host of a scenario: a role's protocol, a guest of a few words of memory, a real replica over a simulated disk.
+//!
+//! What the shipped shells give to other threads waits here in queues, until the script has it carried out.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use checkpoint::pair::{Delivery, RecordUpdate};
+use checkpoint::staging::Totals;
+use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Message, PageBatch, Section};
+use checkpoint::{Duration, Epoch, Generation, Instant, Tag};
+use primary::event::Shipment;
+use primary::protocol::Primary;
+use secondary::protocol::Secondary;
+use storage::sim::{SimDisk, SimImage};
+use storage::verify::{BlockHash, HashKey};
+use storage::witness::DirectoryWitness;
+use storage::{CommitJob, Image, Replica};
+
+/// Bytes of a scenario's disk: two blocks of the comparison.
+pub(super) const DISK_BYTES: u64 = 2 * 65_536;
+/// Bytes of a write of the guest.
+const SECTOR: usize = 512;
+const KEY: HashKey = HashKey([7; 32]);
+
+/// Guest memory: what each page that was ever written holds.
+pub(super) type Memory = BTreeMap<u64, String>;
+
+/// What a host does.
+pub(super) enum Role {
+    /// Nothing; why.
+    Off(String),
+    /// It waits for a primary.
+    Waiting,
+    Primary(Box<Primary>),
+    Secondary(Box<Secondary>),
+}
+
+/// The threads of a shell beside its loop. Each carries out its orders one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Thread {
+    Vm,
+    Disk,
+    Witness,
+    Tap,
+    Courier,
+}
+
+/// What a thread is to do.
+pub(super) enum Order {
+    Apply(PageBatch),
+    Check(Tag),
+    Claim(Generation),
+    Commit,
+    Compare(BlockHashes),
+    Copy(Totals, Vec<u64>),
+    DropStage,
+    KeepDirty,
+    Load(Tag),
+    Pause,
+    Resume,
+    SendHashes(Tag),
+    Ship(Vec<Message>, Shipment),
+    StageDevices(DeviceState),
+    StagePages(PageBatch),
+    Store(RecordUpdate),
+    Sync(Totals),
+    Transmit(Vec<Bytes>, Option<Instant>),
+}
+
+impl Order {
+    /// Returns its name, if something follows from it that the script must see; others are carried out when their turn
+    /// comes.
+    pub(super) fn name(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Check(_) => "Check",
+            Self::Claim(_) => "Claim",
+            Self::Commit => "CommitDisk",
+            Self::Compare(_) => "CompareBlocks",
+            Self::Load(_) => "Load",
+            Self::Pause => "PauseVm",
+            Self::Copy(..) => "SendCheckpoint",
+            Self::Ship(..) => "Ship",
+            Self::Store(_) => "StoreRecord",
+            Self::Sync(_) => "SyncMemory",
+            Self::Transmit(..) => "Transmit",
+            Self::Apply(_)
+            | Self::DropStage
+            | Self::KeepDirty
+            | Self::Resume
+            | Self::SendHashes(_)
+            | Self::StageDevices(_)
+            | Self::StagePages(_) => return None,
+        })
+    }
+
+    /// The check waits for earlier commits, as the shell's does.
+    fn thread(&self) -> Thread {
+        match self {
+            Self::Check(_) | Self::Commit | Self::Compare(_) | Self::SendHashes(_) | Self::Store(_) => Thread::Disk,
+            Self::Claim(_) => Thread::Witness,
+            Self::Transmit(..) => Thread::Tap,
+            Self::Ship(..) => Thread::Courier,
+            _ => Thread::Vm,
+        }
+    }
+}
+
+/// What the guest sees of the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Snapshot {
+    memory: Memory,
+    cpu: u64,
+    disk: Vec<u8>,
+}
+
+/// A host.
+pub(super) struct Host {
+    pub(super) name: &'static str,
+    pub(super) role: Role,
+    pub(super) memory: Memory,
+    /// The guest's registers: how many things it has done.
+    pub(super) cpu: u64,
+    pub(super) running: bool,
+    pub(super) frozen: bool,
+    /// Released frames wait for the script.
+    pub(super) slow_tap: bool,
+    pub(super) dials: bool,
+    pub(super) holds_input: bool,
+    pub(super) inbox: VecDeque<Delivery>,
+    pub(super) record: Option<RecordUpdate>,
+    pub(super) witness: Option<DirectoryWitness>,
+    pub(super) reaches_witness: bool,
+    pub(super) threads: [VecDeque<Order>; 5],
+    pub(super) image: Arc<SimImage>,
+    pub(super) replica: Option<Replica<SimImage>>,
+    disk: Arc<SimDisk>,
+    journal: Arc<SimImage>,
+    clock_start: Duration,
+    dirty: BTreeSet<u64>,
+    unacknowledged: BTreeSet<u64>,
+    committed: Memory,
+    stage: Vec<PageBatch>,
+    devices: Option<DeviceState>,
+    job: Option<CommitJob<SimImage>>,
+}
+
+impl Host {
+    /// Makes a host that is off, with an empty disk.
+    pub(super) fn new(name: &'static str, clock_start: Duration) -> Self {
+        let disk = SimDisk::new(0);
+        let limits = storage::replica::Limits::default();
+        let journal = disk.image(storage::journal::size_for(limits.batch(DISK_BYTES)));
+        Self {
+            name,
+            role: Role::Off("off".to_owned()),
+            memory: Memory::new(),
+            cpu: 0,
+            running: false,
+            frozen: false,
+            slow_tap: false,
+            dials: false,
+            holds_input: false,
+            inbox: VecDeque::new(),
+            record: None,
+            witness: None,
+            reaches_witness: true,
+            threads: Default::default(),
+            image: disk.image(DISK_BYTES),
+            replica: None,
+            disk,
+            journal,
+            clock_start,
+            dirty: BTreeSet::new(),
+            unacknowledged: BTreeSet::new(),
+            committed: Memory::new(),
+            stage: Vec::new(),
+            devices: None,
+            job: None,
+        }
+    }
+
+    /// Returns what its clock shows at that moment of the scenario.
+    pub(super) fn clock(&self, moment: Duration) -> Instant {
+        Instant(0) + self.clock_start + moment
+    }
+
+    /// Returns the moment of the scenario at which its clock shows that.
+    pub(super) fn moment(&self, clock: Instant) -> Duration {
+        clock.since(Instant(0) + self.clock_start)
+    }
+
+    /// Ends its process. What it had not made durable is lost if its power is, too.
+    pub(super) fn die(&mut self, why: &str, power: bool) {
+        self.role = Role::Off(why.to_owned());
+        self.running = false;
+        self.frozen = false;
+        self.holds_input = false;
+        self.dials = false;
+        self.threads = Default::default();
+        self.replica = None;
+        self.job = None;
+        if power {
+            self.disk.power_cycle();
+        }
+    }
+
+    /// Starts its process: memory is empty, the disk is what is on the medium.
+    pub(super) fn start(&mut self) {
+        self.die("starting", false);
+        self.memory.clear();
+        self.cpu = 0;
+        self.inbox.clear();
+        self.dirty.clear();
+        self.unacknowledged.clear();
+        self.committed.clear();
+        self.stage.clear();
+        self.devices = None;
+        storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
+    }
+
+    /// Waits for a primary.
+    pub(super) fn wait(&mut self) {
+        self.role = Role::Waiting;
+        let limits = storage::replica::Limits::default();
+        let (image, journal) = (Arc::clone(&self.image), Arc::clone(&self.journal));
+        self.replica = Some(Replica::new(image, journal, limits, Tag::default()));
+    }
+
+    pub(super) fn order(&mut self, order: Order) {
+        self.threads[order.thread() as usize].push_back(order);
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            memory: self.memory.clone(),
+            cpu: self.cpu,
+            disk: self.disk(),
+        }
+    }
+
+    /// Returns the disk as the guest sees it.
+    pub(super) fn disk(&self) -> Vec<u8> {
+        let mut disk = vec![0; usize::try_from(DISK_BYTES).expect("small")];
+        match &self.replica {
+            Some(replica) => replica.read(0, &mut disk).expect("in range"),
+            None => self.image.read_at(0, &mut disk).expect("in range"),
+        }
+        disk
+    }
+
+    /// The guest writes a page.
+    pub(super) fn write_page(&mut self, page: u64, content: &str) {
+        self.cpu += 1;
+        self.memory.insert(page, content.to_owned());
+        self.dirty.insert(page);
+    }
+
+    /// The guest writes a sector; returns where and what.
+    pub(super) fn write_disk(&mut self, sector: u64, content: &str) -> (u64, Bytes) {
+        self.cpu += 1;
+        let mut data = content.as_bytes().to_vec();
+        data.resize(SECTOR, 0);
+        let offset = sector * SECTOR as u64;
+        match &mut self.replica {
+            Some(replica) => replica.write(offset, &data).expect("the overlay has room"),
+            None => self.image.write_at(offset, &data).expect("in range"),
+        }
+        (offset, data.into())
+    }
+
+    // A primary's threads.
+
+    /// Copies what a checkpoint ships, into its messages, and continues its sums.
+    pub(super) fn copy(&mut self, blocks: &[u64], mut totals: Totals) -> (Vec<Message>, Shipment) {
+        let tag = totals.tag();
+        self.unacknowledged = core::mem::take(&mut self.dirty);
+        let mut messages = Vec::new();
+        let pages = self.pages(&self.unacknowledged.clone(), &mut totals, &mut messages);
+        for &block in blocks {
+            let write = self.block(tag, block);
+            totals.write(&write).expect("of this epoch");
+            messages.push(Message::Write(write));
+        }
+        let devices = DeviceState {
+            tag,
+            sections: vec![Section {
+                name: "cpu".to_owned(),
+                version: 1,
+                bytes: self.cpu.to_le_bytes().to_vec(),
+            }],
+        };
+        totals.device_state(&devices).expect("once");
+        messages.push(Message::DeviceState(devices));
+        (messages, shipment(totals, pages))
+    }
+
+    /// Makes the messages of the memory part of the initial sync.
+    pub(super) fn sync_memory(&mut self, mut totals: Totals) -> (Vec<Message>, Shipment) {
+        self.dirty.clear();
+        self.unacknowledged.clear();
+        let mut messages = Vec::new();
+        let pages = self.pages(&self.memory.keys().copied().collect(), &mut totals, &mut messages);
+        (messages, shipment(totals, pages))
+    }
+
+    /// The dirty pages of the abandoned checkpoint belong to the next one.
+    pub(super) fn keep_dirty(&mut self) {
+        self.dirty.append(&mut self.unacknowledged);
+    }
+
+    /// Returns the blocks that differ.
+    pub(super) fn differing(&self, hashes: &BlockHashes) -> Vec<DiskWrite> {
+        let theirs: Vec<BlockHash> = hashes.hashes.iter().copied().map(BlockHash).collect();
+        storage::verify::differing(&*self.image, &KEY, hashes.first, &theirs)
+            .expect("in range")
+            .into_iter()
+            .map(|block| self.block(hashes.tag, block))
+            .collect()
+    }
+
+    fn block(&self, tag: Tag, block: u64) -> DiskWrite {
+        let (offset, length) = storage::verify::block_range(DISK_BYTES, block);
+        let mut data = vec![0; length];
+        self.image.read_at(offset, &mut data).expect("in range");
+        let data = data.into();
+        DiskWrite { tag, offset, data }
+    }
+
+    fn pages(&self, pages: &BTreeSet<u64>, totals: &mut Totals, messages: &mut Vec<Message>) -> u64 {
+        let count = u32::try_from(pages.len()).expect("few");
+        if count == 0 {
+            return 0;
+        }
+        let encoded: Vec<String> = pages
+            .iter()
+            .map(|page| format!("{page}={}", self.memory[page]))
+            .collect();
+        let batch = PageBatch {
+            tag: totals.tag(),
+            count,
+            encoded: encoded.join(" ").into(),
+        };
+        totals.pages(&batch).expect("of this epoch");
+        messages.push(Message::Pages(batch));
+        count.into()
+    }
+
+    // A secondary's threads.
+
+    /// Forgets what is staged.
+    pub(super) fn drop_stage(&mut self) {
+        self.stage.clear();
+        self.devices = None;
+        if let Some(replica) = &mut self.replica {
+            replica.abandon();
+        }
+    }
+
+    pub(super) fn stage_pages(&mut self, batch: PageBatch) {
+        self.stage.push(batch);
+    }
+
+    pub(super) fn stage_devices(&mut self, state: DeviceState) {
+        self.devices = Some(state);
+    }
+
+    /// Writes pages into the committed image.
+    pub(super) fn apply(&mut self, batch: &PageBatch) {
+        let text = String::from_utf8(batch.encoded.to_vec()).expect("the scenario's own encoding");
+        for page in text.split(' ') {
+            let (page, content) = page.split_once('=').expect("the scenario's own encoding");
+            self.committed
+                .insert(page.parse().expect("a number"), content.to_owned());
+        }
+    }
+
+    /// Returns the hashes of the disk, which is being synced from here on.
+    pub(super) fn hashes(&mut self) -> Vec<[u8; 16]> {
+        let replica = self.replica.as_mut().expect("a secondary");
+        replica.begin_sync().expect("the disk is whole");
+        let hashes = storage::verify::hashes(&*self.image, &KEY, 0, usize::MAX).expect("in range");
+        hashes.into_iter().map(|hash| hash.0).collect()
+    }
+
+    /// Tries what could fail at the load.
+    pub(super) fn prepare(&mut self, tag: Tag, first: bool) -> Result<(), String> {
+        let replica = self.replica.as_mut().expect("a secondary");
+        if first {
+            self.image.flush().map_err(|error| error.to_string())?;
+            replica.end_sync(Tag {
+                generation: tag.generation,
+                epoch: Epoch(tag.epoch.0 - 1),
+            });
+        }
+        replica.reserve(tag.epoch).map_err(|error| error.to_string())
+    }
+
+    /// Makes the staged checkpoint the guest's state; what it did by itself is forgotten.
+    pub(super) fn load(&mut self) {
+        self.running = false;
+        for batch in core::mem::take(&mut self.stage) {
+            self.apply(&batch);
+        }
+        self.memory = self.committed.clone();
+        self.dirty.clear();
+        let devices = self.devices.take().expect("checked");
+        let registers = devices.sections[0].bytes.as_slice().try_into();
+        self.cpu = u64::from_le_bytes(registers.expect("the scenario's own section"));
+    }
+
+    /// Makes the writes up to this epoch the disk; durable after the order that follows.
+    pub(super) fn commit_disk(&mut self, epoch: Epoch) {
+        let job = self.replica.as_mut().expect("a secondary").commit(epoch);
+        self.job = self.job.take().or(job);
+        self.order(Order::Commit);
+    }
+
+    /// Runs the I/O of commits; returns the last epoch that is durable now, if there was something to do.
+    pub(super) fn run_jobs(&mut self) -> Option<Epoch> {
+        let mut last = None;
+        while let Some(job) = self.job.take() {
+            let done = job.run().expect("the simulated disk is whole");
+            last = Some(done.last().tag.epoch);
+            self.job = self.replica.as_mut()?.committed(&done);
+        }
+        last
+    }
+
+    /// Makes the guest's own writes the disk: it has taken over.
+    pub(super) fn fold(&mut self) {
+        self.run_jobs();
+        self.dirty = self.memory.keys().copied().collect();
+        let mut replica = self.replica.take().expect("a secondary");
+        let mut next = replica.take_over();
+        while let Some(job) = next {
+            let done = job.run().expect("the simulated disk is whole");
+            next = replica.committed(&done);
+        }
+        replica.into_image().expect("the simulated disk is whole");
+    }
+}
+
+fn shipment(totals: Totals, pages: u64) -> Shipment {
+    Shipment {
+        totals,
+        pages,
+        bytes: 0,
+        entropy: [1; 32],
+    }
+}

@@ -1,0 +1,291 @@
+//! Events, actions and messages as a scenario shows them: one line each, without anything that changes from run to run.
+
+use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
+use checkpoint::wire::{DiskWrite, Message};
+use checkpoint::{Duration, Instant};
+use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, GuestEnd, Outcome as PrimaryOutcome};
+use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, Outcome as SecondaryOutcome};
+
+use super::frames::Frames;
+
+/// What is needed to show a value.
+pub(super) struct Shown<'a> {
+    pub(super) frames: &'a Frames,
+    /// By the clock of the host concerned.
+    pub(super) now: Instant,
+}
+
+impl Shown<'_> {
+    pub(super) fn primary_event(&self, event: &PrimaryEvent) -> String {
+        match event {
+            PrimaryEvent::CheckpointAsked => "CheckpointAsked".to_owned(),
+            PrimaryEvent::CheckpointSent(_) => "CheckpointSent".to_owned(),
+            PrimaryEvent::Connected(welcome) => format!("Connected to {}", welcome.node),
+            PrimaryEvent::Copied { tag, .. } => format!("Copied {tag}"),
+            PrimaryEvent::DiskSynced(_) => "DiskSynced".to_owned(),
+            PrimaryEvent::FrameArrived(frame) => format!("FrameArrived {}", self.frames.show(frame)),
+            PrimaryEvent::GuestSent(frame) => format!("GuestSent {}", self.frames.show(frame)),
+            PrimaryEvent::GuestStopped(end) => match end {
+                GuestEnd::PowerOff => "GuestStopped: power off".to_owned(),
+                GuestEnd::Reset => "GuestStopped: reset".to_owned(),
+                GuestEnd::Crashed(why) => format!("GuestStopped: {why}"),
+            },
+            PrimaryEvent::GuestWrote { offset, data } => format!("GuestWrote {}", self.bytes(*offset, data)),
+            PrimaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
+            PrimaryEvent::LinkClosed(cause) => format!("LinkClosed: {cause}"),
+            PrimaryEvent::MemorySynced(_) => "MemorySynced".to_owned(),
+            PrimaryEvent::Paused => "Paused".to_owned(),
+            PrimaryEvent::PeerSent(message) => format!("hears {}", self.message(message)),
+            PrimaryEvent::RecordStored(record) => format!("RecordStored {}", record_line(record)),
+            PrimaryEvent::StopAsked => "StopAsked".to_owned(),
+            PrimaryEvent::Timeout => "Timeout".to_owned(),
+            PrimaryEvent::VmFailed(why) => format!("VmFailed: {why}"),
+            PrimaryEvent::WitnessAnswered(term, answer) => answer_line(term.0, answer),
+        }
+    }
+
+    pub(super) fn secondary_event(&self, event: &SecondaryEvent) -> String {
+        match event {
+            SecondaryEvent::Checked(tag, Ok(())) => format!("Checked {tag}: it can be loaded"),
+            SecondaryEvent::Checked(tag, Err(why)) => format!("Checked {tag}: {why}"),
+            SecondaryEvent::ControlClosed(end) => format!("ControlClosed: {end}"),
+            SecondaryEvent::DataClosed(end) => format!("DataClosed: {end}"),
+            SecondaryEvent::DiskCommitted(epoch) => format!("DiskCommitted {epoch}"),
+            SecondaryEvent::GuestSent(frame) => format!("GuestSent {}", self.frames.show(frame)),
+            SecondaryEvent::GuestStopped(why) => format!("GuestStopped: {why}"),
+            SecondaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
+            SecondaryEvent::Loaded(tag) => format!("Loaded {tag}"),
+            SecondaryEvent::NearLimit => "NearLimit".to_owned(),
+            SecondaryEvent::Paused => "Paused".to_owned(),
+            SecondaryEvent::PeerSent(message) => format!("hears {}", self.message(message)),
+            SecondaryEvent::RecordStored(record) => format!("RecordStored {}", record_line(record)),
+            SecondaryEvent::StageFailed(why) => format!("StageFailed: {why}"),
+            SecondaryEvent::StopAsked => "StopAsked".to_owned(),
+            SecondaryEvent::TakeOverAsked => "TakeOverAsked".to_owned(),
+            SecondaryEvent::Timeout => "Timeout".to_owned(),
+            SecondaryEvent::VmFailed(why) => format!("VmFailed: {why}"),
+            SecondaryEvent::WitnessAnswered(term, answer) => answer_line(term.0, answer),
+        }
+    }
+
+    pub(super) fn primary_action(&self, action: &PrimaryAction) -> String {
+        match action {
+            PrimaryAction::Claim(term) => format!("Claim term {term}"),
+            PrimaryAction::CloseLink => "CloseLink".to_owned(),
+            PrimaryAction::CompareBlocks(hashes) => {
+                format!("CompareBlocks {} from {}", hashes.hashes.len(), hashes.first)
+            }
+            PrimaryAction::Deliver(delivery) => format!("Deliver {}", self.delivery(delivery)),
+            PrimaryAction::Dial => "Dial".to_owned(),
+            PrimaryAction::End(PrimaryOutcome::Ended(reason)) => format!("End in order: {reason}"),
+            PrimaryAction::End(PrimaryOutcome::Fenced(reason)) => format!("End fenced: {reason}"),
+            PrimaryAction::End(PrimaryOutcome::Failed(reason)) => format!("End failed: {reason}"),
+            PrimaryAction::HoldInput(hold) => format!("HoldInput {}", if *hold { "on" } else { "off" }),
+            PrimaryAction::KeepDirty => "KeepDirty".to_owned(),
+            PrimaryAction::PauseVm => "PauseVm".to_owned(),
+            PrimaryAction::Report(report) => report_line(report),
+            PrimaryAction::Reseed => "Reseed".to_owned(),
+            PrimaryAction::ResumeVm => "ResumeVm".to_owned(),
+            PrimaryAction::Send(message) | PrimaryAction::SendControl(message) => {
+                format!("Send {}", self.message(message))
+            }
+            PrimaryAction::SendCheckpoint { tag, blocks, .. } if blocks.is_empty() => format!("SendCheckpoint {tag}"),
+            PrimaryAction::SendCheckpoint { tag, blocks, .. } => format!("SendCheckpoint {tag} blocks={blocks:?}"),
+            PrimaryAction::SeedEntropy(Some(_)) => "SeedEntropy from the checkpoint".to_owned(),
+            PrimaryAction::SeedEntropy(None) => "SeedEntropy from the host".to_owned(),
+            PrimaryAction::StoreRecord(record) => format!("StoreRecord {}", record_line(record)),
+            PrimaryAction::SyncMemory(_) => "SyncMemory".to_owned(),
+            PrimaryAction::Transmit { frames, not_after } => {
+                let names: Vec<String> = frames.iter().map(|frame| self.frames.show(frame)).collect();
+                let until = not_after.map_or_else(String::new, |limit| format!(" until={}", self.relative(limit)));
+                format!("Transmit {}{until}", names.join(" "))
+            }
+        }
+    }
+
+    pub(super) fn secondary_action(&self, action: &SecondaryAction) -> String {
+        match action {
+            SecondaryAction::ApplyPages(_) => "ApplyPages".to_owned(),
+            SecondaryAction::ApplyWrite(_) => "ApplyWrite".to_owned(),
+            SecondaryAction::Check(tag) => format!("Check {tag}"),
+            SecondaryAction::Claim(term) => format!("Claim term {term}"),
+            SecondaryAction::CloseLink => "CloseLink".to_owned(),
+            SecondaryAction::CommitDisk(epoch) => format!("CommitDisk {epoch}"),
+            SecondaryAction::Deliver(delivery) => format!("Deliver {}", self.delivery(delivery)),
+            SecondaryAction::DropDeliveries => "DropDeliveries".to_owned(),
+            SecondaryAction::DropStage => "DropStage".to_owned(),
+            SecondaryAction::End(outcome) => match outcome {
+                SecondaryOutcome::Ended(reason) => format!("End in order: {reason}"),
+                SecondaryOutcome::Fenced(reason) => format!("End fenced: {reason}"),
+                SecondaryOutcome::Failed(reason) => format!("End failed: {reason}"),
+                SecondaryOutcome::Unpaired(reason) => format!("End unpaired: {reason}"),
+                SecondaryOutcome::TakenOver(taken) => {
+                    format!(
+                        "End taken over: generation {}, after epoch {}",
+                        taken.generation, taken.last_epoch
+                    )
+                }
+            },
+            SecondaryAction::Load(tag) => format!("Load {tag}"),
+            SecondaryAction::PauseVm => "PauseVm".to_owned(),
+            SecondaryAction::Report(report) => report_line(report),
+            SecondaryAction::ResumeVm => "ResumeVm".to_owned(),
+            SecondaryAction::Send(message) | SecondaryAction::SendControl(message) => {
+                format!("Send {}", self.message(message))
+            }
+            SecondaryAction::SendBlockHashes(tag) => format!("SendBlockHashes {tag}"),
+            SecondaryAction::SeedEntropy(_) => "SeedEntropy from the checkpoint".to_owned(),
+            SecondaryAction::StageDevices(_) => "StageDevices".to_owned(),
+            SecondaryAction::StagePages(_) => "StagePages".to_owned(),
+            SecondaryAction::StageWrite(_) => "StageWrite".to_owned(),
+            SecondaryAction::StoreRecord(record) => format!("StoreRecord {}", record_line(record)),
+        }
+    }
+
+    pub(super) fn message(&self, message: &Message) -> String {
+        let name = message_name(message);
+        match message {
+            Message::Heartbeat(_) | Message::Hello(_) | Message::Welcome(_) | Message::Attach(_) => name.to_owned(),
+            Message::Refuse(why) => format!("{name}: {why}"),
+            Message::Goodbye(why) => format!("{name}: {why}"),
+            Message::Begin(tag)
+            | Message::Want(tag)
+            | Message::Acknowledge(tag)
+            | Message::Loaded(tag)
+            | Message::Committed(tag) => format!("{name} {tag}"),
+            Message::Confirm(tag, number) => format!("{name} {tag} #{}", number.0),
+            Message::BlockHashes(hashes) => {
+                format!("{name} {}: {} from {}", hashes.tag, hashes.hashes.len(), hashes.first)
+            }
+            Message::SyncBlock(DiskWrite { tag, offset, data }) | Message::Write(DiskWrite { tag, offset, data }) => {
+                format!("{name} {tag}: {}", self.bytes(*offset, data))
+            }
+            Message::Input(input) => {
+                format!(
+                    "{name} {} #{} {}",
+                    input.tag,
+                    input.number.0,
+                    self.frames.show(&input.frame)
+                )
+            }
+            Message::Pages(batch) => format!("{name} {}: {}", batch.tag, String::from_utf8_lossy(&batch.encoded)),
+            Message::DeviceState(state) => format!("{name} {}", state.tag),
+            Message::NetworkState(state) => format!("{name} {}", state.tag),
+            Message::End(mark) => {
+                let base = mark.base.map_or_else(|| "none".to_owned(), |base| base.to_string());
+                format!(
+                    "{name} {}: base={base} pages={} writes={} input={}",
+                    mark.tag, mark.pages, mark.writes, mark.input.0
+                )
+            }
+            Message::Output(output) => format!("{name} {} {}", output.tag, self.frames.show(&output.frame)),
+        }
+    }
+
+    pub(super) fn delivery(&self, delivery: &Delivery) -> String {
+        let number = delivery
+            .number
+            .map_or_else(String::new, |number| format!("#{} ", number.0));
+        let wire = self.frames.show(&delivery.wire);
+        if delivery.guest == delivery.wire {
+            format!("{number}{wire}")
+        } else {
+            format!("{number}{wire} as {}", self.frames.show(&delivery.guest))
+        }
+    }
+
+    fn relative(&self, at: Instant) -> String {
+        if at < self.now {
+            format!("-{}", milliseconds(self.now.since(at)))
+        } else {
+            format!("+{}", milliseconds(at.since(self.now)))
+        }
+    }
+
+    fn bytes(&self, offset: u64, data: &[u8]) -> String {
+        let text = sectors(offset, data);
+        if text.is_empty() {
+            format!("at {offset} zeros")
+        } else {
+            text
+        }
+    }
+}
+
+/// Shows the sectors that are not zero, with their numbers.
+pub(super) fn sectors(offset: u64, data: &[u8]) -> String {
+    let mut shown = Vec::new();
+    for (number, sector) in (offset / 512..).zip(data.chunks(512)) {
+        let text = String::from_utf8_lossy(sector);
+        let text = text.trim_end_matches('\0');
+        if !text.is_empty() {
+            shown.push(format!("{number}={text}"));
+        }
+    }
+    shown.join(" ")
+}
+
+/// Returns the name of the message's kind.
+pub(super) fn message_name(message: &Message) -> &'static str {
+    match message {
+        Message::Hello(_) => "Hello",
+        Message::Welcome(_) => "Welcome",
+        Message::Refuse(_) => "Refuse",
+        Message::Attach(_) => "Attach",
+        Message::Heartbeat(_) => "Heartbeat",
+        Message::Goodbye(_) => "Goodbye",
+        Message::Begin(_) => "Begin",
+        Message::BlockHashes(_) => "BlockHashes",
+        Message::SyncBlock(_) => "SyncBlock",
+        Message::Input(_) => "Input",
+        Message::Write(_) => "Write",
+        Message::Pages(_) => "Pages",
+        Message::DeviceState(_) => "DeviceState",
+        Message::NetworkState(_) => "NetworkState",
+        Message::End(_) => "End",
+        Message::Output(_) => "Output",
+        Message::Confirm(..) => "Confirm",
+        Message::Want(_) => "Want",
+        Message::Acknowledge(_) => "Acknowledge",
+        Message::Loaded(_) => "Loaded",
+        Message::Committed(_) => "Committed",
+    }
+}
+
+pub(super) fn record_line(record: &RecordUpdate) -> String {
+    let RecordUpdate {
+        generation,
+        role,
+        committed,
+        complete,
+        clean,
+    } = record;
+    let complete = if *complete { "" } else { " incomplete" };
+    let clean = if *clean { " clean" } else { "" };
+    format!("{generation}/{committed} {role}{complete}{clean}")
+}
+
+pub(super) fn milliseconds(span: Duration) -> String {
+    let (whole, rest) = (span.0 / 1_000_000, span.0 % 1_000_000);
+    let fraction = format!("{rest:06}");
+    match fraction.trim_end_matches('0') {
+        "" => format!("{whole}ms"),
+        fraction => format!("{whole}.{fraction}ms"),
+    }
+}
+
+fn answer_line(term: u64, answer: &WitnessAnswer) -> String {
+    match answer {
+        WitnessAnswer::Won => format!("WitnessAnswered term {term}: won"),
+        WitnessAnswer::LostTo(owner) => format!("WitnessAnswered term {term}: it is {owner}'s"),
+        WitnessAnswer::Unreachable(_) => format!("WitnessAnswered term {term}: unreachable"),
+    }
+}
+
+fn report_line(report: &Report) -> String {
+    match report {
+        Report::Alarm(text) => format!("Alarm: {text}"),
+        Report::Note(text) => format!("Note: {text}"),
+        Report::State(name) => format!("State {name}"),
+    }
+}

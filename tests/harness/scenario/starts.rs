@@ -1,0 +1,169 @@
+//! How hosts start and meet: from their records and the witness, as the program has them do it.
+
+use checkpoint::failover::{Decision, KnownState, start_decision};
+use checkpoint::handshake::{Local, hello, judge_hello, judge_welcome};
+use checkpoint::pair::{RecordUpdate, WitnessAnswer};
+use checkpoint::wire::{MachineShape, Session};
+use checkpoint::{Duration, Epoch, Generation, Role as PairRole, limits};
+use primary::event::Event as PrimaryEvent;
+use primary::protocol::Start;
+use secondary::protocol::{Options as SecondaryOptions, Secondary};
+
+use super::commands::{Done, span_of};
+use super::host::{DISK_BYTES, Role};
+use super::link::Link;
+use super::pair::{Event, Pair};
+
+impl Pair {
+    pub(super) fn set(&mut self, options: &[&str]) -> Done {
+        for option in options {
+            match option.split_once('=') {
+                Some(("witness", "yes")) => self.options.witness = true,
+                Some(("witness", "no")) => self.options.witness = false,
+                Some(("age", span)) => self.options.epoch_age_max = span_of(&format!("+{span}"))?,
+                Some(("resume", policy)) => self.options.resume = policy.parse()?,
+                _ => return Err(format!("'{option}' is no option: witness=no, age=10s, resume=copy")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins again with new hosts and a new witness; frames keep their names.
+    pub(super) fn renew(&mut self) {
+        let frames = core::mem::take(&mut self.frames);
+        *self = Self::new();
+        self.frames = frames;
+    }
+
+    /// Makes both hosts, pairs them, and says only what has come of it. The announcements of the start are over, the
+    /// lease has been renewed, and epoch 3 has just begun.
+    pub(super) fn protect(&mut self, options: &[&str]) -> Done {
+        self.renew();
+        self.set(options)?;
+        self.start_primary(0)?;
+        self.start_secondary(1)?;
+        self.wait(Duration::from_millis(5_000))?;
+        self.connect(0, 1)?;
+        self.stabilize()?;
+        self.wait(Duration::from_millis(75))?;
+        self.step(0, Event::Primary(PrimaryEvent::CheckpointAsked));
+        self.stabilize()?;
+        self.output.clear();
+        self.released.clear();
+        super::checks::run(self, &["states"])
+    }
+
+    pub(super) fn start_primary(&mut self, host: usize) -> Done {
+        if !matches!(self.hosts[host].role, Role::Off(_) | Role::Waiting) {
+            return Err("that host runs already".to_owned());
+        }
+        self.hosts[host].start();
+        let latest = if self.options.witness {
+            let latest = self.witness_of(host).latest().expect("the directory is there");
+            latest.filter(|_| self.hosts[host].reaches_witness)
+        } else {
+            None
+        };
+        let at = &self.hosts[host];
+        let known = at.record.map(|record| KnownState {
+            generation: record.generation,
+            role: record.role,
+            complete: record.complete,
+        });
+        let term = match start_decision(known, latest, at.name) {
+            Decision::Start { term } => term,
+            Decision::Refuse(why) => {
+                self.print(format!("{} may not start: {why}", self.hosts[host].name));
+                return Ok(());
+            }
+        };
+        if self.options.witness {
+            match self.ask_witness(host, term) {
+                WitnessAnswer::Won => {}
+                answer => {
+                    self.print(format!(
+                        "{} does not get term {term}: {answer:?}",
+                        self.hosts[host].name
+                    ));
+                    return Ok(());
+                }
+            }
+        }
+        let at = &mut self.hosts[host];
+        let last_epoch = at.record.map_or(Epoch(0), |record| record.committed);
+        at.record = Some(RecordUpdate {
+            generation: term,
+            role: PairRole::Primary,
+            committed: last_epoch,
+            complete: true,
+            clean: false,
+        });
+        self.lead(
+            host,
+            Start::Boot {
+                generation: term,
+                last_epoch,
+            },
+        );
+        Ok(())
+    }
+
+    pub(super) fn start_secondary(&mut self, host: usize) -> Done {
+        if !matches!(self.hosts[host].role, Role::Off(_)) {
+            return Err("that host runs already".to_owned());
+        }
+        self.hosts[host].start();
+        self.hosts[host].wait();
+        Ok(())
+    }
+
+    fn local(&self, host: usize) -> Local {
+        let at = &self.hosts[host];
+        Local {
+            pair: "pair".to_owned(),
+            node: at.name.to_owned(),
+            shape: MachineShape {
+                memory_bytes: 1 << 20,
+                vcpus: 1,
+                devices: vec!["net".to_owned()],
+                disk_bytes: DISK_BYTES,
+                cpu: 1,
+            },
+            generation: at.record.map_or(Generation(0), |record| record.generation),
+            committed: at.record.map_or(Epoch(0), |record| record.committed),
+            takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),
+            witness: self.options.witness,
+        }
+    }
+
+    /// The handshake of the two, and both protocols' first steps.
+    pub(super) fn connect(&mut self, from: usize, to: usize) -> Done {
+        if !self.hosts[from].dials || !matches!(self.hosts[to].role, Role::Waiting) {
+            return Err("the one does not dial, or the other does not wait".to_owned());
+        }
+        let (ours, theirs) = (self.local(from), self.local(to));
+        let welcome = match judge_hello(&theirs, &hello(&ours), Session(1)) {
+            Ok(welcome) => welcome,
+            Err(why) => {
+                self.print(format!("{} refuses: {why}", theirs.node));
+                return Ok(());
+            }
+        };
+        if let Err(why) = judge_welcome(&ours, &welcome) {
+            self.print(format!("{} refuses: {why}", ours.node));
+            return Ok(());
+        }
+        let options = SecondaryOptions {
+            witness: self.options.witness,
+            takeover_limit: limits::TAKEOVER_LIMIT_DEFAULT,
+            generation: theirs.generation,
+        };
+        let now = self.hosts[to].clock(self.now);
+        let secondary = Secondary::new(options, ours.node, now);
+        self.hosts[to].role = Role::Secondary(Box::new(secondary));
+        self.hosts[from].dials = false;
+        self.link = Some(Link::default());
+        self.step(from, Event::Primary(PrimaryEvent::Connected(welcome)));
+        Ok(())
+    }
+}
