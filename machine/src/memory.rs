@@ -412,7 +412,7 @@ struct HostRange {
     bytes: usize,
 }
 
-/// Drops the copies in `ranges`, at most [`RANGES_MAX`], in one call where the kernel has one for it (Linux 6.13 on): half the
+/// Drops the copies in `ranges`, at most [`RANGES_MAX`], in one call where the kernel has one for it: up to half the
 /// price of a call for each.
 fn drop_copies(ranges: &[HostRange]) -> Result<(), MemoryError> {
     let mut rest = ranges;
