@@ -30,30 +30,50 @@ macro_rules! mutants {
 mutants! {
     /// The secondary acknowledges a checkpoint before it has decided that it is complete.
     AcknowledgeEarly "acknowledge-early"
+    /// An acknowledgement of the primary leaves though the secondary's guest has not acknowledged as much.
+    AcknowledgeUnconfirmed "acknowledge-unconfirmed"
+    /// A commit's disk writes go into the base before its journal is durable.
+    ApplyBeforeJournal "apply-before-journal"
     /// Pages of a checkpoint go into the committed image before the checkpoint is complete.
     ApplyPagesEarly "apply-pages-early"
     /// A checkpoint commits the disk writes of the epoch after it, too.
     CommitNextWrites "commit-next-writes"
     /// A checkpoint makes the secondary's own speculative writes part of the disk.
     CommitOverlay "commit-overlay"
+    /// A segment whose beginning was equal counts as equal to its end.
+    CompareBySegment "compare-by-segment"
     /// Two frames of the same length count as equal.
     CompareLengths "compare-lengths"
     /// Sending the first checkpoint does not make the peer one that may contend.
     EntitleLate "entitle-late"
+    /// A takeover makes the primary's uncommitted disk writes part of the disk.
+    FoldBuffers "fold-buffers"
+    /// A side that takes over translates no connection any more.
+    ForgetOffsets "forget-offsets"
+    /// The end of a TCP stream leaves though the secondary's guest has not ended it.
+    IgnoreFin "ignore-fin"
     /// Released frames carry no time after which they must not leave.
     IgnoreLease "ignore-lease"
     /// What the guest sent in an execution that a checkpoint replaced is kept for the takeover.
     KeepReplacedOutput "keep-replaced-output"
     /// The lease counts from when the peer was last heard, not from when what it echoes was sent.
     LeaseFromHearing "lease-from-hearing"
+    /// A segment whose acknowledgement is to be lowered leaves as it is.
+    LowerNothing "lower-nothing"
+    /// A disk write marks only the first of its blocks as changed.
+    MarkFirstBlock "mark-first-block"
     /// Output of the secondary from before a load is matched with the primary's from after it.
     MatchAcrossEpochs "match-across-epochs"
     /// Disk writes between a trigger and the stop are not mirrored.
     MirrorStopsAtTrigger "mirror-stops-at-trigger"
+    /// Reads don't see a commit whose disk writes are still under way.
+    ReadOldBase "read-old-base"
     /// Output leaves as covered by a checkpoint once that has been sent.
     ReleaseBeforeAcknowledgement "release-before-acknowledgement"
     /// Output of the epoch after a checkpoint leaves as if the checkpoint covered it, until that is loaded.
     ReleaseNextEpoch "release-next-epoch"
+    /// The journal is retired before the base is durable.
+    RetireBeforeFlush "retire-before-flush"
     /// An abandoned epoch's number is used again.
     ReuseEpoch "reuse-epoch"
     /// A side that took over goes on from the last committed epoch's number.
@@ -62,6 +82,8 @@ mutants! {
     SuspectTooSoon "suspect-too-soon"
     /// A takeover after the commit point is in the state before it.
     TakeOverInOldState "take-over-in-old-state"
+    /// A journal counts as complete whatever its digest says.
+    TrustJournal "trust-journal"
 }
 
 /// Whether this build can have mutants.

@@ -20,6 +20,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use checkpoint::limits::FLOWS_MAX;
+use checkpoint::mutants::{self, Mutant};
 
 use crate::codec::{Reader, StateError, VERSION, put_address, put_vlans};
 use crate::flow::{Class, FlowKey};
@@ -102,6 +103,9 @@ impl Translator {
     /// Leads from here on: clients know its own guest's numbers, but for the connections opened before.
     pub fn lead(&mut self) {
         self.following = false;
+        if mutants::on(Mutant::ForgetOffsets) {
+            self.connections.clear();
+        }
     }
 
     /// Translates a frame that the guest sends.

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use checkpoint::Instant;
+use checkpoint::mutants::{self, Mutant};
 
 use crate::span::{Chunk, Chunks, Found, Ranges, length};
 use crate::stream::ORIGIN;
@@ -46,8 +47,13 @@ pub(crate) fn settle(
                     settled.insert(at..at + same as u64);
                     return Err(clash);
                 }
-                settled.insert(at..until);
                 other.cut(index, &(at..until));
+                let until = if mutants::on(Mutant::CompareBySegment) {
+                    limit
+                } else {
+                    until
+                };
+                settled.insert(at..until);
                 at = until;
             }
             Found::Gap(next) => {

@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use checkpoint::Instant;
+use checkpoint::mutants::{self, Mutant};
 
 use crate::frame::{Offer, Segment};
 use crate::seq::Seq;
@@ -191,7 +192,7 @@ impl Stream {
         let Some(permitted) = self.permitted else {
             return Leave::Wait;
         };
-        let ack_may = ack.at_most(permitted);
+        let ack_may = ack.at_most(permitted) || mutants::on(Mutant::AcknowledgeUnconfirmed);
         let sack_may = segment.options.sack.is_none_or(|edge| {
             edge.at_most(permitted) || self.permitted_sack.is_some_and(|permitted| edge.at_most(permitted))
         });
@@ -205,6 +206,8 @@ impl Stream {
         let lowered = if ack_may { ack } else { permitted };
         if self.left.is_some_and(|left| !left.at_most(lowered) && !ack_may) {
             Leave::Wait
+        } else if mutants::on(Mutant::LowerNothing) {
+            Leave::Whole
         } else {
             Leave::Lowered(lowered)
         }
@@ -306,6 +309,7 @@ impl Stream {
         if let Some(fin) = note.fin
             && self.committed_fin != Some(fin)
             && (self.secondary.fin != Some(fin) || self.poisoned)
+            && !mutants::on(Mutant::IgnoreFin)
         {
             return false;
         }

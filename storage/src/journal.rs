@@ -22,6 +22,7 @@
 
 use std::io;
 
+use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Epoch, Generation, Tag};
 
 use crate::image::Image;
@@ -255,7 +256,7 @@ fn verified_index<I: Image + ?Sized>(journal: &I, header: &Header) -> Result<Opt
         at += piece.len() as u64;
         left -= piece.len();
     }
-    if digest.finalize() != header.digest {
+    if digest.finalize() != header.digest && !mutants::on(Mutant::TrustJournal) {
         return Ok(None);
     }
     let entries = index

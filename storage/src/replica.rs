@@ -260,7 +260,7 @@ impl<I: Image + ?Sized> Replica<I> {
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
         check_range(self.image.size(), offset, buf.len())?;
         self.image.read_at(offset, buf)?;
-        for pending in &self.pending {
+        for pending in self.pending.iter().filter(|_| !mutants::on(Mutant::ReadOldBase)) {
             pending.batch.read(offset, buf);
         }
         self.overlay.read(offset, buf);
@@ -428,8 +428,13 @@ impl<I: Image + ?Sized> Replica<I> {
     pub fn take_over(&mut self) -> Option<CommitJob<I>> {
         assert!(!self.promoted, "two takeovers");
         self.promoted = true;
+        let mut overlay = std::mem::take(&mut self.overlay);
+        if mutants::on(Mutant::FoldBuffers) {
+            std::mem::take(&mut self.buffers)
+                .into_values()
+                .for_each(|buffer| overlay.merge(buffer));
+        }
         self.abandon();
-        let overlay = std::mem::take(&mut self.overlay);
         self.enqueue(Kind::TakeOver, overlay)
     }
 
@@ -525,9 +530,13 @@ impl<I: Image + ?Sized> CommitJob<I> {
         let size = image.size();
         if !batch.is_empty() {
             journal::write(&*journal, size, last, &batch).map_err(CommitError::Journal)?;
-            journal.flush().map_err(CommitError::Journal)?;
+            if !mutants::on(Mutant::ApplyBeforeJournal) {
+                journal.flush().map_err(CommitError::Journal)?;
+            }
             journal::apply(&*image, &batch).map_err(CommitError::Apply)?;
-            image.flush().map_err(CommitError::Apply)?;
+            if !mutants::on(Mutant::RetireBeforeFlush) {
+                image.flush().map_err(CommitError::Apply)?;
+            }
         }
         journal::retire(&*journal, size, last).map_err(CommitError::Journal)?;
         if last.kind == Kind::TakeOver {
