@@ -28,32 +28,48 @@ macro_rules! mutants {
 }
 
 mutants! {
+    /// The end of a disk comparison counts for whatever pairing runs when it comes.
+    AcceptOldGeneration "accept-old-generation"
     /// The secondary acknowledges a checkpoint before it has decided that it is complete.
     AcknowledgeEarly "acknowledge-early"
     /// An acknowledgement of the primary leaves though the secondary's guest has not acknowledged as much.
     AcknowledgeUnconfirmed "acknowledge-unconfirmed"
+    /// A side that contends tells the network that the VM is here.
+    AnnounceBeforeWinning "announce-before-winning"
+    /// A secondary that has lost a connection goes on renewing the primary's lease.
+    AnswerInTheContest "answer-in-the-contest"
     /// A commit's disk writes go into the base before its journal is durable.
     ApplyBeforeJournal "apply-before-journal"
     /// Pages of a checkpoint go into the committed image before the checkpoint is complete.
     ApplyPagesEarly "apply-pages-early"
+    /// A claim that the witness did not answer is not repeated.
+    ClaimOnce "claim-once"
     /// A checkpoint commits the disk writes of the epoch after it, too.
     CommitNextWrites "commit-next-writes"
     /// A checkpoint makes the secondary's own speculative writes part of the disk.
     CommitOverlay "commit-overlay"
+    /// The first checkpoint is committed before the record says that the image is complete.
+    CommitUnrecorded "commit-unrecorded"
     /// A segment whose beginning was equal counts as equal to its end.
     CompareBySegment "compare-by-segment"
     /// Two frames of the same length count as equal.
     CompareLengths "compare-lengths"
+    /// A connection that broke counts as one that the primary's kernel ended.
+    ContendWithinLease "contend-within-lease"
     /// Sending the first checkpoint does not make the peer one that may contend.
     EntitleLate "entitle-late"
     /// A takeover makes the primary's uncommitted disk writes part of the disk.
     FoldBuffers "fold-buffers"
     /// A side that takes over translates no connection any more.
     ForgetOffsets "forget-offsets"
+    /// A primary that lost its secondary goes on without asking the witness.
+    GoAloneUnasked "go-alone-unasked"
     /// The end of a TCP stream leaves though the secondary's guest has not ended it.
     IgnoreFin "ignore-fin"
     /// Released frames carry no time after which they must not leave.
     IgnoreLease "ignore-lease"
+    /// A load does not take over the primary's translation offsets.
+    KeepOwnNetwork "keep-own-network"
     /// What the guest sent in an execution that a checkpoint replaced is kept for the takeover.
     KeepReplacedOutput "keep-replaced-output"
     /// The lease counts from when the peer was last heard, not from when what it echoes was sent.
@@ -78,6 +94,10 @@ mutants! {
     ReuseEpoch "reuse-epoch"
     /// A side that took over goes on from the last committed epoch's number.
     ReuseEpochAtTakeover "reuse-epoch-at-takeover"
+    /// A side runs though the witness gave the term to the other.
+    RunAfterLosing "run-after-losing"
+    /// A side that won runs before the record of that is durable.
+    RunBeforeRecord "run-before-record"
     /// The peer counts as lost after half the time that its lease relies on.
     SuspectTooSoon "suspect-too-soon"
     /// A takeover after the commit point is in the state before it.

@@ -292,7 +292,7 @@ impl Contest {
             Standing::Pairing(_) | Standing::Leading { peer_entitled: false } => self.go_alone(orders),
             Standing::Leading { peer_entitled: true } => {
                 self.contend(orders);
-                if self.witness {
+                if self.witness && !mutants::on(Mutant::GoAloneUnasked) {
                     orders.push(Order::Claim(self.generation.next()));
                 } else {
                     self.won(orders);
@@ -332,7 +332,7 @@ impl Contest {
             Standing::Draining { until, ended, open } => (until, ended, open),
             _ => return,
         };
-        let ended = ended || before;
+        let ended = ended || before || mutants::on(Mutant::ContendWithinLease);
         open[usize::from(connection == Connection::Data)] = false;
         self.standing = Standing::Draining { until, ended, open };
         if ended && open == [false; 2] {
@@ -376,6 +376,10 @@ impl Contest {
         if self.standing == Standing::Over || term <= self.generation {
             return;
         }
+        let answer = match answer {
+            WitnessAnswer::LostTo(_) if mutants::on(Mutant::RunAfterLosing) => WitnessAnswer::Won,
+            answer => answer,
+        };
         if !matches!(answer, WitnessAnswer::Unreachable(_)) {
             self.alarmed = false;
         }
@@ -406,7 +410,7 @@ impl Contest {
         match self.standing {
             Standing::Pairing(Claim::Open { .. }) => self.go_alone(orders),
             Standing::Contending(Claim::Open { .. }) => {
-                let retry = Some(now + CLAIM_RETRY);
+                let retry = (!mutants::on(Mutant::ClaimOnce)).then_some(now + CLAIM_RETRY);
                 self.standing = Standing::Contending(Claim::Open { retry });
             }
             _ => {}
@@ -420,6 +424,9 @@ impl Contest {
             _ => Standing::Contending(Claim::Won),
         };
         orders.push(Order::Record(self.generation));
+        if mutants::on(Mutant::RunBeforeRecord) {
+            self.recorded(orders);
+        }
     }
 
     fn recorded(&mut self, orders: &mut Vec<Order>) {

@@ -104,7 +104,9 @@ impl Primary {
             return;
         }
         // While contending nothing leaves; the next repetition may.
-        if !matches!(self.state, State::Contending) {
+        if mutants::on(Mutant::AnnounceBeforeWinning) {
+            self.transmit(self.network.announcements(), None, actions);
+        } else if !matches!(self.state, State::Contending) {
             self.transmit(self.network.announcements(), self.lease(), actions);
         }
         self.announce = (next + 1 < ANNOUNCE_AFTER.len()).then_some((start, next + 1));

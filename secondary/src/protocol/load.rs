@@ -38,7 +38,7 @@ impl Secondary {
         if let Err(reason) = result {
             return self.fail(format!("checkpoint {tag} can't be loaded here: {reason}"), actions);
         }
-        if self.first {
+        if self.first && !mutants::on(Mutant::CommitUnrecorded) {
             self.flight = Flight::Recording(mark);
             self.store_record_for(tag.epoch, true, false, actions);
         } else {
@@ -71,10 +71,10 @@ impl Secondary {
         assert_eq!(mark.tag, tag, "one checkpoint is loaded at a time");
         self.flight = Flight::Staging;
         self.running = tag.epoch.next();
-        self.network = self
-            .staged_network
-            .take()
-            .expect("a checkpoint is committed only with its network state");
+        let network = self.staged_network.take();
+        if !mutants::on(Mutant::KeepOwnNetwork) {
+            self.network = network.expect("a checkpoint is committed only with its network state");
+        }
         self.network.follow();
         self.consumed = mark.input;
         self.counters.checkpoints += 1;
