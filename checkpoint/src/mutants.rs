@@ -78,7 +78,7 @@ mutants! {
     LowerNothing "lower-nothing"
     /// A disk write marks only the first of its blocks as changed.
     MarkFirstBlock "mark-first-block"
-    /// Output of the secondary from before a load is matched with the primary's from after it.
+    /// Output of the primary from after a stop is compared with the secondary's from before it.
     MatchAcrossEpochs "match-across-epochs"
     /// Disk writes between a trigger and the stop are not mirrored.
     MirrorStopsAtTrigger "mirror-stops-at-trigger"
@@ -86,7 +86,7 @@ mutants! {
     ReadOldBase "read-old-base"
     /// Output leaves as covered by a checkpoint once that has been sent.
     ReleaseBeforeAcknowledgement "release-before-acknowledgement"
-    /// Output of the epoch after a checkpoint leaves as if the checkpoint covered it, until that is loaded.
+    /// A commit releases what is held of the epoch after it, too.
     ReleaseNextEpoch "release-next-epoch"
     /// The journal is retired before the base is durable.
     RetireBeforeFlush "retire-before-flush"

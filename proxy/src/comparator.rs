@@ -133,7 +133,7 @@ impl Comparator {
     pub fn primary_output(&mut self, now: Instant, frame: Bytes, verdicts: &mut Vec<Verdict>) {
         self.catch_up_if_behind(now, verdicts);
         let parsed = frame::parse(&frame);
-        if self.mode != Mode::Comparing || (self.loaded_at.is_none() && mutants::on(Mutant::ReleaseNextEpoch)) {
+        if self.mode != Mode::Comparing {
             self.follow(&parsed);
             self.counters.released_at_once += 1;
             verdicts.push(Verdict::Release(frame));
@@ -147,7 +147,7 @@ impl Comparator {
             flow,
         });
         if let Some(id) = flow {
-            let comparing = self.uncommitted.is_none();
+            let comparing = self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs);
             if let Some(lane) = self.flows.get_mut(id) {
                 lane.push(serial);
             }
@@ -180,8 +180,7 @@ impl Comparator {
             )));
             return;
         }
-        let stale = self.committed.is_some_and(|committed| epoch <= committed);
-        if self.mode != Mode::Comparing || (stale && !mutants::on(Mutant::MatchAcrossEpochs)) {
+        if self.mode != Mode::Comparing || self.committed.is_some_and(|committed| epoch <= committed) {
             self.counters.stale += 1;
             return;
         }

@@ -2,6 +2,7 @@
 //!
 //! Called by `primary::protocol` in the order of design: stop, then commit or abandon, then loaded.
 
+use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Epoch, Instant};
 
 use crate::comparator::{Comparator, Mode};
@@ -37,7 +38,7 @@ impl Comparator {
             self.uncommitted
         );
         while let Some((serial, held)) = self.hold.oldest() {
-            if held.epoch > epoch {
+            if held.epoch > epoch && !mutants::on(Mutant::ReleaseNextEpoch) {
                 break;
             }
             self.counters.released_by_commit += 1;

@@ -128,8 +128,8 @@ impl Primary {
         self.counters.last_shipment = (shipment.pages, shipment.bytes);
         self.state = State::Awaiting(taken);
         if mutants::on(Mutant::ReleaseBeforeAcknowledgement) {
-            self.comparator.commit(taken.asked, tag.epoch, &mut self.verdicts);
-            self.act_on_verdicts(taken.asked, actions);
+            self.comparator.commit(now, tag.epoch, &mut self.verdicts);
+            self.act_on_verdicts(now, actions);
         }
     }
 

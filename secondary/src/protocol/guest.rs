@@ -1,14 +1,14 @@
 //! What the own guest does: frames and inputs.
 
 use super::{
-    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, Message, Mutant, NetworkPicture, Output, PENDING_OUTPUTS_MAX,
-    RECENT_OUTPUTS_MAX, Secondary, Standing, mutants,
+    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, Message, NetworkPicture, Output, PENDING_OUTPUTS_MAX,
+    RECENT_OUTPUTS_MAX, Secondary, Standing,
 };
 
 impl Secondary {
     pub(super) fn guest_sent(&mut self, frame: Bytes, actions: &mut Vec<Action>) {
         self.counters.outputs += 1;
-        if matches!(self.flight, Flight::Loading(..)) && !mutants::on(Mutant::MatchAcrossEpochs) {
+        if matches!(self.flight, Flight::Loading(..)) {
             return;
         }
         let frame = self.network.leaving(frame);
