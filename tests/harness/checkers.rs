@@ -1,19 +1,22 @@
 //! What must hold after every step, watched from outside the protocol.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use checkpoint::{Epoch, Generation, Tag};
+use checkpoint::{Epoch, Generation, Tag, limits};
+use primary::protocol::Primary;
 
-use crate::toy_vm::{Answer, Memory, Request};
+use crate::streams::Streams;
+use crate::toy_vm::Registers;
 
 /// A machine's whole state, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Memory.
-    pub pages: Memory,
+    pub pages: Vec<Arc<Vec<u8>>>,
     /// Registers.
-    pub served: u64,
+    pub registers: Registers,
     /// Disk, as the guest sees it.
     pub disk: Vec<u8>,
 }
@@ -21,17 +24,14 @@ pub struct Snapshot {
 /// The record of what happened, and the rules.
 #[derive(Debug, Default)]
 pub struct Checkers {
-    /// Frames by the epochs in which the primary's guest sent them.
-    sent: BTreeMap<Bytes, BTreeSet<Tag>>,
-    /// Frames that the secondary's guest sent while it followed, by epoch.
-    followed: BTreeSet<(Tag, Bytes)>,
+    /// What the guests have said.
+    pub streams: Streams,
     /// Last epoch acknowledged in each generation.
     acknowledged: BTreeMap<Generation, Epoch>,
     /// By epoch, whose numbers are never used twice.
     stops: BTreeMap<Epoch, Snapshot>,
     owners: BTreeMap<Generation, usize>,
     newest: Generation,
-    values: BTreeMap<u8, (u64, u64)>,
     /// Answers that reached a client.
     pub answers: u64,
     /// Checkpoints loaded.
@@ -43,16 +43,6 @@ pub struct Checkers {
 }
 
 impl Checkers {
-    /// The primary's guest sent a frame in this epoch.
-    pub fn primary_sent(&mut self, tag: Tag, frame: &Bytes) {
-        self.sent.entry(frame.clone()).or_default().insert(tag);
-    }
-
-    /// The secondary's guest sent a frame in this epoch.
-    pub fn secondary_sent(&mut self, tag: Tag, frame: &Bytes) {
-        self.followed.insert((tag, frame.clone()));
-    }
-
     /// The secondary decided that this checkpoint is complete.
     pub fn acknowledge(&mut self, tag: Tag) {
         let last = self.acknowledged.entry(tag.generation).or_default();
@@ -61,6 +51,7 @@ impl Checkers {
             "rule 5: checkpoint {tag} is acknowledged twice, or after {last}"
         );
         *last = tag.epoch;
+        self.streams.acknowledge(tag);
     }
 
     /// The primary stopped for this checkpoint in this state.
@@ -91,7 +82,7 @@ impl Checkers {
             "rule 3: memory differs after checkpoint {epoch}"
         );
         assert_eq!(
-            stop.served, snapshot.served,
+            stop.registers, snapshot.registers,
             "rule 3: registers differ after checkpoint {epoch}"
         );
         assert!(
@@ -101,14 +92,14 @@ impl Checkers {
         self.loads += 1;
     }
 
-    /// A secondary took over in this epoch, and lets out what its guest had sent meanwhile.
-    pub fn taken_over(&self, epoch: Epoch, outputs: &[Bytes]) {
+    /// A secondary took over in this epoch and generation, and lets out what its guest had sent meanwhile.
+    pub fn taken_over(&mut self, generation: Generation, epoch: Epoch, outputs: &[Bytes]) {
+        self.streams.taken_over(generation, epoch);
         for frame in outputs {
             assert!(
-                self.followed
-                    .iter()
-                    .any(|(tag, sent)| tag.epoch == epoch && sent == frame),
-                "rule 1: a frame of an execution that was replaced is let out at the takeover in epoch {epoch}"
+                self.streams.allows(generation, frame),
+                "rule 1: a frame of an execution that was replaced is let out at the takeover in epoch {epoch}: {}",
+                self.streams.describe(frame)
             );
         }
     }
@@ -123,48 +114,30 @@ impl Checkers {
         self.newest = generation;
         let owner = *self.owners.entry(generation).or_insert(node);
         assert_eq!(owner, node, "rule 2: two nodes release in generation {generation}");
-        if !paired || Answer::parse(frame).is_none() {
+        if !paired {
             return;
         }
         self.released += 1;
-        let tags = self
-            .sent
-            .get(frame)
-            .expect("rule 1: a frame is released that the guest never sent");
-        let covered = tags.iter().any(|tag| {
-            self.followed.contains(&(*tag, frame.clone()))
-                || tag.generation < generation
-                || self
-                    .acknowledged
-                    .get(&tag.generation)
-                    .is_some_and(|last| *last >= tag.epoch)
-        });
         assert!(
-            covered,
-            "rule 1: released what the secondary neither sent in the same epoch nor has committed: {tags:?}"
+            self.streams.allows(generation, frame),
+            "rule 1: released what the secondary neither sent in the same epoch nor has committed: {}",
+            self.streams.describe(frame)
         );
     }
 
-    /// A client got an answer: each request adds exactly one.
-    pub fn answered(&mut self, request: Request, answer: Answer) {
-        let (id, value) = self.values.get(&request.key).copied().unwrap_or_default();
-        if answer.id == id {
-            assert_eq!(
-                answer.value, value,
-                "rule 4: two answers to request {id} of client {}",
-                request.client
-            );
-            return;
-        }
-        assert_eq!(
-            answer.value,
-            value + 1,
-            "rule 4: client {} had {value} acknowledged by request {id}, and {} by request {}",
-            request.client,
-            answer.value,
-            answer.id
+    /// No queue of a primary's is longer than its bound; what was under way when it was reached may be in it too.
+    ///
+    /// # Panics
+    /// If one is.
+    pub fn bounded(primary: &Primary) {
+        let comparator = primary.comparator();
+        let (held, pending) = (comparator.held(), comparator.pending());
+        assert!(
+            held.bytes <= 2 * limits::HELD_BYTES_MAX
+                && pending.bytes <= limits::PENDING_BYTES_MAX + limits::FRAME_BYTES_MAX
+                && primary.inputs_unconfirmed() <= 2 * limits::INPUTS_UNCONFIRMED_MAX,
+            "rule 5: a queue is over its bound: {held:?}, {pending:?}, {} inputs",
+            primary.inputs_unconfirmed()
         );
-        self.values.insert(request.key, (answer.id, answer.value));
-        self.answers += 1;
     }
 }

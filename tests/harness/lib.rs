@@ -6,13 +6,22 @@
 #![forbid(unsafe_code)]
 
 pub mod checkers;
+pub mod clients;
 pub mod faults;
+mod guests;
+pub mod history;
+#[cfg(test)]
+mod lossy;
 mod network;
 pub mod node;
+pub mod ops;
+pub mod packet;
 pub mod random;
 pub mod run;
 pub mod scenario;
 mod shells;
+pub mod streams;
+pub mod tcp;
 pub mod toy_vm;
 pub mod trace;
 pub mod world;

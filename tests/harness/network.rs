@@ -11,7 +11,6 @@ use secondary::event::{Event as SecondaryEvent, LinkEnd};
 use secondary::protocol::{Options as SecondaryOptions, Secondary};
 
 use crate::node::Role;
-use crate::toy_vm::{Answer, Request};
 use crate::trace::Line;
 use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, World};
 
@@ -44,67 +43,8 @@ pub(crate) struct Wire {
     item: Item,
 }
 
-/// One client of the guest.
-#[derive(Debug)]
-pub(crate) struct Client {
-    pub(crate) request: Request,
-    pub(crate) answered: bool,
-    /// Of the last question: a repetition that is out of date is not sent.
-    turn: u64,
-}
-
-impl Client {
-    pub(crate) fn new(number: usize) -> Self {
-        let number = u8::try_from(number).expect("few");
-        Self {
-            request: Request {
-                client: number,
-                id: 0,
-                key: number,
-                noisy: false,
-            },
-            answered: true,
-            turn: 0,
-        }
-    }
-}
-
 impl World {
-    // Clients and the switch.
-
-    pub(crate) fn client_asks(&mut self, client: usize, turn: u64) {
-        if self.clients[client].turn != turn {
-            return;
-        }
-        let noisy = self.random.one_in(8);
-        let state = &mut self.clients[client];
-        if state.answered {
-            state.answered = false;
-            state.request.id += 1;
-            state.request.noisy = noisy;
-        }
-        let frame = state.request.frame();
-        self.later(50_000, Happening::Frame(frame));
-        self.later(250 * MILLISECOND, Happening::ClientAsks(client, turn));
-    }
-
-    pub(crate) fn client_hears(&mut self, frame: &Bytes) {
-        let Some(answer) = Answer::parse(frame) else { return };
-        let client = usize::from(answer.client);
-        let state = &mut self.clients[client];
-        if answer.id != state.request.id {
-            return;
-        }
-        let request = state.request;
-        let first = !core::mem::replace(&mut state.answered, true);
-        self.checkers.answered(request, answer);
-        if first {
-            let think = 200_000 + self.random.below(50 * MILLISECOND);
-            self.clients[client].turn += 1;
-            let turn = self.clients[client].turn;
-            self.later(think, Happening::ClientAsks(client, turn));
-        }
-    }
+    // The switch.
 
     pub(crate) fn frame_at_switch(&mut self, frame: &Bytes) {
         for node in 0..2 {

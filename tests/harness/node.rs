@@ -1,6 +1,6 @@
 //! One simulated host: a role's protocol, a toy guest, and a toy shell around them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,6 +10,7 @@ use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
 use checkpoint::{Epoch, Instant, Tag};
+use machine::PageSet;
 use primary::event::Shipment;
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
@@ -18,7 +19,7 @@ use storage::{CommitJob, Image, Replica};
 
 use crate::checkers::Snapshot;
 use crate::random::Random;
-use crate::toy_vm::{DISK_BYTES, Memory, PAGES, ToyVm};
+use crate::toy_vm::{DISK_BYTES, PAGES, Registers, ToyVm};
 
 /// What a host does.
 pub enum Role {
@@ -44,6 +45,8 @@ pub struct Node {
     pub running: bool,
     /// Whether a turn of the guest is under way.
     pub serving: bool,
+    /// When the guest is called next, by its own clock.
+    pub timer: Option<u64>,
     /// Frames in front of the guest.
     pub inbox: VecDeque<Delivery>,
     /// The link it has, by its number.
@@ -73,10 +76,12 @@ pub struct Node {
     journal: Arc<SimImage>,
     /// What a checkpoint ships, copied at its stop.
     pub(crate) parcel: Option<Parcel>,
-    committed: Memory,
+    committed: Vec<Arc<Vec<u8>>>,
+    /// Pages of the committed image that the guest does not have yet.
+    applied: BTreeSet<u64>,
     stage: Vec<PageBatch>,
     devices: Option<DeviceState>,
-    unacknowledged: Vec<u64>,
+    unacknowledged: PageSet,
     jobs: VecDeque<CommitJob<SimImage>>,
 }
 
@@ -101,6 +106,7 @@ impl Node {
             vm: ToyVm::default(),
             running: false,
             serving: false,
+            timer: None,
             inbox: VecDeque::new(),
             link: None,
             frozen_until: 0,
@@ -116,10 +122,11 @@ impl Node {
             replica: None,
             journal,
             parcel: None,
-            committed: ToyVm::default().pages,
+            committed: ToyVm::default().memory.pages,
+            applied: BTreeSet::new(),
             stage: Vec::new(),
             devices: None,
-            unacknowledged: Vec::new(),
+            unacknowledged: PageSet::new(PAGES),
             jobs: VecDeque::new(),
         }
     }
@@ -148,7 +155,8 @@ impl Node {
         self.input_held = false;
         self.role = Role::Waiting;
         self.vm = ToyVm::default();
-        self.committed = ToyVm::default().pages;
+        self.committed = self.vm.memory.pages.clone();
+        self.applied.clear();
         self.running = false;
         self.serving = false;
         self.inbox.clear();
@@ -187,8 +195,8 @@ impl Node {
             None => self.image.read_at(0, &mut disk).expect("in range"),
         }
         Snapshot {
-            pages: self.vm.pages.clone(),
-            served: self.vm.served,
+            pages: self.vm.memory.pages.clone(),
+            registers: self.vm.registers,
             disk,
         }
     }
@@ -198,7 +206,7 @@ impl Node {
     /// Ships all of memory.
     pub fn sync_memory(&mut self, mut totals: Totals) -> (Vec<Message>, Shipment) {
         self.unacknowledged.clear();
-        self.vm.dirty.clear();
+        let _all_are_shipped = self.vm.memory.harvest();
         let mut messages = Vec::new();
         self.batch(&mut totals, &(0..PAGES).collect::<Vec<_>>(), &mut messages);
         (
@@ -215,10 +223,10 @@ impl Node {
     /// Copies what a checkpoint ships; returns the seed of the next epoch.
     pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, entropy: u64) -> [u8; 32] {
         let tag = totals.tag();
-        let dirty: Vec<u64> = core::mem::take(&mut self.vm.dirty).into_iter().collect();
+        let dirty = self.vm.memory.harvest();
         let mut messages = Vec::new();
-        self.batch(&mut totals, &dirty, &mut messages);
-        let pages = dirty.len() as u64;
+        self.batch(&mut totals, &dirty.iter().collect::<Vec<_>>(), &mut messages);
+        let pages = dirty.len();
         self.unacknowledged = dirty;
         for &block in blocks {
             let (offset, length) = storage::verify::block_range(self.image.size(), block);
@@ -235,7 +243,7 @@ impl Node {
         let registers = Section {
             name: "toy".to_owned(),
             version: 1,
-            bytes: self.vm.served.to_le_bytes().to_vec(),
+            bytes: self.vm.registers.store(),
         };
         let devices = DeviceState {
             tag,
@@ -261,7 +269,8 @@ impl Node {
 
     /// The dirty pages of the abandoned checkpoint belong to the next one.
     pub fn keep_dirty(&mut self) {
-        self.vm.dirty.extend(core::mem::take(&mut self.unacknowledged));
+        self.vm.memory.put_back(&self.unacknowledged);
+        self.unacknowledged.clear();
     }
 
     fn batch(&self, totals: &mut Totals, pages: &[u64], messages: &mut Vec<Message>) {
@@ -269,7 +278,7 @@ impl Node {
         let mut chooser = Chooser::default();
         for few in pages.chunks(8) {
             for &page in few {
-                let content = &self.vm.pages[usize::try_from(page).expect("small")];
+                let content = &self.vm.memory.pages[usize::try_from(page).expect("small")];
                 let content = content.as_slice().try_into().expect("a page");
                 let pushed = encoder.push(page, content, None, &mut chooser);
                 assert!(!pushed.full, "eight pages fit");
@@ -289,9 +298,10 @@ impl Node {
 
     /// Applies pages to the committed image.
     pub fn apply(&mut self, batch: &PageBatch) {
-        let committed = &mut self.committed;
+        let (committed, applied) = (&mut self.committed, &mut self.applied);
         decode_batch(&batch.encoded, PAGES, |page, content: &[u8; PAGE_BYTES]| {
             committed[usize::try_from(page).expect("small")] = Arc::new(content.to_vec());
+            applied.insert(page);
         })
         .expect("the simulated wire keeps bytes whole");
     }
@@ -334,16 +344,14 @@ impl Node {
         for batch in core::mem::take(&mut self.stage) {
             self.apply(&batch);
         }
-        self.vm.pages = self.committed.clone();
-        self.vm.dirty.clear();
+        // As the shell does: private copies are dropped where something was written, by whomever.
+        let own = self.vm.memory.harvest();
+        for page in core::mem::take(&mut self.applied).into_iter().chain(own.iter()) {
+            let page = usize::try_from(page).expect("small");
+            self.vm.memory.pages[page] = Arc::clone(&self.committed[page]);
+        }
         let devices = self.devices.take().expect("checked");
-        self.vm.served = u64::from_le_bytes(
-            devices.sections[0]
-                .bytes
-                .as_slice()
-                .try_into()
-                .expect("the toy's section"),
-        );
+        self.vm.registers = Registers::load(&devices.sections[0].bytes).expect("the toy's section");
     }
 
     /// Makes the writes up to this epoch the disk.

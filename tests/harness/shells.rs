@@ -103,7 +103,7 @@ impl World {
         let generation = primary.tag().generation;
         for frame in frames {
             self.checkers.released(node, generation, paired, frame);
-            self.later(50_000, Happening::ClientHears(frame.clone()));
+            self.frame_leaves(frame.clone());
         }
     }
 
@@ -245,7 +245,8 @@ impl World {
                 host.serving = false;
                 host.fold();
                 let taken = *taken;
-                self.checkers.taken_over(taken.last_epoch, &taken.outputs);
+                self.checkers
+                    .taken_over(taken.generation, taken.last_epoch, &taken.outputs);
                 return self.start_primary(
                     node,
                     Start::TakenOver {

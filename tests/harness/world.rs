@@ -15,11 +15,12 @@ use primary::protocol::{Resume, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent};
 
 use crate::checkers::Checkers;
+use crate::clients::Clients;
 use crate::faults::{Coverage, Fault};
-use crate::network::{Client, Link, Wire};
+use crate::network::{Link, Wire};
 use crate::node::{Node, Role};
 use crate::random::Random;
-use crate::toy_vm::CLIENTS;
+use crate::toy_vm::Effect;
 use crate::trace::{Line, Trace};
 
 /// Silence after which a side is lost, on both.
@@ -42,13 +43,15 @@ pub(crate) enum VmOrder {
 }
 
 pub(crate) enum Happening {
-    ClientAsks(usize, u64),
     ClientHears(Bytes),
+    ClientWakes(usize, u64),
     Courier(usize, u64),
     Dial(usize, u64),
     DiskJobs(usize, u64),
     Fault(Fault),
+    Flushed(usize, u64, u64),
     Frame(Bytes),
+    GuestTimer(usize, u64, u64),
     PrimaryEvent(usize, u64, PrimaryEvent),
     Restart(usize, u64),
     SecondaryEvent(usize, u64, SecondaryEvent),
@@ -72,11 +75,18 @@ pub struct World {
     pub(crate) witness: bool,
     pub(crate) resume: Resume,
     pub(crate) witness_down_until: u64,
-    pub(crate) clients: Vec<Client>,
+    /// The clients, and what they did and saw.
+    pub clients: Clients,
+    /// Of each client: its last wake-up call, and when it asked for it.
+    pub(crate) client_turns: Vec<(u64, Option<u64>)>,
+    pub(crate) sent: Vec<Bytes>,
+    pub(crate) effects: Vec<Effect>,
     pub(crate) primary_actions: Vec<PrimaryAction>,
     pub(crate) secondary_actions: Vec<SecondaryAction>,
     /// A host that died or ended starts again as a secondary.
     pub restarts: bool,
+    /// No frame is lost or overtaken between the clients and the hosts.
+    pub smooth: bool,
     armed: Option<(&'static str, Aim)>,
     /// The rules.
     pub checkers: Checkers,
@@ -105,12 +115,13 @@ impl World {
         Self::start(seed, random, nodes, false)
     }
 
-    fn start(seed: u64, random: Random, nodes: [Node; 2], witness: bool) -> Self {
+    fn start(seed: u64, mut random: Random, nodes: [Node; 2], witness: bool) -> Self {
         let resume = if seed.is_multiple_of(4) {
             Resume::AfterAcknowledgement
         } else {
             Resume::AfterCopy
         };
+        let clients = Clients::new(random.draw());
         let mut world = Self {
             now: 0,
             serial: 0,
@@ -122,10 +133,14 @@ impl World {
             witness,
             resume,
             witness_down_until: 0,
-            clients: (0..usize::try_from(CLIENTS).expect("few")).map(Client::new).collect(),
+            client_turns: vec![(0, None); clients.count()],
+            clients,
+            sent: Vec::new(),
+            effects: Vec::new(),
             primary_actions: Vec::new(),
             secondary_actions: Vec::new(),
             restarts: true,
+            smooth: false,
             armed: None,
             checkers: Checkers::default(),
             trace: Trace::default(),
@@ -141,8 +156,8 @@ impl World {
                 last_epoch: Epoch(0),
             },
         );
-        for client in 0..world.clients.len() {
-            world.later(MILLISECOND, Happening::ClientAsks(client, 0));
+        for client in 0..world.clients.count() {
+            world.clients_sent(client);
         }
         world
     }
@@ -314,13 +329,15 @@ impl World {
             Happening::PrimaryEvent(node, life, _)
             | Happening::SecondaryEvent(node, life, _)
             | Happening::Serve(node, life)
+            | Happening::Flushed(node, life, _)
+            | Happening::GuestTimer(node, life, _)
             | Happening::Dial(node, life)
             | Happening::Courier(node, life)
             | Happening::DiskJobs(node, life)
             | Happening::Restart(node, life)
             | Happening::Vm(node, life, _) => Some((*node, Some(*life))),
             Happening::Wire(wire) => Some((wire.to, None)),
-            Happening::ClientAsks(..) | Happening::ClientHears(_) | Happening::Fault(_) | Happening::Frame(_) => None,
+            Happening::ClientWakes(..) | Happening::ClientHears(_) | Happening::Fault(_) | Happening::Frame(_) => None,
         }
     }
 
@@ -337,8 +354,8 @@ impl World {
             }
         }
         match happening {
-            Happening::ClientAsks(client, turn) => self.client_asks(client, turn),
             Happening::ClientHears(frame) => self.client_hears(&frame),
+            Happening::ClientWakes(client, turn) => self.client_wakes(client, turn),
             Happening::Courier(node, life) => self.courier(node, life),
             Happening::Dial(node, life) => self.dial(node, life),
             Happening::DiskJobs(node, _) => {
@@ -347,7 +364,9 @@ impl World {
                 }
             }
             Happening::Fault(fault) => self.fault(fault),
+            Happening::Flushed(node, _, number) => self.flush_ends(node, number),
             Happening::Frame(frame) => self.frame_at_switch(&frame),
+            Happening::GuestTimer(node, _, time) => self.guest_timer(node, time),
             Happening::PrimaryEvent(node, _, event) => self.step_primary(node, event),
             Happening::Restart(node, _) => {
                 self.note(Line::Note(format!("host {node} starts and waits for a primary")));
@@ -370,10 +389,7 @@ impl World {
             VmOrder::KeepDirty => host.keep_dirty(),
             VmOrder::StageDevices(state) => host.stage_devices(state),
             VmOrder::StagePages(batch) => host.stage_pages(batch),
-            VmOrder::Resume => {
-                host.running = true;
-                self.wake(node);
-            }
+            VmOrder::Resume => self.guest_resumes(node),
             VmOrder::Check(tag) => {
                 let Role::Secondary(secondary) = &host.role else { return };
                 let first = secondary.is_first();
@@ -428,50 +444,5 @@ impl World {
         if let Some(parcel) = host.parcel.take() {
             self.step_primary(node, PrimaryEvent::CheckpointSent(parcel.shipment));
         }
-    }
-
-    pub(crate) fn wake(&mut self, node: usize) {
-        let host = &mut self.nodes[node];
-        if host.running && !host.serving && !host.inbox.is_empty() {
-            host.serving = true;
-            let life = host.life;
-            self.soon(Happening::Serve(node, life));
-        }
-    }
-
-    fn serve(&mut self, node: usize) {
-        let noise = self.random.draw();
-        let host = &mut self.nodes[node];
-        host.serving = false;
-        if !host.running {
-            return;
-        }
-        let Some(delivery) = host.inbox.pop_front() else { return };
-        match host.role {
-            Role::Primary(_) => self.step_primary(node, PrimaryEvent::InputConsumed(delivery.clone())),
-            Role::Secondary(_) => self.step_secondary(node, SecondaryEvent::InputConsumed(delivery.clone())),
-            Role::Off | Role::Waiting => return,
-        }
-        let served = self.nodes[node].vm.serve(&delivery.guest, noise);
-        if let Some((offset, data)) = served.write {
-            self.nodes[node].write_disk(offset, &data);
-            if let Role::Primary(_) = self.nodes[node].role {
-                self.step_primary(node, PrimaryEvent::GuestWrote { offset, data });
-            }
-        }
-        if let Some(frame) = served.output {
-            match &self.nodes[node].role {
-                Role::Primary(primary) => {
-                    self.checkers.primary_sent(primary.tag(), &frame);
-                    self.step_primary(node, PrimaryEvent::GuestSent(frame));
-                }
-                Role::Secondary(secondary) => {
-                    self.checkers.secondary_sent(secondary.tag(), &frame);
-                    self.step_secondary(node, SecondaryEvent::GuestSent(frame));
-                }
-                Role::Off | Role::Waiting => {}
-            }
-        }
-        self.wake(node);
     }
 }

@@ -1,0 +1,220 @@
+//! The guests' turns on both hosts, and the clients': what they send goes to the protocols and to the wires.
+
+use bytes::Bytes;
+use primary::event::Event as PrimaryEvent;
+use secondary::event::Event as SecondaryEvent;
+use storage::Image;
+
+use crate::checkers::Checkers;
+use crate::node::Role;
+use crate::toy_vm::{Effect, ToyVm};
+use crate::world::{Happening, MILLISECOND, World};
+
+/// One frame in so many is lost between a client and the switch.
+const LOST: u64 = 128;
+
+impl World {
+    // Guests.
+
+    /// Sees to it that a guest that has something to do, and runs, gets its turn.
+    pub(crate) fn wake(&mut self, node: usize) {
+        let host = &mut self.nodes[node];
+        if !host.running {
+            return;
+        }
+        if !host.serving && (host.vm.is_ready() || !host.inbox.is_empty()) {
+            host.serving = true;
+            let life = host.life;
+            self.soon(Happening::Serve(node, life));
+        }
+        self.arm_timer(node);
+    }
+
+    /// The guest goes on after a stop: what it had asked for is carried.
+    pub(crate) fn guest_resumes(&mut self, node: usize) {
+        let host = &mut self.nodes[node];
+        host.running = true;
+        host.timer = None;
+        if let Some(number) = host.vm.flush_due() {
+            self.ask_flush(node, number);
+        }
+        self.wake(node);
+    }
+
+    pub(crate) fn serve(&mut self, node: usize) {
+        self.nodes[node].serving = false;
+        if !self.nodes[node].running {
+            return;
+        }
+        // The device's turn: what is in the ring when the guest stops is in its memory.
+        while self.nodes[node].vm.has_room()
+            && let Some(delivery) = self.nodes[node].inbox.pop_front()
+        {
+            self.nodes[node].vm.receive(&delivery.guest);
+            match self.nodes[node].role {
+                Role::Primary(_) => self.step_primary(node, PrimaryEvent::InputConsumed(delivery)),
+                Role::Secondary(_) => self.step_secondary(node, SecondaryEvent::InputConsumed(delivery)),
+                Role::Off | Role::Waiting => return,
+            }
+        }
+        if !self.random.one_in(4) {
+            self.guest_acts(node, ToyVm::turn);
+        }
+        self.wake(node);
+    }
+
+    pub(crate) fn guest_timer(&mut self, node: usize, time: u64) {
+        if self.nodes[node].running && self.nodes[node].timer == Some(time) {
+            self.nodes[node].timer = None;
+            self.guest_acts(node, |vm, noise, effects| vm.timer(time, noise, effects));
+            self.wake(node);
+        }
+    }
+
+    /// A flush that a stopped guest waits for is asked for again when it goes on.
+    pub(crate) fn flush_ends(&mut self, node: usize, number: u64) {
+        if !self.nodes[node].running {
+            return;
+        }
+        let host = &self.nodes[node];
+        // What a guest that follows has written is not the pair's state, and is durable when that is.
+        let result = match &host.replica {
+            Some(_) => Ok(()),
+            None => host.image.flush(),
+        };
+        self.guest_acts(node, |vm, noise, effects| match result {
+            Ok(()) => vm.flushed(number, noise, effects),
+            Err(_) => vm.flush_failed(effects),
+        });
+        self.wake(node);
+    }
+
+    fn guest_acts(&mut self, node: usize, act: impl FnOnce(&mut ToyVm, u64, &mut Vec<Effect>)) {
+        let noise = self.random.draw();
+        let mut effects = core::mem::take(&mut self.effects);
+        act(&mut self.nodes[node].vm, noise, &mut effects);
+        for effect in effects.drain(..) {
+            match effect {
+                Effect::Send { frame, first } => self.guest_sends(node, frame, first),
+                Effect::Write { offset, data } => self.guest_writes(node, offset, data),
+                Effect::Flush(number) => self.ask_flush(node, number),
+            }
+        }
+        self.effects = effects;
+    }
+
+    fn guest_sends(&mut self, node: usize, frame: Bytes, first: Option<(u32, u32)>) {
+        match &self.nodes[node].role {
+            Role::Primary(primary) => {
+                let tag = primary.tag();
+                let held = matches!(primary.state_name(), "protected" | "checkpointing" | "contending");
+                self.checkers.streams.primary_sent(tag, held, &frame, first);
+                self.step_primary(node, PrimaryEvent::GuestSent(frame));
+                if let Role::Primary(primary) = &self.nodes[node].role {
+                    Checkers::bounded(primary);
+                }
+            }
+            Role::Secondary(secondary) => {
+                self.checkers.streams.secondary_sent(secondary.tag(), &frame, first);
+                self.step_secondary(node, SecondaryEvent::GuestSent(frame));
+            }
+            Role::Off | Role::Waiting => {}
+        }
+    }
+
+    fn guest_writes(&mut self, node: usize, offset: u64, data: Bytes) {
+        self.nodes[node].write_disk(offset, &data);
+        if let Role::Primary(_) = self.nodes[node].role {
+            self.step_primary(node, PrimaryEvent::GuestWrote { offset, data });
+        }
+    }
+
+    fn ask_flush(&mut self, node: usize, number: u64) {
+        let life = self.nodes[node].life;
+        let delay = 10_000 + self.random.below(200_000);
+        self.later(delay, Happening::Flushed(node, life, number));
+    }
+
+    fn arm_timer(&mut self, node: usize) {
+        let host = &mut self.nodes[node];
+        let Some((time, wait)) = host.vm.deadline().zip(host.vm.wait()) else {
+            return;
+        };
+        if host.timer.is_none_or(|timer| timer > time) {
+            host.timer = Some(time);
+            let life = host.life;
+            let delay = wait * MILLISECOND + self.random.below(MILLISECOND);
+            self.later(delay, Happening::GuestTimer(node, life, time));
+        }
+    }
+
+    // Clients.
+
+    /// The VM has lost its memory on both hosts, and starts from a disk.
+    pub fn vm_rebooted(&mut self) {
+        self.clients.vm_rebooted();
+        for client in 0..self.clients.count() {
+            self.clients_sent(client);
+        }
+    }
+
+    pub(crate) fn client_wakes(&mut self, client: usize, turn: u64) {
+        if self.client_turns[client].0 == turn {
+            self.client_turns[client].1 = None;
+            self.clients.wake(client, self.now / MILLISECOND);
+            self.clients_sent(client);
+        }
+    }
+
+    pub(crate) fn client_hears(&mut self, frame: &Bytes) {
+        self.checkers.streams.heard(frame);
+        if let Some(client) = self.clients.hear(frame, self.now / MILLISECOND) {
+            self.checkers.answers = self.clients.history.answers;
+            self.clients_sent(client);
+        }
+    }
+
+    pub(crate) fn clients_sent(&mut self, client: usize) {
+        let mut frames = core::mem::take(&mut self.sent);
+        frames.extend(self.clients.sent());
+        for frame in frames.drain(..) {
+            if let Some(delay) = self.travel() {
+                self.later(delay, Happening::Frame(frame));
+            }
+        }
+        self.sent = frames;
+        self.schedule_client(client);
+    }
+
+    fn schedule_client(&mut self, client: usize) {
+        let deadline = self.clients.deadline(client);
+        let (turn, scheduled) = &mut self.client_turns[client];
+        if *scheduled == deadline {
+            return;
+        }
+        *scheduled = deadline;
+        *turn += 1;
+        let turn = *turn;
+        if let Some(at) = deadline {
+            let delay = (at * MILLISECOND).saturating_sub(self.now) + self.random.below(1_000);
+            self.later(delay, Happening::ClientWakes(client, turn));
+        }
+    }
+
+    /// Returns how long a frame travels between a client and a host, if it arrives; some are overtaken.
+    fn travel(&mut self) -> Option<u64> {
+        match self.random.below(LOST) {
+            _ if self.smooth => Some(50_000),
+            0 => None,
+            1..8 => Some(50_000 + self.random.below(400_000)),
+            _ => Some(50_000),
+        }
+    }
+
+    /// Lets a frame that has left a host travel to its client.
+    pub(crate) fn frame_leaves(&mut self, frame: Bytes) {
+        if let Some(delay) = self.travel() {
+            self.later(delay, Happening::ClientHears(frame));
+        }
+    }
+}

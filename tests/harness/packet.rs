@@ -1,0 +1,197 @@
+//! The frames of the toy's world: UDP and TCP over IPv4 over Ethernet, built and read, and nothing else.
+//!
+//! Small enough to be cheap in a loop of millions. Sums are left to etherparse, so that what the pair has
+//! rewritten is judged by code that is not its own.
+
+use bytes::Bytes;
+use etherparse::checksum::Sum16BitWords;
+
+/// The guest's address.
+pub const GUEST: u8 = 1;
+/// Port at which the guest serves requests, over UDP and TCP.
+pub const SERVICE_PORT: u16 = 7;
+
+/// FIN of a TCP header.
+pub const FIN: u8 = 1;
+/// SYN of a TCP header.
+pub const SYN: u8 = 2;
+/// RST of a TCP header.
+pub const RST: u8 = 4;
+/// PSH of a TCP header.
+pub const PSH: u8 = 8;
+/// ACK of a TCP header.
+pub const ACK: u8 = 16;
+
+const IP: usize = 14;
+const TRANSPORT: usize = IP + 20;
+const TCP_PROTOCOL: u8 = 6;
+const UDP_PROTOCOL: u8 = 17;
+
+/// One end of a flow: the last byte of its address, and its port.
+pub type End = (u8, u16);
+
+/// What says how the rest of a segment is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Sequence number.
+    pub seq: u32,
+    /// Acknowledgement number, meant if the flag is set.
+    pub ack: u32,
+    /// Flags.
+    pub flags: u8,
+    /// Bytes that the sender can take.
+    pub window: u16,
+}
+
+impl Header {
+    /// Tells whether a flag is set.
+    #[must_use]
+    pub fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// A frame that could be read.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet<'a> {
+    /// Who sent it.
+    pub from: End,
+    /// To whom.
+    pub to: End,
+    /// For TCP.
+    pub tcp: Option<Header>,
+    /// What it carries.
+    pub payload: &'a [u8],
+    /// Its sums are right.
+    pub intact: bool,
+}
+
+/// Reads a frame; anything else than UDP and TCP over plain IPv4 is nothing.
+#[must_use]
+pub fn parse(frame: &[u8]) -> Option<Packet<'_>> {
+    let ip = frame.get(IP..TRANSPORT)?;
+    if frame[12..14] != [8, 0] || ip[0] != 0x45 {
+        return None;
+    }
+    let length = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
+    let transport = frame.get(TRANSPORT..IP + length)?;
+    let word = |at: usize| Some(u16::from_be_bytes(transport.get(at..at + 2)?.try_into().ok()?));
+    let long = |at: usize| Some(u32::from_be_bytes(transport.get(at..at + 4)?.try_into().ok()?));
+    let (from, to) = ((ip[15], word(0)?), (ip[19], word(2)?));
+    let (tcp, payload) = match ip[9] {
+        UDP_PROTOCOL => (None, transport.get(8..)?),
+        TCP_PROTOCOL => {
+            let header = Header {
+                seq: long(4)?,
+                ack: long(8)?,
+                flags: *transport.get(13)?,
+                window: word(14)?,
+            };
+            (Some(header), transport.get(usize::from(transport[12] >> 4) * 4..)?)
+        }
+        _ => return None,
+    };
+    let whole = Sum16BitWords::new().add_slice(ip).ones_complement() == 0;
+    let intact = whole && transport_sum(ip[9], from.0, to.0, transport) == 0;
+    Some(Packet {
+        from,
+        to,
+        tcp,
+        payload,
+        intact,
+    })
+}
+
+/// Makes a UDP frame.
+#[must_use]
+pub fn udp(from: End, to: End, payload: &[u8]) -> Bytes {
+    let mut header = [0; 8];
+    header[..2].copy_from_slice(&from.1.to_be_bytes());
+    header[2..4].copy_from_slice(&to.1.to_be_bytes());
+    header[4..6].copy_from_slice(&length(8 + payload.len()).to_be_bytes());
+    frame(UDP_PROTOCOL, from.0, to.0, &header, 6, payload)
+}
+
+/// Makes a TCP frame.
+#[must_use]
+pub fn tcp(from: End, to: End, tcp: &Header, payload: &[u8]) -> Bytes {
+    let mut header = [0; 20];
+    header[..2].copy_from_slice(&from.1.to_be_bytes());
+    header[2..4].copy_from_slice(&to.1.to_be_bytes());
+    header[4..8].copy_from_slice(&tcp.seq.to_be_bytes());
+    header[8..12].copy_from_slice(&tcp.ack.to_be_bytes());
+    header[12] = 5 << 4;
+    header[13] = tcp.flags;
+    header[14..16].copy_from_slice(&tcp.window.to_be_bytes());
+    frame(TCP_PROTOCOL, from.0, to.0, &header, 16, payload)
+}
+
+fn frame(protocol: u8, from: u8, to: u8, header: &[u8], sum_at: usize, payload: &[u8]) -> Bytes {
+    let mut out = Vec::with_capacity(TRANSPORT + header.len() + payload.len());
+    for end in [to, from] {
+        out.extend([2, 0, 10, 0, 0, end]);
+    }
+    let [high, low] = length(20 + header.len() + payload.len()).to_be_bytes();
+    out.extend([8, 0, 0x45, 0, high, low, 0, 0, 0x40, 0, 64, protocol, 0, 0]);
+    out.extend([10, 0, 0, from, 10, 0, 0, to]);
+    let sum = Sum16BitWords::new().add_slice(&out[IP..]).ones_complement();
+    out[IP + 10..IP + 12].copy_from_slice(&sum.to_ne_bytes());
+    out.extend_from_slice(header);
+    out.extend_from_slice(payload);
+    let sum = transport_sum(protocol, from, to, &out[TRANSPORT..]);
+    let at = TRANSPORT + sum_at;
+    out[at..at + 2].copy_from_slice(&sum.to_ne_bytes());
+    out.into()
+}
+
+/// Returns 0 over a segment whose sum is right.
+fn transport_sum(protocol: u8, from: u8, to: u8, segment: &[u8]) -> u16 {
+    Sum16BitWords::new()
+        .add_4bytes([10, 0, 0, from])
+        .add_4bytes([10, 0, 0, to])
+        .add_2bytes([0, protocol])
+        .add_2bytes(length(segment.len()).to_be_bytes())
+        .add_slice(segment)
+        .ones_complement()
+}
+
+fn length(bytes: usize) -> u16 {
+    u16::try_from(bytes).expect("frames are short")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_what_etherparse_reads() {
+        let header = Header {
+            seq: 0xffff_fff0,
+            ack: 7,
+            flags: ACK | PSH,
+            window: 2_000,
+        };
+        for payload in [&b""[..], b"odd", b"even"] {
+            let frame = tcp((GUEST, SERVICE_PORT), (100, 4_000), &header, payload);
+            let read = parse(&frame).expect("it is TCP");
+            assert!(read.intact);
+            assert_eq!((read.from, read.to), ((GUEST, SERVICE_PORT), (100, 4_000)));
+            assert_eq!((read.tcp, read.payload), (Some(header), payload));
+            let sliced = etherparse::SlicedPacket::from_ethernet(&frame).expect("well formed");
+            let Some(etherparse::TransportSlice::Tcp(tcp)) = sliced.transport else {
+                panic!("a TCP segment is expected")
+            };
+            assert_eq!((tcp.sequence_number(), tcp.payload()), (header.seq, payload));
+            assert_eq!(
+                tcp.calc_checksum_ipv4([10, 0, 0, 1], [10, 0, 0, 100]),
+                Ok(tcp.checksum())
+            );
+
+            let frame = udp((100, 4_000), (GUEST, SERVICE_PORT), payload);
+            assert!(parse(&frame).is_some_and(|read| read.intact && read.payload == payload && read.tcp.is_none()));
+            let mut broken = frame.to_vec();
+            broken[35] ^= 1;
+            assert!(parse(&broken).is_some_and(|read| !read.intact));
+        }
+    }
+}
