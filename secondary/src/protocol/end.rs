@@ -18,6 +18,11 @@ impl Secondary {
     }
 
     pub(super) fn goodbye(&mut self, now: Instant, reason: GoodbyeReason, actions: &mut Vec<Action>) {
+        if self.standing() == Standing::Idle {
+            // Nothing of the image has changed: its record stays as true as it was.
+            actions.push(Action::CloseLink);
+            return self.finish(Outcome::Ended(reason), actions);
+        }
         self.leaving = Some(reason);
         self.contend(now, failover::Event::Goodbye, "", actions);
         if !matches!(self.flight, Flight::Loading(..)) {
@@ -73,5 +78,32 @@ impl Secondary {
             complete,
             clean,
         }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use checkpoint::wire::GoodbyeReason;
+    use checkpoint::{Duration, Generation, Instant};
+
+    use crate::event::{Action, Event, Outcome};
+    use crate::protocol::{Options, Secondary};
+
+    #[test]
+    fn a_goodbye_before_the_sync_leaves_the_record_as_it_was() {
+        let goodbye = checkpoint::wire::Message::Goodbye(GoodbyeReason::Operator);
+        for event in [Event::StopAsked, Event::PeerSent(goodbye)] {
+            let options = Options {
+                witness: true,
+                takeover_limit: Duration::from_millis(300),
+                generation: Generation(7),
+            };
+            let mut secondary = Secondary::new(options, "a".to_owned(), Instant(1));
+            let mut actions = Vec::new();
+            secondary.step(Instant(2), event, &mut actions);
+            let stored = |action: &Action| matches!(action, Action::StoreRecord(_));
+            assert!(!actions.iter().any(stored), "the image is still complete");
+            assert!(matches!(actions.last(), Some(Action::End(Outcome::Ended(_)))));
+        }
     }
 }
