@@ -9,7 +9,7 @@
 //! | record | latest term | decision |
 //! |---|---|---|
 //! | none | none | start: a new pair |
-//! | none | term 1, this host's | start: the very first start was cut short |
+//! | none | term 1, this host's | start, in term 1 again: the very first start was cut short |
 //! | none | any other | refuse: the image is not the pair's |
 //! | incomplete | any | refuse: a resync was cut short |
 //! | complete | this host's, later than the record | start: claimed with that very state |
@@ -28,9 +28,10 @@ mod contest;
 pub use contest::{Claim, Connection, Contest, Event, Order, Standing};
 
 use crate::epoch::{Generation, Role};
+use crate::mutants::{self, Mutant};
 
 /// What the durable record says of the image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KnownState {
     /// Generation that the image last ran in.
     pub generation: Generation,
@@ -125,8 +126,13 @@ pub enum StartRefusal {
 /// witness and it has given one. A witness that can't be read is no absent one: then there is nothing to decide.
 #[must_use]
 pub fn start_decision(known: Option<KnownState>, latest: Option<(Generation, String)>, node: &str) -> Decision {
-    let ours = known.map_or(Generation(0), |known| known.generation);
-    let newest = ours.max(latest.as_ref().map_or(Generation(0), |(term, _)| *term));
+    let newest = match (known, &latest) {
+        // A very first start, perhaps after one that was cut short: it claims the same term again.
+        (None, Some((term, _))) if mutants::on(Mutant::SkipTermAtFirstStart) => *term,
+        (None, _) => Generation(0),
+        (Some(known), Some((term, _))) => known.generation.max(*term),
+        (Some(known), None) => known.generation,
+    };
     match refusal(known, latest, node) {
         Some(refusal) => Decision::Refuse(refusal),
         None => Decision::Start { term: newest.next() },
@@ -152,6 +158,8 @@ fn refusal(known: Option<KnownState>, latest: Option<(Generation, String)>, node
         return Some(StartRefusal::Incomplete);
     }
     match latest {
+        Some((term, owner)) if owner != node && term > ours && mutants::on(Mutant::StartSuperseded) => None,
+        Some((term, owner)) if owner != node && term == ours && mutants::on(Mutant::StartFollower) => None,
         Some((term, owner)) if owner != node => Some(if term > ours {
             StartRefusal::Superseded { ours, term, owner }
         } else if term == ours {

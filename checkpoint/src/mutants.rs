@@ -28,6 +28,8 @@ macro_rules! mutants {
 }
 
 mutants! {
+    /// The answer to an old claim counts for the one that is open.
+    AcceptOldAnswer "accept-old-answer"
     /// The end of a disk comparison counts for whatever pairing runs when it comes.
     AcceptOldGeneration "accept-old-generation"
     /// The secondary acknowledges a checkpoint before it has decided that it is complete.
@@ -44,6 +46,8 @@ mutants! {
     ApplyPagesEarly "apply-pages-early"
     /// A claim that the witness did not answer is not repeated.
     ClaimOnce "claim-once"
+    /// A side that contends claims the term that it follows, not the next.
+    ClaimOwnTerm "claim-own-term"
     /// A checkpoint commits the disk writes of the epoch after it, too.
     CommitNextWrites "commit-next-writes"
     /// A checkpoint makes the secondary's own speculative writes part of the disk.
@@ -54,6 +58,10 @@ mutants! {
     CompareBySegment "compare-by-segment"
     /// Two frames of the same length count as equal.
     CompareLengths "compare-lengths"
+    /// A secondary that said goodbye, or heard it, contends.
+    ContendAfterGoodbye "contend-after-goodbye"
+    /// A secondary contends before it holds a complete state.
+    ContendIncomplete "contend-incomplete"
     /// A connection that broke counts as one that the primary's kernel ended.
     ContendWithinLease "contend-within-lease"
     /// Sending the first checkpoint does not make the peer one that may contend.
@@ -98,12 +106,34 @@ mutants! {
     RunAfterLosing "run-after-losing"
     /// A side that won runs before the record of that is durable.
     RunBeforeRecord "run-before-record"
+    /// A first start that was cut short twice is taken for that of a foreign image.
+    SkipTermAtFirstStart "skip-term-at-first-start"
+    /// A host starts alone in a state that the owner of the generation may have left behind.
+    StartFollower "start-follower"
+    /// A host starts alone though another has owned the VM since.
+    StartSuperseded "start-superseded"
     /// The peer counts as lost after half the time that its lease relies on.
     SuspectTooSoon "suspect-too-soon"
     /// A takeover after the commit point is in the state before it.
     TakeOverInOldState "take-over-in-old-state"
     /// A journal counts as complete whatever its digest says.
     TrustJournal "trust-journal"
+    /// A witness that does not answer counts as one that was won.
+    UnreachableIsWon "unreachable-is-won"
+}
+
+impl Mutant {
+    /// Those that the model of the contest must notice, and that the simulation is not asked about.
+    pub const MODEL_ONLY: &[Self] = &[
+        Self::AcceptOldAnswer,
+        Self::ClaimOwnTerm,
+        Self::ContendAfterGoodbye,
+        Self::ContendIncomplete,
+        Self::SkipTermAtFirstStart,
+        Self::StartFollower,
+        Self::StartSuperseded,
+        Self::UnreachableIsWon,
+    ];
 }
 
 /// Whether this build can have mutants.

@@ -267,10 +267,18 @@ impl Contest {
         self.generation
     }
 
+    /// The only term that this side ever claims.
+    fn next_term(&self) -> Generation {
+        if mutants::on(Mutant::ClaimOwnTerm) {
+            return self.generation;
+        }
+        self.generation.next()
+    }
+
     fn pair(&mut self, orders: &mut Vec<Order>) {
         self.standing = Standing::Pairing(Claim::Open { retry: None });
         if self.witness {
-            orders.push(Order::Claim(self.generation.next()));
+            orders.push(Order::Claim(self.next_term()));
         } else {
             self.won(orders);
         }
@@ -280,7 +288,9 @@ impl Contest {
         match self.standing {
             // It has promised never to run what it holds: there is nobody to contend with.
             Standing::Pairing(_) | Standing::Leading { .. } => self.go_alone(orders),
-            Standing::Idle | Standing::Syncing | Standing::Following | Standing::Draining { .. } => {
+            Standing::Idle | Standing::Syncing | Standing::Following | Standing::Draining { .. }
+                if !mutants::on(Mutant::ContendAfterGoodbye) =>
+            {
                 self.standing = Standing::Leaving;
             }
             _ => {}
@@ -293,16 +303,20 @@ impl Contest {
             Standing::Leading { peer_entitled: true } => {
                 self.contend(orders);
                 if self.witness && !mutants::on(Mutant::GoAloneUnasked) {
-                    orders.push(Order::Claim(self.generation.next()));
+                    orders.push(Order::Claim(self.next_term()));
                 } else {
                     self.won(orders);
                 }
             }
-            Standing::Idle | Standing::Syncing => orders.push(Order::GiveUp),
-            Standing::Following | Standing::Draining { .. } | Standing::Severed { .. } => {
+            Standing::Idle | Standing::Syncing if !mutants::on(Mutant::ContendIncomplete) => orders.push(Order::GiveUp),
+            Standing::Idle
+            | Standing::Syncing
+            | Standing::Following
+            | Standing::Draining { .. }
+            | Standing::Severed { .. } => {
                 self.contend(orders);
                 orders.push(if self.witness {
-                    Order::Claim(self.generation.next())
+                    Order::Claim(self.next_term())
                 } else {
                     Order::AskOperator
                 });
@@ -366,14 +380,15 @@ impl Contest {
             Standing::Draining { until, .. } | Standing::Severed { until } if until <= now => self.lost(orders),
             Standing::Contending(Claim::Open { retry: Some(retry) }) if retry <= now => {
                 self.standing = Standing::Contending(Claim::Open { retry: None });
-                orders.push(Order::Claim(self.generation.next()));
+                orders.push(Order::Claim(self.next_term()));
             }
             _ => {}
         }
     }
 
     fn answered(&mut self, now: Instant, term: Generation, answer: WitnessAnswer, orders: &mut Vec<Order>) {
-        if self.standing == Standing::Over || term <= self.generation {
+        let old = term <= self.generation && !mutants::on(Mutant::AcceptOldAnswer);
+        if self.standing == Standing::Over || old {
             return;
         }
         let answer = match answer {
@@ -383,6 +398,10 @@ impl Contest {
         if !matches!(answer, WitnessAnswer::Unreachable(_)) {
             self.alarmed = false;
         }
+        let answer = match answer {
+            WitnessAnswer::Unreachable(_) if mutants::on(Mutant::UnreachableIsWon) => WitnessAnswer::Won,
+            answer => answer,
+        };
         match answer {
             // Whatever this side has come to meanwhile: the VM is the other's.
             WitnessAnswer::LostTo(owner) => {
