@@ -7,6 +7,7 @@ use harness::faults::Fault;
 use harness::node::{Node, Role};
 use harness::world::{Aim, World};
 use primary::event::Event as PrimaryEvent;
+use primary::protocol::SyncCounts;
 use secondary::event::Event as SecondaryEvent;
 use storage::Image;
 
@@ -90,6 +91,13 @@ fn committed(node: &Node) -> Epoch {
     node.record.expect("recorded").committed
 }
 
+fn sync_of(node: &Node) -> SyncCounts {
+    match &node.role {
+        Role::Primary(primary) => primary.counters().sync,
+        _ => panic!("the host is no primary"),
+    }
+}
+
 #[test]
 fn case_a1_a_primary_that_dies_before_the_end_mark_leaves_the_old_state() {
     for phase in ["stopping", "sending"] {
@@ -144,21 +152,50 @@ fn case_a6_a_primary_goes_on_when_the_secondary_dies_at_any_step() {
 
 #[test]
 fn case_b11_a_cut_or_reset_link_leaves_one_side_running_and_the_other_fenced() {
+    let mut returned = 0;
     for aim in [CUT, RESET] {
         for phase in CHECKPOINT {
             let mut world = protected();
             spring(&mut world, phase, aim);
-            world.run(1_500);
-            let phases = [world.phase(0), world.phase(1)];
+            let fenced = |world: &World, node: usize| world.node(node).outcome == Some("fenced");
             assert!(
-                phases == ["alone", "off"] || phases == ["off", "alone"],
-                "{phase}: {phases:?}"
+                world.run_until(1_500, |world| fenced(world, 0) || fenced(world, 1)),
+                "{phase}"
             );
-            let loser = usize::from(phases[0] == "alone");
-            assert_eq!(world.node(loser).outcome, Some("fenced"), "{phase}");
-            serves(&mut world);
+            if fenced(&world, 0) {
+                goes_on(&mut world, 1, 100);
+                assert_eq!(world.phase(0), "off", "{phase}");
+            } else {
+                serves(&mut world);
+                assert!(world.is_protected(), "{phase}: the loser waits, and follows again");
+                let sync = sync_of(world.node(0));
+                assert!(sync.memory_by_difference && sync.blocks.is_some(), "{phase}: {sync:?}");
+                returned += 1;
+            }
         }
     }
+    assert!(returned > 0, "the primary never won");
+}
+
+#[test]
+fn a_secondary_that_loses_power_brings_the_disk_that_it_had_made_durable() {
+    let mut by_difference = 0;
+    for seed in 0..12 {
+        for phase in ["loading", "committing"] {
+            let mut world = protected_in(World::new(seed));
+            spring(&mut world, phase, |[_, other]| Fault::PowerLoss(other));
+            goes_on(&mut world, 0, 1_000);
+            assert!(
+                world.run_until(5_000, World::is_protected),
+                "{phase} {seed}\n{}",
+                world.trace
+            );
+            let sync = sync_of(world.node(0));
+            assert!(!sync.memory_by_difference, "{phase} {seed}");
+            by_difference += u32::from(sync.blocks.is_some());
+        }
+    }
+    assert!(by_difference > 0, "no disk was known");
 }
 
 #[test]

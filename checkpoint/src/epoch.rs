@@ -2,12 +2,14 @@
 
 use core::fmt;
 
+use rkyv::{Archive, Deserialize, Serialize};
+
 /// The witness's term. Raised by each side that wins the witness and for each new peer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Archive, Serialize, Deserialize)]
 pub struct Generation(pub u64);
 
 /// The number of an epoch within the life of a pair. Never used twice in one generation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Archive, Serialize, Deserialize)]
 pub struct Epoch(pub u64);
 
 /// The number of an input frame, counted from 1 in each generation.
@@ -15,7 +17,7 @@ pub struct Epoch(pub u64);
 pub struct InputNumber(pub u64);
 
 /// What every held frame, forwarded input, mirrored write and secondary's frame carries.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Archive, Serialize, Deserialize)]
 pub struct Tag {
     /// Generation in which it was made; ordered first.
     pub generation: Generation,

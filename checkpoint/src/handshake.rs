@@ -16,7 +16,7 @@ use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, TAKEOVER_LIMIT_MAX,
     TAKEOVER_LIMIT_MIN, VCPUS_MAX,
 };
-use crate::wire::{Hello, MachineShape, Refusal, Session, Welcome};
+use crate::wire::{Held, Hello, MachineShape, Refusal, Session, Welcome};
 
 /// This host's side of a handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub struct Local {
     pub generation: Generation,
     /// Last committed epoch of it.
     pub committed: Epoch,
+    /// What this side, as a secondary, still has of the pairing before.
+    pub held: Held,
     /// The takeover limit in milliseconds.
     pub takeover_limit_ms: u64,
     /// Whether a witness is configured.
@@ -133,6 +135,7 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
         session,
         generation: local.generation.0,
         committed: local.committed.0,
+        held: local.held,
     })
 }
 
@@ -239,6 +242,15 @@ fn compare_shapes(primary: &MachineShape, secondary: &MachineShape) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::epoch::Tag;
+
+    const HELD: Held = Held {
+        memory: None,
+        disk: Some(Tag {
+            generation: Generation(4),
+            epoch: Epoch(60),
+        }),
+    };
 
     fn primary() -> Local {
         Local {
@@ -253,6 +265,7 @@ mod tests {
             },
             generation: Generation(5),
             committed: Epoch(70),
+            held: Held::default(),
             takeover_limit_ms: 300,
             witness: true,
         }
@@ -263,6 +276,7 @@ mod tests {
             node: "b".into(),
             generation: Generation(4),
             committed: Epoch(60),
+            held: HELD,
             ..primary()
         }
     }
@@ -283,7 +297,8 @@ mod tests {
                 node: "b".into(),
                 session: Session(9),
                 generation: 4,
-                committed: 60
+                committed: 60,
+                held: HELD,
             }
         );
         assert_eq!(judge_welcome(&primary(), &welcome), Ok(()));
@@ -334,6 +349,7 @@ mod tests {
             session: Session(1),
             generation: 6,
             committed: 0,
+            held: Held::default(),
         };
         assert!(matches!(judge_welcome(&primary(), &newer), Err(Refusal::Protocol(_))));
         let twin = Welcome {

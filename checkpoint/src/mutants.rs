@@ -48,6 +48,8 @@ mutants! {
     ClaimOnce "claim-once"
     /// A side that contends claims the term that it follows, not the next.
     ClaimOwnTerm "claim-own-term"
+    /// Blocks count as equal on both disks once their checkpoint is acknowledged, before it is durable.
+    ClearChangedOnAcknowledgement "clear-changed-on-acknowledgement"
     /// A checkpoint commits the disk writes of the epoch after it, too.
     CommitNextWrites "commit-next-writes"
     /// A checkpoint makes the secondary's own speculative writes part of the disk.
@@ -68,6 +70,8 @@ mutants! {
     EntitleLate "entitle-late"
     /// A takeover makes the primary's uncommitted disk writes part of the disk.
     FoldBuffers "fold-buffers"
+    /// The pages of an abandoned checkpoint count as clean.
+    ForgetAbandonedPages "forget-abandoned-pages"
     /// A side that takes over translates no connection any more.
     ForgetOffsets "forget-offsets"
     /// A primary that lost its secondary goes on without asking the witness.

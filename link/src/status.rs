@@ -30,6 +30,8 @@ pub struct Status {
     pub checkpoints: Checkpoints,
     /// The last one committed.
     pub last_checkpoint: Option<LastCheckpoint>,
+    /// The initial sync of the last pairing, on the primary.
+    pub last_sync: Option<LastSync>,
     /// How often the two guests' outputs differed.
     pub divergences: u64,
     /// What waits where.
@@ -114,6 +116,21 @@ pub struct LastCheckpoint {
     pub pause_us: u64,
     /// Time from the stop to the commit.
     pub commit_us: u64,
+}
+
+/// What an initial sync sent while the guest ran.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastSync {
+    /// Pages that it sent.
+    pub pages: u64,
+    /// Pages of the whole memory.
+    pub pages_total: u64,
+    /// Whether it sent only pages changed since a checkpoint that the secondary still had.
+    pub memory_by_difference: bool,
+    /// Blocks sent because they were changed since such a checkpoint; none if the disks were compared.
+    pub blocks: Option<u64>,
+    /// Blocks of the whole disk.
+    pub blocks_total: u64,
 }
 
 /// What waits where. A queue near its limit triggers a checkpoint.
@@ -237,6 +254,9 @@ impl Display for Status {
         lines.add("epoch", &self.epoch.to_string());
         lines.add("checkpoints", &self.checkpoints.to_string());
         lines.add("last", &self.last());
+        if let Some(sync) = &self.last_sync {
+            lines.add("sync", &sync.to_string());
+        }
         lines.add("divergences", &self.divergences.to_string());
         lines.add("output", &self.queues.output());
         lines.add("input", &format!("{} unconfirmed", self.queues.inputs_unconfirmed));
@@ -331,6 +351,21 @@ impl Display for Checkpoints {
     }
 }
 
+impl Display for LastSync {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if self.memory_by_difference {
+            "by difference"
+        } else {
+            "all of memory"
+        };
+        write!(f, "{how}: {} of {} pages, ", self.pages, self.pages_total)?;
+        match self.blocks {
+            Some(blocks) => write!(f, "{blocks} of {} blocks", self.blocks_total),
+            None => write!(f, "{} blocks compared", self.blocks_total),
+        }
+    }
+}
+
 impl Display for Rates {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -415,6 +450,13 @@ mod tests {
                 pause_us: 900,
                 commit_us: 12_000,
             }),
+            last_sync: Some(LastSync {
+                pages: 12,
+                pages_total: 16_384,
+                memory_by_difference: true,
+                blocks: Some(3),
+                blocks_total: 1_024,
+            }),
             since_ms: 61_000,
             pid: 77,
             ..Status::default()
@@ -461,6 +503,10 @@ mod tests {
         );
         assert!(text.contains("checkpoints  9 (1 sync, 8 mismatch)"), "{text}");
         assert!(text.contains("last         412 ms ago: 10 pages, 40.0 KiB, paused 900 µs, committed after 12 ms"));
+        assert!(
+            text.contains("sync         by difference: 12 of 16384 pages, 3 of 1024 blocks"),
+            "{text}"
+        );
         assert_eq!(text.lines().filter(|line| line.starts_with("ALARM")).count(), 1);
     }
 }

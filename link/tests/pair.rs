@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint::wire::{
-    DiskWrite, GoodbyeReason, Heartbeat, Hello, Input, MachineShape, Message, PageBatch, Refusal, Session, Welcome,
-    encode_into,
+    DiskWrite, GoodbyeReason, Heartbeat, Held, Hello, Input, MachineShape, Message, PageBatch, Refusal, Session,
+    Welcome, encode_into,
 };
 use checkpoint::{InputNumber, Instant, Tag};
 use link::{
@@ -49,6 +49,7 @@ fn welcome(_: &Hello, session: Session) -> Result<Welcome, Refusal> {
         session,
         generation: 0,
         committed: 0,
+        held: Held::default(),
     })
 }
 

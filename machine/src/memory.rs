@@ -295,6 +295,12 @@ impl GuestRam {
         Ok(copied.len())
     }
 
+    /// Makes the committed image all zero. The guest must be stopped; its own copies stay.
+    pub fn clear_image(&self) -> Result<(), MemoryError> {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.image, hole, 0, self.bytes).map_err(|error| MemoryError::Image(error.into()))
+    }
+
     /// Returns the guest-physical address of a RAM page.
     pub fn page_address(&self, page: u64) -> Result<GuestAddress, MemoryError> {
         self.check_pages(page, 1)?;

@@ -25,7 +25,7 @@ pub enum Event {
         /// Fresh seed for the entropy device of the next epoch; the end mark has the same.
         entropy: [u8; 32],
     },
-    /// All blocks of the secondary's disk have been compared and the differing ones queued.
+    /// The secondary's disk has been compared, or its difference read, and the blocks it lacks are queued.
     DiskSynced(Generation),
     /// A frame came from the clients.
     FrameArrived(Bytes),
@@ -44,7 +44,7 @@ pub enum Event {
     InputConsumed(Delivery),
     /// The connections to the secondary are gone; every complete message before has been delivered.
     LinkClosed(String),
-    /// All of memory is queued on the data connection.
+    /// Memory, or its difference, is queued on the data connection.
     MemorySynced(Shipment),
     /// The VM is stopped and its devices are quiet.
     Paused,
@@ -103,7 +103,7 @@ pub enum Action {
     End(Outcome),
     /// Stop (or go on) reading frames from the clients.
     HoldInput(bool),
-    /// The dirty pages of the abandoned checkpoint belong to the next one.
+    /// The dirty pages of the abandoned sync or checkpoint belong to the next one.
     KeepDirty,
     /// Stop the VM; answered by `Paused`.
     PauseVm,
@@ -115,6 +115,13 @@ pub enum Action {
     ResumeVm,
     /// Queue a message on the data connection.
     Send(Message),
+    /// Read these blocks of the own image and queue them as `SyncBlock`s; after the last one, `DiskSynced`.
+    SendBlocks {
+        /// The epoch of the sync.
+        tag: Tag,
+        /// Their indexes.
+        blocks: Vec<u64>,
+    },
     /// Copy the dirty pages and the device state, answered by `Copied`; then queue them and these disk blocks, answered by
     /// `CheckpointSent`.
     SendCheckpoint {
@@ -131,8 +138,13 @@ pub enum Action {
     SeedEntropy(Option<[u8; 32]>),
     /// Write the record beside the image, durably; answered by `RecordStored`.
     StoreRecord(RecordUpdate),
-    /// Queue all of memory while the VM runs; answered by `MemorySynced`.
-    SyncMemory(Totals),
+    /// Queue memory while the VM runs; answered by `MemorySynced`.
+    SyncMemory {
+        /// The sums of the checkpoint that the sync is part of.
+        totals: Totals,
+        /// Only what is dirty, instead of all of it.
+        difference: bool,
+    },
     /// Let frames leave to the clients, unless `not_after` has passed when they are written.
     Transmit {
         /// The frames, in order.

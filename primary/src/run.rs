@@ -8,7 +8,7 @@ use std::time::Duration as StdDuration;
 use bytes::Bytes;
 use checkpoint::handshake::{self, Local};
 use checkpoint::pair::Delivery;
-use checkpoint::wire::{MachineShape, Message, Session};
+use checkpoint::wire::{Held, MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Instant};
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
@@ -127,6 +127,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
             shape: setup.shape,
             generation: Generation(0),
             committed: Epoch(0),
+            held: Held::default(),
             takeover_limit_ms: setup.options.takeover_limit.as_millis(),
             witness: setup.options.witness,
         },
@@ -392,6 +393,15 @@ impl Role {
                     });
                 }
             }
+            Action::SendBlocks { tag, blocks } => {
+                if let Some((link, _)) = &self.link {
+                    self.disk.send(DiskCommand::Send {
+                        tag,
+                        blocks,
+                        bulk: link.bulk(),
+                    });
+                }
+            }
             Action::SendControl(message) => {
                 self.goodbye = matches!(message, Message::Goodbye(_));
                 if let Some((link, _)) = &self.link {
@@ -400,10 +410,11 @@ impl Role {
             }
             Action::SeedEntropy(seed) => self.vm.send(Command::Seed(seed)),
             Action::StoreRecord(update) => self.disk.send(DiskCommand::Store(update)),
-            Action::SyncMemory(totals) => {
+            Action::SyncMemory { totals, difference } => {
                 if let Some((link, _)) = &self.link {
                     self.vm.send(Command::Sync {
                         totals,
+                        difference,
                         bulk: link.bulk(),
                     });
                 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use checkpoint::pair::Trigger;
 use checkpoint::{Duration, Instant};
-use link::status::{Checkpoints, LastCheckpoint, Peer, Queues, Rates, State, Status};
+use link::status::{Checkpoints, LastCheckpoint, LastSync, Peer, Queues, Rates, State, Status};
 
 use crate::protocol::Primary;
 
@@ -55,6 +55,13 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             bytes: counters.last_shipment.1,
             pause_us: counters.last_pause.0 / 1_000,
             commit_us: counters.last_pause.0 / 1_000,
+        }),
+        last_sync: (counters.sync.pages_total > 0).then_some(LastSync {
+            pages: counters.sync.pages,
+            pages_total: counters.sync.pages_total,
+            memory_by_difference: counters.sync.memory_by_difference,
+            blocks: counters.sync.blocks,
+            blocks_total: counters.sync.blocks_total,
         }),
         divergences: counters.divergences,
         queues: Queues {

@@ -35,6 +35,7 @@ pub(crate) enum Command {
     },
     Sync {
         totals: Totals,
+        difference: bool,
         bulk: BulkSender,
     },
 }
@@ -55,6 +56,7 @@ pub(crate) fn spawn(
         courier: Courier::spawn(image, events.clone())?,
         events,
         unacknowledged: None,
+        syncing: false,
     };
     Worker::spawn("vm", move |inbox| keeper.run(&inbox))
 }
@@ -64,8 +66,10 @@ struct Keeper {
     ram: GuestRam,
     courier: Courier,
     events: events::Sender<Event>,
-    /// Dirty pages of the checkpoint that is not acknowledged yet.
+    /// Dirty pages of the checkpoint that is not acknowledged yet, with those of the sync before it.
     unacknowledged: Option<PageSet>,
+    /// The next checkpoint is the first of its pairing.
+    syncing: bool,
 }
 
 impl Keeper {
@@ -96,8 +100,12 @@ impl Keeper {
                     totals,
                     bulk,
                 } => self.ship(tag, blocks, totals, bulk).map(Some),
-                Command::Sync { totals, bulk } => self
-                    .sync(totals, &bulk)
+                Command::Sync {
+                    totals,
+                    difference,
+                    bulk,
+                } => self
+                    .sync(totals, difference, &bulk)
                     .map(|shipment| Some(Event::MemorySynced(shipment))),
             };
             match event {
@@ -115,13 +123,18 @@ impl Keeper {
         let _ = self.events.blocking_send(event);
     }
 
-    /// Ships all of memory while the VM runs: what it dirties meanwhile is left to the first checkpoint.
-    fn sync(&mut self, totals: Totals, bulk: &BulkSender) -> Result<Shipment, ShipError> {
-        self.unacknowledged = None;
-        self.vm.take_dirty()?;
-        let pages = self.ram.populated()?;
+    /// Ships memory while the VM runs: what it dirties meanwhile is left to the first checkpoint.
+    fn sync(&mut self, totals: Totals, difference: bool, bulk: &BulkSender) -> Result<Shipment, ShipError> {
+        let dirty = self.vm.take_dirty()?;
         let mut out = Outbox::new(totals, bulk.clone());
-        out.pages(&self.ram, pages.iter(), true)?;
+        let sent = if difference {
+            out.pages(&self.ram, dirty.iter(), false)
+        } else {
+            out.pages(&self.ram, self.ram.populated()?.iter(), true)
+        };
+        self.unacknowledged = difference.then_some(dirty);
+        self.syncing = true;
+        sent?;
         Ok(out.shipment([0; 32]))
     }
 
@@ -131,7 +144,11 @@ impl Keeper {
         let dirty = self.vm.take_dirty()?;
         let mut pages = self.courier.buffer();
         let beyond = pages.fill(&self.ram, &dirty);
-        self.unacknowledged = Some(dirty);
+        let first = core::mem::take(&mut self.syncing);
+        match &mut self.unacknowledged {
+            Some(pages) if first => pages.union(&dirty),
+            pages => *pages = Some(dirty),
+        }
         out.pages(&self.ram, beyond?.into_iter(), false)?;
         let sections = self.vm.save()?.0.into_iter();
         let mut entropy = [0; 32];
@@ -160,6 +177,11 @@ pub(crate) enum DiskCommand {
         key: HashKey,
         bulk: BulkSender,
     },
+    Send {
+        tag: Tag,
+        blocks: Vec<u64>,
+        bulk: BulkSender,
+    },
     Store(checkpoint::pair::RecordUpdate),
 }
 
@@ -173,6 +195,9 @@ pub(crate) fn spawn_disk(
         while let Some(order) = inbox.next() {
             let event = match order {
                 DiskCommand::Compare { hashes, key, bulk } => compare(&image, &hashes, &key, &bulk),
+                DiskCommand::Send { tag, blocks, bulk } => {
+                    send_blocks(&image, tag, blocks, &bulk, Some(Event::DiskSynced(tag.generation)))
+                }
                 DiskCommand::Store(update) => Some(store(&record, update)),
             };
             if let Some(event) = event {
@@ -196,22 +221,19 @@ fn compare(image: &FileImage, hashes: &BlockHashes, key: &HashKey, bulk: &BulkSe
         Ok(different) => different,
         Err(error) => return Some(Event::VmFailed(format!("the disk image can't be read: {error}"))),
     };
-    for block in different {
+    let compared = hashes.first + hashes.hashes.len() as u64;
+    let synced = (compared >= block_count(image.size())).then_some(Event::DiskSynced(hashes.tag.generation));
+    send_blocks(image, hashes.tag, different, bulk, synced)
+}
+
+/// Queues blocks of the own image; returns `sent`, or why it can't be.
+fn send_blocks(image: &FileImage, tag: Tag, blocks: Vec<u64>, bulk: &BulkSender, sent: Option<Event>) -> Option<Event> {
+    for block in blocks {
         match read_block(image, block) {
-            Ok((offset, data)) => {
-                send(
-                    bulk,
-                    Message::SyncBlock(DiskWrite {
-                        tag: hashes.tag,
-                        offset,
-                        data,
-                    }),
-                )
-                .ok()?;
-            }
+            // A closed connection is reported by its reader.
+            Ok((offset, data)) => send(bulk, Message::SyncBlock(DiskWrite { tag, offset, data })).ok()?,
             Err(error) => return Some(Event::VmFailed(format!("the disk image can't be read: {error}"))),
         }
     }
-    let compared = hashes.first + hashes.hashes.len() as u64;
-    (compared >= block_count(image.size())).then_some(Event::DiskSynced(hashes.tag.generation))
+    sent
 }

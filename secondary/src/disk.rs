@@ -94,13 +94,13 @@ impl block::Backend for Follower {
 /// What the disk's thread is told.
 pub(crate) enum Command {
     Apply(DiskWrite),
+    /// Make the image ready to be written to, and send the hashes of its blocks if there is something to send them with.
+    BeginSync {
+        tag: Tag,
+        hashes: Option<(HashKey, BulkSender)>,
+    },
     /// The own writes become the disk; told when the image holds them.
     Fold(Option<CommitJob<FileImage>>, mpsc::Sender<Result<(), String>>),
-    Hash {
-        tag: Tag,
-        key: HashKey,
-        bulk: BulkSender,
-    },
     /// Room for the epoch's writes, or for a first checkpoint the synced image on stable storage.
     Prepare {
         tag: Tag,
@@ -125,7 +125,15 @@ pub(crate) fn spawn(
                     vm.send(vm::Command::Check(tag, prepare(&disk, tag, first)));
                     None
                 }
-                order => obey(&disk, &place, order),
+                // Without a record that says so, the image must not become anything else.
+                Command::Store(update) => match place.store(update) {
+                    Ok(()) => Some(Event::RecordStored(update)),
+                    Err(error) => {
+                        let _ = events.blocking_send(Event::VmFailed(link::describe(&error)));
+                        return;
+                    }
+                },
+                order => obey(&disk, order),
             };
             if let Some(event) = event {
                 // A closed channel means that the role has ended; what is queued is still to be done.
@@ -135,7 +143,7 @@ pub(crate) fn spawn(
     })
 }
 
-fn obey(disk: &Disk, place: &RecordPlace, order: Command) -> Option<Event> {
+fn obey(disk: &Disk, order: Command) -> Option<Event> {
     match order {
         Command::Apply(write) => disk
             .image
@@ -148,16 +156,12 @@ fn obey(disk: &Disk, place: &RecordPlace, order: Command) -> Option<Event> {
             let _ = done.send(result);
             None
         }
-        Command::Hash { tag, key, bulk } => send_hashes(disk, tag, &key, &bulk),
-        Command::Prepare { .. } => unreachable!("handled by the caller"),
+        Command::BeginSync { tag, hashes } => begin_sync(disk, tag, hashes),
+        Command::Prepare { .. } | Command::Store(_) => unreachable!("handled by the caller"),
         Command::Run(job) => match run_jobs(disk, Some(job)) {
             Ok(last) => last.map(Event::DiskCommitted),
             Err(error) => Some(Event::VmFailed(error)),
         },
-        Command::Store(update) => Some(match place.store(update) {
-            Ok(()) => Event::RecordStored(update),
-            Err(error) => Event::VmFailed(error.to_string()),
-        }),
     }
 }
 
@@ -190,10 +194,15 @@ fn run_jobs(disk: &Disk, job: Option<CommitJob<FileImage>>) -> Result<Option<Epo
     Ok(last)
 }
 
-fn send_hashes(disk: &Disk, tag: Tag, key: &HashKey, bulk: &BulkSender) -> Option<Event> {
+fn begin_sync(disk: &Disk, tag: Tag, hashes: Option<(HashKey, BulkSender)>) -> Option<Event> {
     if let Err(error) = disk.replica().begin_sync() {
         return Some(Event::VmFailed(format!("the journal can't be flushed: {error}")));
     }
+    let (key, bulk) = hashes?;
+    send_hashes(disk, tag, &key, &bulk)
+}
+
+fn send_hashes(disk: &Disk, tag: Tag, key: &HashKey, bulk: &BulkSender) -> Option<Event> {
     let blocks = block_count(disk.image.size());
     let mut first = 0;
     while first < blocks {

@@ -4,7 +4,7 @@ use core::fmt;
 
 use bytes::Bytes;
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
-use checkpoint::wire::{DeviceState, DiskWrite, GoodbyeReason, Message, PageBatch};
+use checkpoint::wire::{Begin, DeviceState, DiskWrite, GoodbyeReason, Message, PageBatch};
 use checkpoint::{Epoch, Generation, Tag};
 use proxy::NetworkPicture;
 
@@ -79,6 +79,9 @@ pub enum Action {
     ApplyWrite(DiskWrite),
     /// Try everything that could fail at the load of the staged checkpoint; answered by `Checked`.
     Check(Tag),
+    /// Make memory and disk ready for what is sent: what is not built on is forgotten or compared. The hashes of all
+    /// blocks of the disk are queued as `BlockHashes` unless the disk is built on.
+    BeginSync(Begin),
     /// Ask the witness for a term; answered by `WitnessAnswered`.
     Claim(Generation),
     /// Close both connections; `ControlClosed` and `DataClosed` follow after what was still in them.
@@ -104,8 +107,6 @@ pub enum Action {
     ResumeVm,
     /// Queue a message on the data connection.
     Send(Message),
-    /// Queue the hashes of all blocks of the disk, as `BlockHashes` of this tag.
-    SendBlockHashes(Tag),
     /// Send a message on the control connection.
     SendControl(Message),
     /// Let the entropy device draw from this seed.
@@ -125,14 +126,24 @@ pub enum Action {
 pub enum Outcome {
     /// In order, for this reason.
     Ended(GoodbyeReason),
-    /// The other side owns the VM; the reason.
-    Fenced(String),
+    /// The other side owns the VM. This one waits for it, and still has a whole checkpoint.
+    Fenced {
+        /// Who owns it.
+        reason: String,
+        /// The checkpoint whose memory is in the committed image.
+        memory: Tag,
+    },
     /// This side can't go on.
     Failed(String),
     /// This side owns the VM; boxed for its size.
     TakenOver(Box<TakenOver>),
     /// The primary was lost before this side held a complete state; it may wait for another.
-    Unpaired(String),
+    Unpaired {
+        /// How it was lost.
+        reason: String,
+        /// The checkpoint of an earlier pairing whose memory is still in the committed image.
+        memory: Option<Tag>,
+    },
 }
 
 /// What a side that took over goes on with.

@@ -5,7 +5,7 @@ use std::time::Duration as StdDuration;
 
 use bytes::Bytes;
 use checkpoint::pair::Delivery;
-use checkpoint::wire::{Message, Session};
+use checkpoint::wire::{Begin, Message, Session};
 use checkpoint::{Generation, Instant};
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
@@ -40,7 +40,7 @@ pub struct Setup {
     pub node: String,
     /// The accepted primary.
     pub established: Established,
-    /// The machine, empty and stopped; its memory is private over the committed image.
+    /// The machine, stopped; its memory is private over the committed image.
     pub vm: Box<dyn Vm>,
     /// The guest's network port.
     pub port: Arc<Port>,
@@ -62,7 +62,7 @@ pub struct Setup {
 pub struct Finished {
     /// How it ended.
     pub outcome: Outcome,
-    /// Stopped, with the state to go on from; only after a takeover.
+    /// Stopped: with the state to go on from after a takeover, else with the memory that the outcome tells of.
     pub vm: Option<Box<dyn Vm>>,
     /// What the guest does with its power switch.
     pub power: mpsc::UnboundedReceiver<PowerEvent>,
@@ -210,14 +210,19 @@ impl Role {
             .unwrap_or_else(|| Outcome::Failed("the role ended without a reason".to_owned()));
         let taken = matches!(outcome, Outcome::TakenOver(_));
         let image_ready = taken.then(|| self.fold());
-        drop(self.thread);
-        let vm = self.vm;
-        let vm = tokio::task::spawn_blocking(move || vm.join())
-            .await
-            .map_err(std::io::Error::other)?;
+        let (vm, disk) = (self.vm, self.thread);
+        let vm = tokio::task::spawn_blocking(move || {
+            // After a takeover the disk's thread goes on by itself; else nothing may be written after this run.
+            if !taken {
+                disk.join();
+            }
+            vm.join()
+        })
+        .await
+        .map_err(std::io::Error::other)?;
         Ok(Finished {
             outcome,
-            vm: vm.filter(|_| taken),
+            vm,
             power,
             image_ready,
         })
@@ -260,6 +265,16 @@ impl Role {
         match action {
             Action::ApplyPages(batch) => self.vm.send(Command::ApplyPages(batch)),
             Action::ApplyWrite(write) => self.thread.send(disk::Command::Apply(write)),
+            Action::BeginSync(Begin { tag, base }) => {
+                let hashes = (link::entropy::hash_key(self.session), self.link.bulk());
+                self.thread.send(disk::Command::BeginSync {
+                    tag,
+                    hashes: base.disk.is_none().then_some(hashes),
+                });
+                self.vm.send(Command::BeginSync {
+                    keep: base.memory.is_some(),
+                });
+            }
             Action::Check(tag) => {
                 let first = self.protocol.is_first();
                 self.thread.send(disk::Command::Prepare { tag, first });
@@ -281,13 +296,6 @@ impl Role {
             Action::Report(report) => self.alarms.report(report),
             Action::ResumeVm => self.vm.send(Command::Resume),
             Action::Send(message) => self.link.send(message),
-            Action::SendBlockHashes(tag) => {
-                self.thread.send(disk::Command::Hash {
-                    tag,
-                    key: link::entropy::hash_key(self.session),
-                    bulk: self.link.bulk(),
-                });
-            }
             Action::SendControl(message) => {
                 self.goodbye = matches!(message, Message::Goodbye(_));
                 self.link.send_control(message);

@@ -15,6 +15,10 @@ use crate::event::Event;
 /// What the VM's thread is told.
 pub(crate) enum Command {
     ApplyPages(PageBatch),
+    /// Drop the guest's own writes, and the committed image too unless it is kept.
+    BeginSync {
+        keep: bool,
+    },
     Check(Tag, Result<(), String>),
     DropStage,
     Load(Tag),
@@ -69,6 +73,7 @@ impl Loader {
     fn obey(&mut self, order: Command) -> Option<Event> {
         match order {
             Command::ApplyPages(batch) => self.apply(&batch).err().map(Event::StageFailed),
+            Command::BeginSync { keep } => self.begin_sync(keep).err().map(Event::VmFailed),
             Command::Check(tag, disk) => Some(Event::Checked(tag, disk.and_then(|()| self.check()))),
             Command::DropStage => {
                 self.stage = Stage::default();
@@ -106,6 +111,18 @@ impl Loader {
             }
             Command::StagePages(batch) => self.stage_pages(&batch).err().map(Event::StageFailed),
         }
+    }
+
+    /// The image is what the primary's difference builds on, or zero, which the primary leaves out.
+    fn begin_sync(&mut self, keep: bool) -> Result<(), String> {
+        self.stage = Stage::default();
+        self.vm.pause().map_err(|error| describe(&error))?;
+        let own = self.vm.take_dirty().map_err(|error| describe(&error))?;
+        self.ram.revert(&own).map_err(|error| describe(&error))?;
+        if !keep {
+            self.ram.clear_image().map_err(|error| describe(&error))?;
+        }
+        Ok(())
     }
 
     fn apply(&mut self, batch: &PageBatch) -> Result<(), String> {

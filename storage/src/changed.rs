@@ -211,6 +211,12 @@ impl ChangedBlocks {
         }
     }
 
+    /// Returns the blocks changed in the running epoch.
+    #[must_use]
+    pub fn running_blocks(&self) -> &BlockSet {
+        &self.running
+    }
+
     /// Returns every block changed since the last common state.
     #[must_use]
     pub fn all_blocks(&self) -> BlockSet {

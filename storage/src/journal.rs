@@ -154,6 +154,15 @@ pub fn recover<I: Image + ?Sized>(image: &I, journal: &I) -> Result<Recovery, Re
     Ok(Recovery::Replayed(header.last))
 }
 
+/// Makes the journal tell nothing any more, durably: the base is about to be written past it.
+///
+/// # Errors
+/// If the journal cannot be written.
+pub fn forget<I: Image + ?Sized>(journal: &I) -> io::Result<()> {
+    journal.write_at(0, &[0; HEADER])?;
+    journal.flush()
+}
+
 /// Returns the size of a journal that takes batches of up to `batch` bytes of chunks.
 #[must_use]
 pub fn size_for(batch: u64) -> u64 {
@@ -229,8 +238,7 @@ pub(crate) fn retire<I: Image + ?Sized>(journal: &I, image_bytes: u64, last: Las
 }
 
 fn discard<I: Image + ?Sized>(journal: &I) -> Result<Recovery, RecoverError> {
-    journal.write_at(0, &[0; HEADER])?;
-    journal.flush()?;
+    forget(journal)?;
     Ok(Recovery::Discarded)
 }
 

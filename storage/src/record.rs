@@ -19,7 +19,7 @@ use checkpoint::{Epoch, Generation, Role, Tag};
 use serde::{Deserialize, Serialize};
 
 use crate::beside;
-use crate::journal::Recovery;
+use crate::journal::{Kind, Recovery};
 
 const MAGIC: &str = "tandem-record";
 const VERSION: u32 = 1;
@@ -145,6 +145,16 @@ impl Record {
         }
     }
 
+    /// Returns the checkpoint that the image durably is, exactly: what a primary may build on. `None` unless the image
+    /// followed a primary to the last and the journal confirms it: whoever runs on the image alone becomes a primary
+    /// in the record, or makes the journal forget.
+    #[must_use]
+    pub fn checkpoint(&self, recovery: &Recovery) -> Option<Tag> {
+        let last = recovery.last()?;
+        let followed = self.complete && self.role == Role::Secondary && last.kind == Kind::Commit;
+        (followed && last.tag.generation == self.tag.generation).then(|| self.tag.max(last.tag))
+    }
+
     fn encode(&self) -> String {
         let stored = Stored {
             pair: self.pair.clone(),
@@ -217,7 +227,7 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::{Kind, Last};
+    use crate::journal::Last;
 
     fn record() -> Record {
         Record {
@@ -299,6 +309,41 @@ mod tests {
             Record::decode(&path, b"tandem-record 2 crc32=00000000\n\n"),
             Err(RecordError::Version { version: 2, .. })
         ));
+    }
+
+    #[test]
+    fn only_an_image_that_followed_to_the_last_is_a_checkpoint() {
+        let tag = |generation, epoch| Tag {
+            generation: Generation(generation),
+            epoch: Epoch(epoch),
+        };
+        let found = |generation, epoch, kind| {
+            Recovery::Clean(Last {
+                tag: tag(generation, epoch),
+                kind,
+            })
+        };
+        let followed = Record {
+            role: Role::Secondary,
+            tag: tag(4, 10),
+            ..record()
+        };
+        assert_eq!(followed.checkpoint(&found(4, 10, Kind::Commit)), Some(tag(4, 10)));
+        assert_eq!(followed.checkpoint(&found(4, 12, Kind::Commit)), Some(tag(4, 12)));
+        assert_eq!(followed.checkpoint(&found(3, 9, Kind::Commit)), None);
+        assert_eq!(followed.checkpoint(&found(4, 10, Kind::TakeOver)), None);
+        assert_eq!(followed.checkpoint(&Recovery::Fresh), None);
+        assert_eq!(followed.checkpoint(&Recovery::Discarded), None);
+        let half = Record {
+            complete: false,
+            ..followed.clone()
+        };
+        assert_eq!(half.checkpoint(&found(4, 10, Kind::Commit)), None);
+        let ran = Record {
+            role: Role::Primary,
+            ..followed
+        };
+        assert_eq!(ran.checkpoint(&found(4, 10, Kind::Commit)), None);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use crate::image::{Image, SECTOR, SECTOR_BYTES};
@@ -19,7 +19,8 @@ use crate::sectors::to_usize;
 #[derive(Debug)]
 pub struct SimDisk {
     faults: Mutex<Faults>,
-    images: Mutex<Vec<Arc<SimImage>>>,
+    /// Weak, since an image keeps its disk.
+    images: Mutex<Vec<Weak<SimImage>>>,
 }
 
 #[derive(Debug)]
@@ -98,7 +99,7 @@ impl SimDisk {
         self.images
             .lock()
             .expect("no panic while locked")
-            .push(Arc::clone(&image));
+            .push(Arc::downgrade(&image));
         image
     }
 
@@ -122,8 +123,8 @@ impl SimDisk {
 
     /// Cuts the power if it is on, decides what survived on the medium, and starts again without faults.
     pub fn power_cycle(&self) {
-        let images = self.images.lock().expect("no panic while locked").clone();
-        for image in images {
+        let images = self.images.lock().expect("no panic while locked");
+        for image in images.iter().filter_map(Weak::upgrade) {
             let mut state = image.lock();
             let mut faults = self.lock();
             state.settle(&mut faults);

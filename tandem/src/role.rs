@@ -3,36 +3,36 @@
 //! Order of a start: what can be refused without a trace first (KVM, image, TAP, witness), then the contest
 //! for the right to run, then the machine. Nothing is left half-started: everything is dropped on the way out.
 
+mod follow;
+
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::pin;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use checkpoint::failover::{self, Decision};
 use checkpoint::handshake::{self, Local};
 use checkpoint::pair::RecordUpdate;
-use checkpoint::wire::{GoodbyeReason, MachineShape};
+use checkpoint::wire::{GoodbyeReason, Held, MachineShape};
 use checkpoint::{Duration, Epoch, Generation, Role, Tag, limits};
-use link::control::{Answer, Command, ControlRequest, Server};
-use link::port::Port;
+use link::control::Server;
+use link::port::{Port, UnattachedDisk};
 use link::record::RecordPlace;
-use link::status::{Peer, State, Status};
-use link::{Established, Listener, Sentinel};
+use link::{Established, Sentinel};
+use machine::devices::net;
 use machine::tap::Tap;
 use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
 use primary::event::Outcome as PrimaryOutcome;
 use primary::protocol::{Resume, Start};
-use secondary::event::{Outcome as SecondaryOutcome, TakenOver};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
-use storage::{FileImage, Image, Record, Replica};
+use storage::{FileImage, Image, Record, Recovery, Replica};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::bundle::GUEST_IMAGE;
 use crate::settings::{RunSettings, Settings, VmSettings, Witness};
@@ -64,7 +64,7 @@ pub fn run_primary(settings: Settings) -> Result<Ending> {
 pub fn run_secondary(settings: Settings) -> Result<Ending> {
     runtime()?.block_on(async {
         let stop = stop_signals()?;
-        secondary(Host::open(settings.into())?, stop).await
+        follow::secondary(Host::open(settings.into())?, stop).await
     })
 }
 
@@ -118,97 +118,6 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let start = Start::Boot { generation, last_epoch };
     host.be_primary(Box::new(vm), port, power, start, (met, None), &mut outside)
         .await
-}
-
-/// Waits for primaries, follows them, and takes over.
-async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
-    let address = host
-        .settings
-        .listen
-        .ok_or_else(|| anyhow!("a secondary needs --listen ADDRESS:PORT"))?;
-    let (_server, control) = Server::start(&host.settings.vm.control)?;
-    let mut listener = Listener::bind(address)?;
-    let mut outside = Outside { control, stop };
-    info!(node = host.settings.node, %address, "waiting for a primary");
-    loop {
-        let record = host.record()?;
-        let local = host.local(record.as_ref());
-        let judge = |hello: &_, session| handshake::judge_hello(&local, hello, session);
-        let established = {
-            // One acceptance until it succeeds: giving it up would end a handshake that is under way.
-            let mut accepted = pin!(listener.accept(judge));
-            loop {
-                tokio::select! {
-                    established = &mut accepted => break established,
-                    Some(request) = outside.control.recv() => host.answer_waiting(request, address),
-                    _ = outside.stop.changed() => return Ok(Ending::Done),
-                }
-            }
-        };
-        let port = Port::new().context("the host refuses a descriptor")?;
-        let (vm, power) = host.machine(Mapping::Private, &port)?;
-        let setup = secondary::Setup {
-            options: secondary::protocol::Options {
-                witness: host.witness.is_some(),
-                takeover_limit: host.settings.takeover_limit,
-                generation: record.as_ref().map_or(Generation(0), |record| record.tag.generation),
-            },
-            pair: host.pair().to_owned(),
-            node: host.settings.node.clone(),
-            established,
-            vm: Box::new(vm),
-            port: Arc::clone(&port),
-            image: Arc::clone(&host.image),
-            replica: host.replica(record.as_ref()),
-            record: host.place(),
-            witness: host.witness.clone(),
-            power,
-            sentinel: Arc::clone(&host.sentinel),
-        };
-        let finished = secondary::run(setup, &mut outside.control, &mut outside.stop).await?;
-        match finished.outcome {
-            SecondaryOutcome::Ended(reason) => {
-                info!("ended: {reason}");
-                return Ok(Ending::Done);
-            }
-            SecondaryOutcome::Fenced(reason) => return Ok(Ending::Fenced(reason)),
-            SecondaryOutcome::Failed(reason) => bail!("{reason}"),
-            SecondaryOutcome::Unpaired(reason) => warn!("{reason}; waiting for a primary"),
-            SecondaryOutcome::TakenOver(taken) => {
-                drop(listener);
-                let vm = finished
-                    .vm
-                    .ok_or_else(|| anyhow!("the machine was lost at the takeover"))?;
-                let TakenOver {
-                    generation,
-                    last_epoch,
-                    network,
-                    inputs,
-                    outputs,
-                } = *taken;
-                info!(generation = generation.0, "took over");
-                let stale = host.tap.drain().context("the TAP can't be read")?;
-                tracing::debug!(stale, "frames that the primary's guest already had");
-                let start = Start::TakenOver {
-                    generation,
-                    last_epoch,
-                    network,
-                    inputs,
-                    outputs,
-                };
-                return host
-                    .be_primary(
-                        vm,
-                        port,
-                        finished.power,
-                        start,
-                        (None, finished.image_ready),
-                        &mut outside,
-                    )
-                    .await;
-            }
-        }
-    }
 }
 
 /// Told when the image holds all that the guest was told is written.
@@ -305,15 +214,7 @@ impl Host {
         // Only now: a refused start leaves no file behind.
         let batch = Limits::default().batch(image.size());
         let journal = Arc::new(FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?);
-        let recovery = storage::recover(&*image, &*journal)?;
-        if let Some(mut record) = record {
-            let before = record.tag;
-            record.advance(&recovery);
-            if record.tag != before {
-                record.store(&record_path)?;
-            }
-        }
-        Ok(Self {
+        let host = Self {
             settings,
             image,
             journal,
@@ -322,7 +223,22 @@ impl Host {
             witness,
             sentinel,
             cpu,
-        })
+        };
+        host.recover()?;
+        Ok(host)
+    }
+
+    /// Brings the image and its record up to what the journal has. Nothing else writes to them.
+    fn recover(&self) -> Result<Recovery> {
+        let recovery = storage::recover(&*self.image, &*self.journal)?;
+        if let Some(mut record) = self.record()? {
+            let before = record.tag;
+            record.advance(&recovery);
+            if record.tag != before {
+                record.store(&self.record_path)?;
+            }
+        }
+        Ok(recovery)
     }
 
     fn pair(&self) -> &str {
@@ -382,6 +298,7 @@ impl Host {
             shape: self.shape(),
             generation: record.map_or(Generation(0), |record| record.tag.generation),
             committed: record.map_or(Epoch(0), |record| record.tag.epoch),
+            held: Held::default(),
             takeover_limit_ms: self.settings.takeover_limit.as_millis(),
             witness: self.witness.is_some(),
         }
@@ -414,6 +331,8 @@ impl Host {
                     self.settings.vm.image.display()
                 );
             }
+            // What is written now is in no record: the image must never be taken for the checkpoint it was.
+            storage::journal::forget(&*self.journal)?;
             return Ok((Generation(1), Epoch(0)));
         }
         let latest = self
@@ -459,10 +378,17 @@ impl Host {
                 let _ = sender.send(event);
             }),
         };
-        let net = link::port::unattached(Arc::clone(port));
-        let disk = link::port::UnattachedDisk(self.image.size());
+        let (net, disk) = self.unattached(port);
         let vm = KvmVm::new(config, Box::new(net), Box::new(disk)).context("the machine can't be built")?;
         Ok((vm, power))
+    }
+
+    /// What is behind the devices of a machine without a role.
+    fn unattached(&self, port: &Arc<Port>) -> (impl net::Backend + 'static, UnattachedDisk) {
+        (
+            link::port::unattached(Arc::clone(port)),
+            UnattachedDisk(self.image.size()),
+        )
     }
 
     async fn be_primary(
@@ -481,6 +407,7 @@ impl Host {
                 takeover_limit: self.settings.takeover_limit,
                 epoch_age_max: self.settings.epoch_age_max,
                 unmatched_max: self.settings.unmatched_max,
+                memory_bytes: self.settings.vm.memory,
                 disk_bytes: self.image.size(),
                 mac: self.settings.vm.mac.0,
             },
@@ -508,31 +435,6 @@ impl Host {
             }
             PrimaryOutcome::Fenced(reason) => Ending::Fenced(reason),
         })
-    }
-
-    fn answer_waiting(&self, request: ControlRequest, address: SocketAddr) {
-        let reply = match request.command {
-            Command::Status => Ok(Answer::Status(Box::new(Status {
-                pair: self.pair().to_owned(),
-                node: self.settings.node.clone(),
-                role: "secondary".to_owned(),
-                state: State::Starting,
-                peer: Peer {
-                    node: None,
-                    addr: address.to_string(),
-                    connected: false,
-                },
-                reason: Some("waiting for a primary".to_owned()),
-                pid: std::process::id(),
-                ..Status::default()
-            }))),
-            Command::Stop => Err("nothing runs here yet: end the process (SIGTERM)".to_owned()),
-            Command::Checkpoint | Command::Takeover { .. } => {
-                Err("this secondary has no primary yet: nothing to take over or to checkpoint".to_owned())
-            }
-        };
-        // The asker may have gone.
-        let _ = request.reply.send(reply);
     }
 }
 

@@ -78,6 +78,7 @@ impl World {
             witness: self.witness,
             takeover_limit: TAKEOVER_LIMIT,
             generation,
+            held: self.nodes[other].held(),
         };
         let secondary = Secondary::new(options, format!("host {node}"), self.nodes[other].clock(self.now));
         self.nodes[other].role = Role::Secondary(Box::new(secondary));
@@ -87,6 +88,7 @@ impl World {
             session: Session(0),
             generation: 0,
             committed: 0,
+            held: self.nodes[other].held(),
         };
         self.step_primary(node, PrimaryEvent::Connected(welcome));
     }

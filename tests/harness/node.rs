@@ -8,14 +8,14 @@ use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::{BatchEncoder, Chooser, decode_batch};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
+use checkpoint::wire::{DeviceState, DiskWrite, Held, Message, PageBatch, Section};
 use checkpoint::{Epoch, Instant, Tag};
 use machine::PageSet;
 use primary::event::Shipment;
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
 use storage::sim::{SimDisk, SimImage};
-use storage::{CommitJob, Image, Replica};
+use storage::{CommitJob, Image, Record, Recovery, Replica};
 
 use crate::checkers::Snapshot;
 use crate::random::Random;
@@ -82,6 +82,11 @@ pub struct Node {
     stage: Vec<PageBatch>,
     devices: Option<DeviceState>,
     unacknowledged: PageSet,
+    /// The next checkpoint is the first of its pairing.
+    syncing: bool,
+    /// The checkpoint of an earlier pairing whose memory it still has.
+    kept: Option<Tag>,
+    recovery: Recovery,
     jobs: VecDeque<CommitJob<SimImage>>,
 }
 
@@ -91,6 +96,24 @@ pub(crate) struct Parcel {
     pub(crate) link: usize,
     pub(crate) messages: VecDeque<Message>,
     pub(crate) shipment: Shipment,
+}
+
+/// Returns the checkpoint that a disk is, by its record and its journal.
+pub(crate) fn durable_checkpoint(record: Option<RecordUpdate>, recovery: &Recovery) -> Option<Tag> {
+    let record = record?;
+    let record = Record {
+        pair: String::new(),
+        node: String::new(),
+        tag: Tag {
+            generation: record.generation,
+            epoch: record.committed,
+        },
+        role: record.role,
+        clean: record.clean,
+        complete: record.complete,
+        witness: None,
+    };
+    record.checkpoint(recovery)
 }
 
 impl Node {
@@ -127,6 +150,9 @@ impl Node {
             stage: Vec::new(),
             devices: None,
             unacknowledged: PageSet::new(PAGES),
+            syncing: false,
+            kept: None,
+            recovery: Recovery::Fresh,
             jobs: VecDeque::new(),
         }
     }
@@ -150,13 +176,33 @@ impl Node {
 
     /// Starts it with nothing in memory, to listen for a primary.
     pub fn wait(&mut self) {
+        self.vm = ToyVm::default();
+        self.committed = self.vm.memory.pages.clone();
+        self.applied.clear();
+        self.kept = None;
+        self.rest();
+    }
+
+    /// Lets it listen for a primary with the memory of this checkpoint.
+    pub fn stand_down(&mut self, memory: Tag) {
+        self.kept = Some(memory);
+        self.rest();
+    }
+
+    /// Returns what it tells a primary that it still has.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        Held {
+            memory: self.kept,
+            disk: durable_checkpoint(self.record, &self.recovery),
+        }
+    }
+
+    fn rest(&mut self) {
         self.life += 1;
         self.outcome = None;
         self.input_held = false;
         self.role = Role::Waiting;
-        self.vm = ToyVm::default();
-        self.committed = self.vm.memory.pages.clone();
-        self.applied.clear();
         self.running = false;
         self.serving = false;
         self.inbox.clear();
@@ -165,8 +211,9 @@ impl Node {
         self.stage.clear();
         self.devices = None;
         self.unacknowledged.clear();
+        self.syncing = false;
         self.jobs.clear();
-        storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
+        self.recovery = storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
         let limits = storage::replica::Limits::default();
         self.replica = Some(Replica::new(
             Arc::clone(&self.image),
@@ -203,17 +250,23 @@ impl Node {
 
     // Primary's shell.
 
-    /// Ships all of memory.
-    pub fn sync_memory(&mut self, mut totals: Totals) -> (Vec<Message>, Shipment) {
-        self.unacknowledged.clear();
-        let _all_are_shipped = self.vm.memory.harvest();
+    /// Ships memory, or what is dirty of it.
+    pub fn sync_memory(&mut self, mut totals: Totals, difference: bool) -> (Vec<Message>, Shipment) {
+        let dirty = self.vm.memory.harvest();
         let mut messages = Vec::new();
-        self.batch(&mut totals, &(0..PAGES).collect::<Vec<_>>(), &mut messages);
+        let pages: Vec<u64> = if difference {
+            dirty.iter().collect()
+        } else {
+            (0..PAGES).collect()
+        };
+        self.batch(&mut totals, &pages, &mut messages);
+        self.unacknowledged = if difference { dirty } else { PageSet::new(PAGES) };
+        self.syncing = true;
         (
             messages,
             Shipment {
                 totals,
-                pages: PAGES,
+                pages: pages.len() as u64,
                 bytes: 0,
                 entropy: [0; 32],
             },
@@ -227,7 +280,10 @@ impl Node {
         let mut messages = Vec::new();
         self.batch(&mut totals, &dirty.iter().collect::<Vec<_>>(), &mut messages);
         let pages = dirty.len();
-        self.unacknowledged = dirty;
+        if !core::mem::take(&mut self.syncing) {
+            self.unacknowledged.clear();
+        }
+        self.unacknowledged.union(&dirty);
         for &block in blocks {
             let (offset, length) = storage::verify::block_range(self.image.size(), block);
             let mut data = vec![0; length];
@@ -296,6 +352,19 @@ impl Node {
 
     // Secondary's shell.
 
+    /// Makes memory and disk ready for a sync; forgets the memory unless the primary builds on it.
+    pub fn begin_sync(&mut self, keep: bool) {
+        if !keep {
+            self.committed = ToyVm::default().memory.pages;
+            self.vm = ToyVm::default();
+        }
+        self.kept = None;
+        self.stage.clear();
+        self.drop_own_writes();
+        let replica = self.replica.as_mut().expect("a secondary");
+        replica.begin_sync().expect("the disk is whole");
+    }
+
     /// Applies pages to the committed image.
     pub fn apply(&mut self, batch: &PageBatch) {
         let (committed, applied) = (&mut self.committed, &mut self.applied);
@@ -344,14 +413,18 @@ impl Node {
         for batch in core::mem::take(&mut self.stage) {
             self.apply(&batch);
         }
-        // As the shell does: private copies are dropped where something was written, by whomever.
+        self.drop_own_writes();
+        let devices = self.devices.take().expect("checked");
+        self.vm.registers = Registers::load(&devices.sections[0].bytes).expect("the toy's section");
+    }
+
+    /// As the shell does: private copies are dropped where something was written, by whomever.
+    fn drop_own_writes(&mut self) {
         let own = self.vm.memory.harvest();
         for page in core::mem::take(&mut self.applied).into_iter().chain(own.iter()) {
             let page = usize::try_from(page).expect("small");
             self.vm.memory.pages[page] = Arc::clone(&self.committed[page]);
         }
-        let devices = self.devices.take().expect("checked");
-        self.vm.registers = Registers::load(&devices.sections[0].bytes).expect("the toy's section");
     }
 
     /// Makes the writes up to this epoch the disk.

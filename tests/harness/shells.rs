@@ -1,8 +1,9 @@
 //! The two roles' shells in the world: they carry out what the protocols order, and decide nothing.
 
 use bytes::Bytes;
+use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pair::{Delivery, RecordUpdate, Report};
-use checkpoint::wire::{BlockHashes, DiskWrite, Message};
+use checkpoint::wire::{Begin, BlockHashes, DiskWrite, Message};
 use checkpoint::{Duration, Instant};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, Outcome as PrimaryOutcome};
 use primary::protocol::{Options as PrimaryOptions, Primary, Start};
@@ -11,7 +12,7 @@ use storage::Image;
 use storage::verify::{BlockHash, HashKey};
 
 use crate::node::Role;
-use crate::toy_vm::DISK_BYTES;
+use crate::toy_vm::{DISK_BYTES, PAGES};
 use crate::trace::{Line, brief};
 use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, VmOrder, World};
 
@@ -27,6 +28,7 @@ impl World {
             takeover_limit: TAKEOVER_LIMIT,
             epoch_age_max: Duration::from_millis(1_000),
             unmatched_max: Duration::from_millis(200),
+            memory_bytes: PAGES * PAGE_BYTES as u64,
             disk_bytes: DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],
         };
@@ -79,9 +81,10 @@ impl World {
                     self.checkers.stopped(tag, snapshot);
                     self.order(node, VmOrder::Ship(totals, blocks));
                 }
+                PrimaryAction::SendBlocks { tag, blocks } => self.send_blocks(node, tag, &blocks),
                 PrimaryAction::SendControl(message) => self.send(node, true, message),
                 PrimaryAction::StoreRecord(record) => self.store_record(node, record),
-                PrimaryAction::SyncMemory(totals) => self.order(node, VmOrder::Sync(totals)),
+                PrimaryAction::SyncMemory { totals, difference } => self.order(node, VmOrder::Sync(totals, difference)),
                 PrimaryAction::Transmit { frames, not_after } => self.transmit(node, &frames, not_after),
             }
         }
@@ -108,23 +111,28 @@ impl World {
     }
 
     fn compare(&mut self, node: usize, hashes: &BlockHashes) {
-        let life = self.nodes[node].life;
         let theirs: Vec<BlockHash> = hashes.hashes.iter().copied().map(BlockHash).collect();
         let image = self.nodes[node].image.clone();
         let different =
             storage::verify::differing(&*image, &KEY, hashes.first, &theirs).expect("the blocks are in range");
-        for block in different {
+        self.send_blocks(node, hashes.tag, &different);
+    }
+
+    fn send_blocks(&mut self, node: usize, tag: checkpoint::Tag, blocks: &[u64]) {
+        let image = self.nodes[node].image.clone();
+        for &block in blocks {
             let (offset, length) = storage::verify::block_range(image.size(), block);
             let mut data = vec![0; length];
             image.read_at(offset, &mut data).expect("in range");
             let write = DiskWrite {
-                tag: hashes.tag,
+                tag,
                 offset,
                 data: data.into(),
             };
             self.send(node, false, Message::SyncBlock(write));
         }
-        let event = PrimaryEvent::DiskSynced(hashes.tag.generation);
+        let life = self.nodes[node].life;
+        let event = PrimaryEvent::DiskSynced(tag.generation);
         self.soon(Happening::PrimaryEvent(node, life, event));
     }
 
@@ -167,6 +175,12 @@ impl World {
                     let image = &self.nodes[node].image;
                     image.write_at(write.offset, &write.data).expect("in range");
                 }
+                SecondaryAction::BeginSync(Begin { tag, base }) => {
+                    self.nodes[node].begin_sync(base.memory.is_some());
+                    if base.disk.is_none() {
+                        self.send_hashes(node, tag);
+                    }
+                }
                 SecondaryAction::Check(tag) => self.order(node, VmOrder::Check(tag)),
                 SecondaryAction::Claim(term) => {
                     let answer = self.claim(node, term);
@@ -194,7 +208,6 @@ impl World {
                     }
                     self.send(node, false, message);
                 }
-                SecondaryAction::SendBlockHashes(tag) => self.send_hashes(node, tag),
                 SecondaryAction::SendControl(message) => self.send(node, true, message),
                 SecondaryAction::StageDevices(state) => self.order(node, VmOrder::StageDevices(state)),
                 SecondaryAction::StagePages(batch) => self.order(node, VmOrder::StagePages(batch)),
@@ -212,8 +225,6 @@ impl World {
 
     fn send_hashes(&mut self, node: usize, tag: checkpoint::Tag) {
         let image = self.nodes[node].image.clone();
-        let replica = self.nodes[node].replica.as_mut().expect("a secondary");
-        replica.begin_sync().expect("the disk is whole");
         let hashes = storage::verify::hashes(&*image, &KEY, 0, usize::MAX).expect("in range");
         let hashes = hashes.into_iter().map(|hash| hash.0).collect();
         self.send(node, false, Message::BlockHashes(BlockHashes { tag, first: 0, hashes }));
@@ -234,9 +245,12 @@ impl World {
         )));
         let name = match outcome {
             SecondaryOutcome::Ended(_) => "ended",
-            SecondaryOutcome::Fenced(_) => "fenced",
+            SecondaryOutcome::Fenced { memory, .. } => return self.stands_down(node, memory, "fenced"),
+            SecondaryOutcome::Unpaired {
+                memory: Some(memory), ..
+            } => return self.stands_down(node, memory, "unpaired"),
             SecondaryOutcome::Failed(_) => "failed",
-            SecondaryOutcome::Unpaired(_) => "unpaired",
+            SecondaryOutcome::Unpaired { memory: None, .. } => "unpaired",
             SecondaryOutcome::TakenOver(taken) => {
                 self.close(node);
                 let host = &mut self.nodes[node];
@@ -260,6 +274,13 @@ impl World {
             }
         };
         self.ended(node, name);
+    }
+
+    /// It waits for a primary with the memory that it has.
+    fn stands_down(&mut self, node: usize, memory: checkpoint::Tag, outcome: &'static str) {
+        self.close(node);
+        self.nodes[node].stand_down(memory);
+        self.nodes[node].outcome = Some(outcome);
     }
 
     // Both.

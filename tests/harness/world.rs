@@ -39,7 +39,7 @@ pub(crate) enum VmOrder {
     Ship(Totals, Vec<u64>),
     StageDevices(DeviceState),
     StagePages(PageBatch),
-    Sync(Totals),
+    Sync(Totals, bool),
 }
 
 pub(crate) enum Happening {
@@ -415,8 +415,8 @@ impl World {
                 self.step_primary(node, PrimaryEvent::Copied { tag, entropy });
                 self.soon(Happening::Courier(node, life));
             }
-            VmOrder::Sync(totals) => {
-                let (messages, shipment) = host.sync_memory(totals);
+            VmOrder::Sync(totals, difference) => {
+                let (messages, shipment) = host.sync_memory(totals, difference);
                 if host.link.is_none() {
                     return;
                 }

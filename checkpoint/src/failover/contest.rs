@@ -80,6 +80,8 @@ pub enum Standing {
     Contending(Claim),
     /// One of the two said goodbye: this side never contends in this run.
     Leaving,
+    /// The contest is lost: this side never runs or contends again in this run, which ends.
+    Fenced,
     /// This run has ended.
     Over,
 }
@@ -321,7 +323,7 @@ impl Contest {
                     Order::AskOperator
                 });
             }
-            Standing::Alone | Standing::Contending(_) | Standing::Leaving | Standing::Over => {}
+            Standing::Alone | Standing::Contending(_) | Standing::Leaving | Standing::Fenced | Standing::Over => {}
         }
     }
 
@@ -388,7 +390,7 @@ impl Contest {
 
     fn answered(&mut self, now: Instant, term: Generation, answer: WitnessAnswer, orders: &mut Vec<Order>) {
         let old = term <= self.generation && !mutants::on(Mutant::AcceptOldAnswer);
-        if self.standing == Standing::Over || old {
+        if matches!(self.standing, Standing::Fenced | Standing::Over) || old {
             return;
         }
         let answer = match answer {
@@ -405,7 +407,7 @@ impl Contest {
         match answer {
             // Whatever this side has come to meanwhile: the VM is the other's.
             WitnessAnswer::LostTo(owner) => {
-                self.standing = Standing::Over;
+                self.standing = Standing::Fenced;
                 orders.push(Order::Fence { owner, term });
             }
             WitnessAnswer::Won => match self.standing {

@@ -26,7 +26,7 @@ use crate::limits::{
 use crate::time::Instant;
 use crate::wire::header::{HEADER_BYTES, Header, Kind};
 use crate::wire::{
-    BlockHashes, DeviceState, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Hello, Input, Message, NetworkState,
+    Begin, BlockHashes, DeviceState, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Hello, Input, Message, NetworkState,
     Output, PROTOCOL_VERSION, PageBatch, Refusal, Section, Session, Welcome,
 };
 
@@ -143,7 +143,7 @@ pub fn encode(message: &Message) -> Encoded {
         Message::Attach(session) => (Kind::Attach, 0, 0, Bytes::copy_from_slice(&session.0.to_le_bytes())),
         Message::Heartbeat(heartbeat) => (Kind::Heartbeat, 0, 0, encode_heartbeat(heartbeat)),
         Message::Goodbye(reason) => (Kind::Goodbye, 0, 0, archive(&cut_goodbye(reason))),
-        Message::Begin(_) => (Kind::Begin, 0, 0, Bytes::new()),
+        Message::Begin(begin) => (Kind::Begin, 0, 0, archive(&begin.base)),
         Message::BlockHashes(hashes) => (Kind::BlockHashes, hashes.first, 0, Bytes::from(hashes.hashes.concat())),
         Message::SyncBlock(write) => (Kind::SyncBlock, write.offset, 0, write.data.clone()),
         Message::Input(input) => (Kind::Input, input.number.0, 0, input.frame.clone()),
@@ -224,7 +224,10 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
         Kind::Goodbye => Message::Goodbye(checked_goodbye(unarchive(kind, &body)?)?),
         Kind::Attach => Message::Attach(Session(u128::from_le_bytes(fixed(kind, &body)?))),
         Kind::Heartbeat => Message::Heartbeat(decode_heartbeat(fixed(kind, &body)?)),
-        Kind::Begin => Message::Begin(tag),
+        Kind::Begin => Message::Begin(Begin {
+            tag,
+            base: unarchive(kind, &body)?,
+        }),
         Kind::BlockHashes => Message::BlockHashes(decode_hashes(header, &body)?),
         Kind::SyncBlock => Message::SyncBlock(decode_write(header, body)?),
         Kind::Write => Message::Write(decode_write(header, body)?),

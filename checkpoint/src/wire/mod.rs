@@ -4,7 +4,7 @@
 //! *data* (everything else, in order). Every message is a fixed header and a body, each with its own
 //! checksum. Nothing a peer sends is trusted to be well-formed.
 //!
-//! Protocol versions: 1 — the first.
+//! Protocol versions: 1 — the first; 2 — `Welcome` tells what the secondary still holds, `Begin` what the sync builds on.
 
 pub mod codec;
 pub mod decoder;
@@ -23,7 +23,7 @@ use crate::epoch::{Epoch, Generation, InputNumber, Tag};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,8 +41,8 @@ pub enum Message {
     /// Either, control: I end in order; this is no failure.
     Goodbye(GoodbyeReason),
 
-    /// Primary: the witness's term for this pairing; the initial sync begins. Epochs count from `epoch`.
-    Begin(Tag),
+    /// Primary: the witness's term for this pairing; the initial sync begins.
+    Begin(Begin),
     /// Secondary, during the initial sync: hashes of its disk's blocks, in order, from `first` on.
     BlockHashes(BlockHashes),
     /// Primary, during the initial sync: a block that differed. Written at once.
@@ -133,6 +133,26 @@ pub struct Welcome {
     pub generation: u64,
     /// Last committed epoch of that generation.
     pub committed: u64,
+    /// What it still has of the pairing before.
+    pub held: Held,
+}
+
+/// Checkpoints of an earlier pairing: which ones a secondary still has, or which ones a sync builds on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Held {
+    /// The memory is that of the end of this epoch, exactly.
+    pub memory: Option<Tag>,
+    /// The disk image is that of the end of this epoch, exactly and durably.
+    pub disk: Option<Tag>,
+}
+
+/// The begin of a sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begin {
+    /// The generation of the pairing, and the epoch that its first checkpoint ends.
+    pub tag: Tag,
+    /// What is changed by what follows; without it, memory is sent as a whole, and the disks are compared.
+    pub base: Held,
 }
 
 /// A run of block hashes of the secondary's disk.
@@ -251,8 +271,8 @@ impl Message {
             | Self::Attach(_)
             | Self::Heartbeat(_)
             | Self::Goodbye(_) => None,
-            Self::Begin(tag)
-            | Self::Confirm(tag, _)
+            Self::Begin(begin) => Some(begin.tag),
+            Self::Confirm(tag, _)
             | Self::Want(tag)
             | Self::Acknowledge(tag)
             | Self::Loaded(tag)
@@ -327,6 +347,10 @@ pub(crate) fn wire_samples() -> Vec<Message> {
             session: Session(12),
             generation: 3,
             committed: 40,
+            held: Held {
+                memory: None,
+                disk: Some(tag),
+            },
         }),
         Message::Refuse(Refusal::Differs {
             what: "vcpus".into(),
@@ -339,7 +363,13 @@ pub(crate) fn wire_samples() -> Vec<Message> {
             echo: Instant(14),
         }),
         Message::Goodbye(GoodbyeReason::Failed("disk full".into())),
-        Message::Begin(tag),
+        Message::Begin(Begin {
+            tag,
+            base: Held {
+                memory: Some(tag),
+                disk: None,
+            },
+        }),
         Message::BlockHashes(BlockHashes {
             tag,
             first: 16,

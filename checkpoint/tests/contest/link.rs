@@ -4,7 +4,7 @@
 
 use checkpoint::failover::{Connection, Contest, Event, Standing};
 use checkpoint::handshake::{Local, hello, judge_hello};
-use checkpoint::wire::{MachineShape, Session};
+use checkpoint::wire::{Held, MachineShape, Session};
 use checkpoint::{Epoch, Generation, Instant, Role, limits};
 
 use crate::world::{Bounds, LEASE_ENDS, NAMES, Process, World};
@@ -71,6 +71,7 @@ impl World {
             },
             generation,
             committed: Epoch(0),
+            held: Held::default(),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),
             witness: bounds.witness,
         };

@@ -295,7 +295,7 @@ impl Contests {
             };
             let entitled = !matches!(
                 standing,
-                Standing::Idle | Standing::Syncing | Standing::Leaving | Standing::Over
+                Standing::Idle | Standing::Syncing | Standing::Leaving | Standing::Fenced | Standing::Over
             );
             let dismissed = world
                 .link

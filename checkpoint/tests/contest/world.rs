@@ -503,6 +503,6 @@ impl World {
 fn is_lost(standing: Standing) -> bool {
     matches!(
         standing,
-        Standing::Contending(_) | Standing::Alone | Standing::Leaving | Standing::Over
+        Standing::Contending(_) | Standing::Alone | Standing::Leaving | Standing::Fenced | Standing::Over
     )
 }

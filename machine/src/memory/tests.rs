@@ -204,6 +204,18 @@ fn what_was_copied_after_its_clear_is_the_content_unless_dirty_again() {
 }
 
 #[test]
+fn a_cleared_image_is_zero_under_what_the_guest_wrote() {
+    let ram = GuestRam::new(SMALL, Mapping::Private).unwrap();
+    ram.write_committed(3, &page_of(1)).unwrap();
+    ram.write_committed(4, &page_of(1)).unwrap();
+    assert_eq!(seen(&ram, 4), 1, "read before");
+    ram.memory().write_slice(&page_of(2), GuestAddress(3 * PAGE)).unwrap();
+    ram.clear_image().unwrap();
+    assert_eq!([3, 4].map(|page| committed(&ram, page)), [0, 0]);
+    assert_eq!([3, 4].map(|page| seen(&ram, page)), [2, 0]);
+}
+
+#[test]
 fn shared_writes_are_the_image() {
     let ram = GuestRam::new(SMALL, Mapping::Shared).unwrap();
     ram.memory().write_slice(&page_of(2), GuestAddress(3 * PAGE)).unwrap();

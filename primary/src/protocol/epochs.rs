@@ -59,7 +59,7 @@ impl Primary {
     pub(super) fn stopped(&mut self, trigger: Trigger, asked: Instant, actions: &mut Vec<Action>) {
         let tag = self.tag();
         let blocks = if trigger == Trigger::Sync {
-            self.changed.all_blocks().iter().collect()
+            self.changed.running_blocks().iter().collect()
         } else {
             Vec::new()
         };
@@ -123,6 +123,8 @@ impl Primary {
             .expect("the network's state is counted once");
         actions.push(Action::Send(Message::NetworkState(network)));
         actions.push(Action::Send(Message::End(totals.mark(taken.input, shipment.entropy))));
+        self.memory_known.sent(tag);
+        self.disk_known.sent(tag);
         self.counters.pages += shipment.pages;
         self.counters.page_bytes += shipment.bytes;
         self.counters.last_shipment = (shipment.pages, shipment.bytes);
@@ -141,6 +143,10 @@ impl Primary {
             return self.misbehaved(now, "it acknowledged another checkpoint than the one sent", actions);
         }
         self.committed = tag.epoch;
+        self.memory_known.forget_before(tag);
+        if mutants::on(Mutant::ClearChangedOnAcknowledgement) {
+            self.changed.clear_committed(tag);
+        }
         *self.counters.checkpoints.entry(taken.trigger).or_default() += 1;
         self.counters.last_checkpoint = Some(now);
         self.peer_loaded = false;
@@ -159,6 +165,7 @@ impl Primary {
         }
         if taken.trigger == Trigger::Sync {
             self.comparator.protect(self.epoch);
+            self.report_sync(actions);
         } else {
             self.comparator.commit(now, tag.epoch, &mut self.verdicts);
         }
@@ -167,10 +174,11 @@ impl Primary {
     }
 
     pub(super) fn peer_committed(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
-        if tag.epoch > self.committed {
+        if tag.epoch > self.committed || !self.protected() {
             return self.misbehaved(now, "it committed a checkpoint that it had not acknowledged", actions);
         }
         self.changed.clear_committed(tag);
+        self.disk_known.forget_before(tag);
         // The last checkpoint of a run leaves the VM stopped; with its disk epoch durable, both images are equal.
         if tag.epoch == self.committed && matches!(self.state, State::Protected { stands: true, .. }) {
             self.record_end(actions);

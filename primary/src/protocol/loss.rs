@@ -3,8 +3,8 @@
 //! The decisions are in [`checkpoint::failover::Contest`].
 
 use super::{
-    Action, Generation, Instant, Mode, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, WitnessAnswer,
-    failover, mutants,
+    Action, Generation, Instant, Mode, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger,
+    WitnessAnswer, failover, mutants,
 };
 
 impl Primary {
@@ -66,15 +66,24 @@ impl Primary {
         let peer = self.peer.take().unwrap_or_default();
         actions.push(Action::CloseLink);
         actions.push(Action::Report(Report::Note(format!("secondary {peer} lost: {cause}"))));
-        if let State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) = self.state {
-            if mutants::on(Mutant::ReuseEpoch) {
-                self.epoch = taken.tag.epoch;
+        match self.state {
+            State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) => {
+                if mutants::on(Mutant::ReuseEpoch) {
+                    self.epoch = taken.tag.epoch;
+                }
+                if self.comparator.mode() == Mode::Comparing {
+                    self.comparator.abandon();
+                }
+                self.changed.reopen();
+                if !mutants::on(Mutant::ForgetAbandonedPages) {
+                    actions.push(Action::KeepDirty);
+                }
             }
-            if self.comparator.mode() == Mode::Comparing {
-                self.comparator.abandon();
-            }
-            self.changed.reopen();
-            actions.push(Action::KeepDirty);
+            State::Syncing { .. }
+            | State::Stopping {
+                trigger: Trigger::Sync, ..
+            } => actions.push(Action::KeepDirty),
+            _ => {}
         }
         self.input = self.confirmed;
         self.hold_input(actions);

@@ -22,6 +22,7 @@ mod epochs;
 mod guest;
 mod loss;
 mod peer;
+mod sync;
 
 use core::str::FromStr;
 
@@ -32,12 +33,15 @@ use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Input, Message, NetworkState, Welcome};
+use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Welcome};
 use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
 use proxy::{Comparator, ComparatorLimits, Mode, NetworkPicture, Reason, Verdict};
 use storage::ChangedBlocks;
 
 use crate::event::{Action, Event, GuestEnd, Outcome, Shipment};
+
+use sync::Known;
+pub use sync::SyncCounts;
 
 /// Longest time that an orderly end waits for its last checkpoint.
 const ENDING_MAX: Duration = Duration::from_millis(5_000);
@@ -88,6 +92,8 @@ pub struct Options {
     pub epoch_age_max: Duration,
     /// A frame never waits longer than this for its equal.
     pub unmatched_max: Duration,
+    /// Size of guest memory in bytes.
+    pub memory_bytes: u64,
     /// Size of the disk in bytes.
     pub disk_bytes: u64,
     /// The guest's hardware address, announced when it boots.
@@ -140,6 +146,8 @@ pub struct Counters {
     pub last_pause: Duration,
     /// Pages and bytes of the last checkpoint.
     pub last_shipment: (u64, u64),
+    /// The last initial sync.
+    pub sync: SyncCounts,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,6 +219,12 @@ pub struct Primary {
     hashed: u64,
     write_bytes: u64,
     changed: ChangedBlocks,
+    /// Checkpoints that the secondary's memory may be, to which the dirty pages are the difference.
+    memory_known: Known,
+    /// Checkpoints that the secondary's disk may be, to which the changed blocks are the difference.
+    disk_known: Known,
+    /// What the secondary of the pairing that begins says it has.
+    held: Held,
     announce: Option<(Instant, usize)>,
     /// The secondary has loaded the last checkpoint: it can take the next.
     peer_loaded: bool,
@@ -278,6 +292,9 @@ impl Primary {
                     epoch: last_epoch,
                 },
             ),
+            memory_known: Known::default(),
+            disk_known: Known::default(),
+            held: Held::default(),
             announce: Some((now, 0)),
             peer_loaded: false,
             wanted: None,

@@ -1,9 +1,6 @@
-//! The secondary: pairing with it, the initial sync, and its messages.
+//! The secondary: pairing with it, and its messages.
 
-use super::{
-    Action, BlockHashes, ChangedBlocks, Epoch, InputNumber, Instant, Liveness, Message, Primary, Report, Shipment,
-    State, Tag, Totals, Trigger, Welcome, failover,
-};
+use super::{Action, Instant, Liveness, Message, Primary, Report, State, Trigger, Welcome, failover};
 
 impl Primary {
     pub(super) fn connected(&mut self, now: Instant, welcome: Welcome, actions: &mut Vec<Action>) {
@@ -12,64 +9,11 @@ impl Primary {
             return;
         }
         self.peer = Some(welcome.node);
+        self.held = welcome.held;
         self.liveness = Some(Liveness::new(self.options.takeover_limit, now));
         self.state = State::Pairing;
         self.contend(now, failover::Event::Connected, "", actions);
         self.report_state(actions);
-    }
-
-    pub(super) fn begin_sync(&mut self, actions: &mut Vec<Action>) {
-        if self.ending.is_some() {
-            return;
-        }
-        let common = Tag {
-            generation: self.contest.generation(),
-            epoch: Epoch(self.epoch.0 - 1),
-        };
-        self.changed = ChangedBlocks::new(self.options.disk_bytes, common);
-        self.totals = Totals::new(self.tag(), None);
-        self.hashed = 0;
-        self.write_bytes = 0;
-        self.input = InputNumber(0);
-        self.confirmed = InputNumber(0);
-        self.state = State::Syncing {
-            disk: false,
-            memory: false,
-        };
-        let tag = self.tag();
-        actions.push(Action::Send(Message::Begin(tag)));
-        actions.push(Action::SyncMemory(self.totals.clone()));
-    }
-
-    pub(super) fn synced(&mut self, now: Instant, shipment: Option<Shipment>, actions: &mut Vec<Action>) {
-        let State::Syncing { disk, memory } = self.state else {
-            return;
-        };
-        if self.ending.is_some() {
-            return;
-        }
-        let (disk, memory) = (disk || shipment.is_none(), memory || shipment.is_some());
-        self.state = State::Syncing { disk, memory };
-        if let Some(shipment) = shipment {
-            self.counters.pages += shipment.pages;
-            self.counters.page_bytes += shipment.bytes;
-            self.totals = shipment.totals;
-        }
-        if disk && memory {
-            self.stop_for(now, Trigger::Sync, actions);
-        }
-    }
-
-    /// Hashes come in order and once each, so that the last of them ends the comparison.
-    pub(super) fn hashes_arrived(&mut self, now: Instant, hashes: BlockHashes, actions: &mut Vec<Action>) {
-        let blocks = storage::verify::block_count(self.options.disk_bytes);
-        let end = hashes.first.saturating_add(hashes.hashes.len() as u64);
-        let wanted = matches!(self.state, State::Syncing { disk: false, .. }) && hashes.tag == self.tag();
-        if !wanted || hashes.first != self.hashed || end > blocks {
-            return self.misbehaved(now, "its block hashes are out of order", actions);
-        }
-        self.hashed = end;
-        actions.push(Action::CompareBlocks(hashes));
     }
 
     pub(super) fn peer_sent(&mut self, now: Instant, message: Message, actions: &mut Vec<Action>) {

@@ -7,7 +7,11 @@ use super::{
 impl Secondary {
     pub(super) fn leave(&mut self, now: Instant, reason: GoodbyeReason, actions: &mut Vec<Action>) {
         match self.standing() {
-            Standing::Contending(_) | Standing::Alone | Standing::Draining { .. } | Standing::Severed { .. } => {
+            Standing::Contending(_)
+            | Standing::Alone
+            | Standing::Draining { .. }
+            | Standing::Severed { .. }
+            | Standing::Fenced => {
                 self.finish(Outcome::Ended(reason), actions);
             }
             _ => {
@@ -83,7 +87,7 @@ impl Secondary {
 
 #[cfg(test)]
 mod tests {
-    use checkpoint::wire::GoodbyeReason;
+    use checkpoint::wire::{GoodbyeReason, Held};
     use checkpoint::{Duration, Generation, Instant};
 
     use crate::event::{Action, Event, Outcome};
@@ -97,6 +101,7 @@ mod tests {
                 witness: true,
                 takeover_limit: Duration::from_millis(300),
                 generation: Generation(7),
+                held: Held::default(),
             };
             let mut secondary = Secondary::new(options, "a".to_owned(), Instant(1));
             let mut actions = Vec::new();

@@ -104,5 +104,6 @@ impl Secondary {
         self.durable = epoch;
         self.send_tagged(Message::Committed, epoch, actions);
         self.record_end(actions);
+        self.try_stand_down(actions);
     }
 }

@@ -4,7 +4,7 @@
 
 use super::{
     Action, Connection, Flight, GoodbyeReason, Instant, LinkEnd, Mutant, Order, Outcome, RecordUpdate, Report, Role,
-    Secondary, Standing, TakenOver, failover, mutants,
+    Secondary, Standing, Tag, TakenOver, failover, mutants,
 };
 
 impl Secondary {
@@ -40,15 +40,16 @@ impl Secondary {
                 ))),
                 Order::Claim(term) => actions.push(Action::Claim(term)),
                 Order::Fence { owner, term } => {
-                    let reason =
+                    self.fenced =
                         format!("{owner} owns the VM since term {term}: this side's VM and its output are stopped");
                     actions.push(Action::Report(Report::State("fenced")));
-                    self.finish(Outcome::Fenced(reason), actions);
+                    self.try_stand_down(actions);
                 }
                 Order::GiveUp => {
                     actions.push(Action::CloseLink);
                     let reason = format!("primary {} lost before the first checkpoint: {cause}", self.primary);
-                    self.finish(Outcome::Unpaired(reason), actions);
+                    let memory = self.options.held.memory.filter(|_| self.standing() == Standing::Idle);
+                    self.finish(Outcome::Unpaired { reason, memory }, actions);
                 }
                 Order::Lose => {
                     actions.push(Action::CloseLink);
@@ -62,7 +63,7 @@ impl Secondary {
                 Order::Pair => unreachable!("{order:?} is for a primary"),
             }
         }
-        if self.standing() != Standing::Over && self.state_name() != before {
+        if !matches!(self.standing(), Standing::Fenced | Standing::Over) && self.state_name() != before {
             self.report_state(actions);
         }
     }
@@ -82,6 +83,20 @@ impl Secondary {
                 actions.push(Action::DropStage);
             }
         }
+    }
+
+    /// Ends the run as a loser once the VM is stopped and what was committed is loaded, and durable on disk.
+    pub(super) fn try_stand_down(&mut self, actions: &mut Vec<Action>) {
+        let loading = matches!(self.flight, Flight::Loading(..));
+        if self.standing() != Standing::Fenced || !self.quiet || loading || self.durable != self.committed {
+            return;
+        }
+        let memory = Tag {
+            generation: self.contest.generation(),
+            epoch: self.committed,
+        };
+        let reason = core::mem::take(&mut self.fenced);
+        self.finish(Outcome::Fenced { reason, memory }, actions);
     }
 
     pub(super) fn recorded(&mut self, now: Instant, record: RecordUpdate, actions: &mut Vec<Action>) {

@@ -8,8 +8,8 @@
 //!   Over (unpaired)  Over (unpaired)                  Draining  Severed
 //!               ended by its kernel, and read to the end │   │ its lease is over │
 //!                                                        ▼   ▼                   │
-//!                        Over (fenced) ◄── lost ── Contending ◄──────────────────┘
-//!                                                        │ won, recorded, VM quiet
+//!     Over (fenced) ◄── VM quiet ── Fenced ◄── lost ── Contending ◄──────────────┘
+//!                        disk durable                    │ won, recorded, VM quiet
 //!                                                        ▼
 //!                                                  Over (taken over)
 //! ```
@@ -36,7 +36,7 @@ use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::pair::{Delivery, RecordUpdate, Report};
 use checkpoint::staging::{StagingError, Totals};
-use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Heartbeat, Input, Message, Output};
+use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output};
 use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
 use proxy::NetworkPicture;
 
@@ -58,6 +58,8 @@ pub struct Options {
     pub takeover_limit: Duration,
     /// Generation of the durable record, 0 if there is none.
     pub generation: Generation,
+    /// What the primary was told that this side still has.
+    pub held: Held,
 }
 
 /// Counters for the status report.
@@ -134,6 +136,8 @@ pub struct Secondary {
     recent: VecDeque<Bytes>,
     quiet: bool,
     leaving: Option<GoodbyeReason>,
+    /// Why this side is fenced.
+    fenced: String,
     counters: Counters,
 }
 
@@ -161,6 +165,7 @@ impl Secondary {
             recent: VecDeque::new(),
             quiet: true,
             leaving: None,
+            fenced: String::new(),
             counters: Counters::default(),
             options,
         }
@@ -192,6 +197,7 @@ impl Secondary {
             Event::Paused => {
                 self.quiet = true;
                 self.try_take_over(actions);
+                self.try_stand_down(actions);
             }
             Event::PeerSent(message) => self.peer_sent(now, message, actions),
             Event::RecordStored(record) => self.recorded(now, record, actions),
@@ -231,6 +237,7 @@ impl Secondary {
                 "contending"
             }
             Standing::Contending(Claim::Won) | Standing::Alone => "promoting",
+            Standing::Fenced => "fenced",
             Standing::Leaving | Standing::Over | Standing::Pairing(_) | Standing::Leading { .. } => "ended",
         }
     }
@@ -252,6 +259,7 @@ impl Secondary {
             (Standing::Contending(Claim::Won), _) => "won",
             (Standing::Alone, _) => "recorded",
             (Standing::Leaving, _) => "leaving",
+            (Standing::Fenced, _) => "fenced",
             (Standing::Over | Standing::Pairing(_) | Standing::Leading { .. }, _) => "over",
         }
     }

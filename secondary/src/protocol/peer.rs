@@ -1,8 +1,8 @@
 //! The primary's messages: the pairing's begin, inputs, and the parts of a checkpoint.
 
 use super::{
-    Action, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, Mutant, NetworkPicture, PartError, Report,
-    Secondary, Standing, Tag, Totals, failover, limits, mutants,
+    Action, Begin, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, Mutant, NetworkPicture, PartError,
+    Report, Secondary, Standing, Totals, failover, limits, mutants,
 };
 
 impl Secondary {
@@ -14,8 +14,8 @@ impl Secondary {
             return;
         }
         self.liveness.heard(now);
-        if let Message::Begin(tag) = message {
-            return self.begin(now, tag, actions);
+        if let Message::Begin(begin) = message {
+            return self.begin(now, begin, actions);
         }
         if message
             .generation()
@@ -87,17 +87,25 @@ impl Secondary {
         self.confirm(actions);
     }
 
-    pub(super) fn begin(&mut self, now: Instant, tag: Tag, actions: &mut Vec<Action>) {
+    pub(super) fn begin(&mut self, now: Instant, begin: Begin, actions: &mut Vec<Action>) {
+        let Begin { tag, base } = begin;
         if self.standing() != Standing::Idle || tag.generation <= self.contest.generation() || tag.epoch.0 == 0 {
             return self.misbehaved(now, "it began a sync out of order, or in an old generation", actions);
+        }
+        let held = self.options.held;
+        if [(base.memory, held.memory), (base.disk, held.disk)]
+            .iter()
+            .any(|(base, held)| base.is_some() && base != held)
+        {
+            return self.misbehaved(now, "it builds on a checkpoint that this side does not hold", actions);
         }
         self.contend(now, failover::Event::Begun(tag.generation), "", actions);
         self.running = tag.epoch;
         self.committed = Epoch(tag.epoch.0 - 1);
         self.durable = self.committed;
-        self.totals = Totals::new(tag, None);
+        self.totals = Totals::new(tag, base.memory.map(|tag| tag.epoch));
         self.store_record(false, false, actions);
-        actions.push(Action::SendBlockHashes(tag));
+        actions.push(Action::BeginSync(begin));
         self.report_state(actions);
     }
 

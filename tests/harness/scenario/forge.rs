@@ -1,7 +1,7 @@
 //! Messages that no honest peer sends, from the words of a script.
 
 use bytes::Bytes;
-use checkpoint::wire::{DiskWrite, EndMark, GoodbyeReason, Heartbeat, Input, Message, Output, PageBatch};
+use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch};
 use checkpoint::{Epoch, Generation, InputNumber, Instant, Tag};
 
 use super::frames::Frames;
@@ -9,7 +9,10 @@ use super::frames::Frames;
 /// Makes a message: `Input 2/3 #9 q1`, `Acknowledge 2/3`, `End 2/3 base=2 pages=1 writes=0 input=0`.
 pub(super) fn message(frames: &mut Frames, words: &[&str]) -> Result<Message, String> {
     Ok(match *words {
-        ["Begin", at] => Message::Begin(tag(at)?),
+        ["Begin", at] => Message::Begin(Begin {
+            tag: tag(at)?,
+            base: Held::default(),
+        }),
         ["Want", at] => Message::Want(tag(at)?),
         ["Acknowledge", at] => Message::Acknowledge(tag(at)?),
         ["Loaded", at] => Message::Loaded(tag(at)?),

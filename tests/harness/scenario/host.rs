@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Message, PageBatch, Section};
+use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, Section};
 use checkpoint::{Duration, Epoch, Generation, Instant, Tag};
 use primary::event::Shipment;
 use primary::protocol::Primary;
@@ -16,7 +16,9 @@ use secondary::protocol::Secondary;
 use storage::sim::{SimDisk, SimImage};
 use storage::verify::{BlockHash, HashKey};
 use storage::witness::DirectoryWitness;
-use storage::{CommitJob, Image, Replica};
+use storage::{CommitJob, Image, Recovery, Replica};
+
+use crate::node::durable_checkpoint;
 
 /// Bytes of a scenario's disk: two blocks of the comparison.
 pub(super) const DISK_BYTES: u64 = 2 * 65_536;
@@ -60,12 +62,13 @@ pub(super) enum Order {
     Load(Tag),
     Pause,
     Resume,
+    SendBlocks(Tag, Vec<u64>),
     SendHashes(Tag),
     Ship(Vec<Message>, Shipment),
     StageDevices(DeviceState),
     StagePages(PageBatch),
     Store(RecordUpdate),
-    Sync(Totals),
+    Sync(Totals, bool),
     Transmit(Vec<Bytes>, Option<Instant>),
 }
 
@@ -83,7 +86,8 @@ impl Order {
             Self::Copy(..) => "SendCheckpoint",
             Self::Ship(..) => "Ship",
             Self::Store(_) => "StoreRecord",
-            Self::Sync(_) => "SyncMemory",
+            Self::SendBlocks(..) => "SendBlocks",
+            Self::Sync(..) => "SyncMemory",
             Self::Transmit(..) => "Transmit",
             Self::Apply(_)
             | Self::DropStage
@@ -98,7 +102,12 @@ impl Order {
     /// The check waits for earlier commits, as the shell's does.
     fn thread(&self) -> Thread {
         match self {
-            Self::Check(_) | Self::Commit | Self::Compare(_) | Self::SendHashes(_) | Self::Store(_) => Thread::Disk,
+            Self::Check(_)
+            | Self::Commit
+            | Self::Compare(_)
+            | Self::SendBlocks(..)
+            | Self::SendHashes(_)
+            | Self::Store(_) => Thread::Disk,
             Self::Claim(_) => Thread::Witness,
             Self::Transmit(..) => Thread::Tap,
             Self::Ship(..) => Thread::Courier,
@@ -140,6 +149,11 @@ pub(super) struct Host {
     clock_start: Duration,
     dirty: BTreeSet<u64>,
     unacknowledged: BTreeSet<u64>,
+    /// The next checkpoint is the first of its pairing.
+    syncing: bool,
+    /// The checkpoint of an earlier pairing whose memory it still has.
+    kept: Option<Tag>,
+    recovery: Recovery,
     committed: Memory,
     stage: Vec<PageBatch>,
     devices: Option<DeviceState>,
@@ -174,6 +188,9 @@ impl Host {
             clock_start,
             dirty: BTreeSet::new(),
             unacknowledged: BTreeSet::new(),
+            syncing: false,
+            kept: None,
+            recovery: Recovery::Fresh,
             committed: Memory::new(),
             stage: Vec::new(),
             devices: None,
@@ -208,16 +225,37 @@ impl Host {
 
     /// Starts its process: memory is empty, the disk is what is on the medium.
     pub(super) fn start(&mut self) {
-        self.die("starting", false);
         self.memory.clear();
         self.cpu = 0;
+        self.committed.clear();
+        self.kept = None;
+        self.rest();
+    }
+
+    /// Its role ends, not its process: it still has the memory of this checkpoint, and waits for a primary.
+    pub(super) fn stand_down(&mut self, memory: Tag) {
+        self.kept = Some(memory);
+        self.rest();
+        self.wait();
+    }
+
+    fn rest(&mut self) {
+        self.die("starting", false);
         self.inbox.clear();
         self.dirty.clear();
         self.unacknowledged.clear();
-        self.committed.clear();
+        self.syncing = false;
         self.stage.clear();
         self.devices = None;
-        storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
+        self.recovery = storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
+    }
+
+    /// Returns what it tells a primary that it still has.
+    pub(super) fn held(&self) -> Held {
+        Held {
+            memory: self.kept,
+            disk: durable_checkpoint(self.record, &self.recovery),
+        }
     }
 
     /// Waits for a primary.
@@ -275,9 +313,13 @@ impl Host {
     /// Copies what a checkpoint ships, into its messages, and continues its sums.
     pub(super) fn copy(&mut self, blocks: &[u64], mut totals: Totals) -> (Vec<Message>, Shipment) {
         let tag = totals.tag();
-        self.unacknowledged = core::mem::take(&mut self.dirty);
+        let dirty = core::mem::take(&mut self.dirty);
         let mut messages = Vec::new();
-        let pages = self.pages(&self.unacknowledged.clone(), &mut totals, &mut messages);
+        let pages = self.pages(&dirty, &mut totals, &mut messages);
+        if !core::mem::take(&mut self.syncing) {
+            self.unacknowledged.clear();
+        }
+        self.unacknowledged.extend(dirty);
         for &block in blocks {
             let write = self.block(tag, block);
             totals.write(&write).expect("of this epoch");
@@ -297,11 +339,13 @@ impl Host {
     }
 
     /// Makes the messages of the memory part of the initial sync.
-    pub(super) fn sync_memory(&mut self, mut totals: Totals) -> (Vec<Message>, Shipment) {
-        self.dirty.clear();
-        self.unacknowledged.clear();
+    pub(super) fn sync_memory(&mut self, mut totals: Totals, difference: bool) -> (Vec<Message>, Shipment) {
+        let dirty = core::mem::take(&mut self.dirty);
+        let all = self.memory.keys().copied().collect();
         let mut messages = Vec::new();
-        let pages = self.pages(&self.memory.keys().copied().collect(), &mut totals, &mut messages);
+        let pages = self.pages(if difference { &dirty } else { &all }, &mut totals, &mut messages);
+        self.unacknowledged = if difference { dirty } else { BTreeSet::new() };
+        self.syncing = true;
         (messages, shipment(totals, pages))
     }
 
@@ -320,7 +364,7 @@ impl Host {
             .collect()
     }
 
-    fn block(&self, tag: Tag, block: u64) -> DiskWrite {
+    pub(super) fn block(&self, tag: Tag, block: u64) -> DiskWrite {
         let (offset, length) = storage::verify::block_range(DISK_BYTES, block);
         let mut data = vec![0; length];
         self.image.read_at(offset, &mut data).expect("in range");
@@ -349,6 +393,17 @@ impl Host {
 
     // A secondary's threads.
 
+    /// Makes memory and disk ready for a sync; forgets the memory unless the primary builds on it.
+    pub(super) fn begin_sync(&mut self, keep: bool) {
+        if !keep {
+            self.committed.clear();
+        }
+        self.kept = None;
+        self.memory = self.committed.clone();
+        let replica = self.replica.as_mut().expect("a secondary");
+        replica.begin_sync().expect("the disk is whole");
+    }
+
     /// Forgets what is staged.
     pub(super) fn drop_stage(&mut self) {
         self.stage.clear();
@@ -376,10 +431,8 @@ impl Host {
         }
     }
 
-    /// Returns the hashes of the disk, which is being synced from here on.
-    pub(super) fn hashes(&mut self) -> Vec<[u8; 16]> {
-        let replica = self.replica.as_mut().expect("a secondary");
-        replica.begin_sync().expect("the disk is whole");
+    /// Returns the hashes of the disk.
+    pub(super) fn hashes(&self) -> Vec<[u8; 16]> {
         let hashes = storage::verify::hashes(&*self.image, &KEY, 0, usize::MAX).expect("in range");
         hashes.into_iter().map(|hash| hash.0).collect()
     }

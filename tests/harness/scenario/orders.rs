@@ -109,6 +109,14 @@ impl Pair {
                 let synced = PrimaryEvent::DiskSynced(hashes.tag.generation);
                 self.step(host, Event::Primary(synced));
             }
+            Order::SendBlocks(tag, blocks) => {
+                for block in blocks {
+                    let write = self.hosts[host].block(tag, block);
+                    self.send(host, Connection::Data, Message::SyncBlock(write));
+                }
+                let synced = PrimaryEvent::DiskSynced(tag.generation);
+                self.step(host, Event::Primary(synced));
+            }
             Order::Load(tag) => {
                 at.load();
                 self.step(host, Event::Secondary(SecondaryEvent::Loaded(tag)));
@@ -134,8 +142,8 @@ impl Pair {
                 self.step(host, Event::Primary(PrimaryEvent::CheckpointSent(shipment)));
             }
             Order::Store(record) => self.store(host, record),
-            Order::Sync(totals) => {
-                let (messages, shipment) = at.sync_memory(totals);
+            Order::Sync(totals, difference) => {
+                let (messages, shipment) = at.sync_memory(totals, difference);
                 self.send_all(host, messages);
                 self.step(host, Event::Primary(PrimaryEvent::MemorySynced(shipment)));
             }

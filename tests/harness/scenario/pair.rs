@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use checkpoint::wire::Message;
+use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Epoch, Generation};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
 use primary::protocol::{Primary, Resume, Start};
@@ -192,10 +192,11 @@ impl Pair {
                 PrimaryAction::Report(_) | PrimaryAction::Reseed | PrimaryAction::SeedEntropy(_) => {}
                 PrimaryAction::ResumeVm => at.order(Order::Resume),
                 PrimaryAction::Send(message) => self.send(host, Connection::Data, message),
+                PrimaryAction::SendBlocks { tag, blocks } => at.order(Order::SendBlocks(tag, blocks)),
                 PrimaryAction::SendControl(message) => self.send(host, Connection::Control, message),
                 PrimaryAction::SendCheckpoint { blocks, totals, .. } => at.order(Order::Copy(totals, blocks)),
                 PrimaryAction::StoreRecord(record) => at.order(Order::Store(record)),
-                PrimaryAction::SyncMemory(totals) => at.order(Order::Sync(totals)),
+                PrimaryAction::SyncMemory { totals, difference } => at.order(Order::Sync(totals, difference)),
                 PrimaryAction::Transmit { frames, not_after } => at.order(Order::Transmit(frames, not_after)),
             }
         }
@@ -209,6 +210,12 @@ impl Pair {
                 SecondaryAction::ApplyPages(batch) => at.order(Order::Apply(batch)),
                 SecondaryAction::ApplyWrite(write) => {
                     storage::Image::write_at(&*at.image, write.offset, &write.data).expect("in range");
+                }
+                SecondaryAction::BeginSync(Begin { tag, base }) => {
+                    at.begin_sync(base.memory.is_some());
+                    if base.disk.is_none() {
+                        at.order(Order::SendHashes(tag));
+                    }
                 }
                 SecondaryAction::Check(tag) => at.order(Order::Check(tag)),
                 SecondaryAction::Claim(term) => at.order(Order::Claim(term)),
@@ -226,7 +233,6 @@ impl Pair {
                 SecondaryAction::Report(_) | SecondaryAction::SeedEntropy(_) => {}
                 SecondaryAction::ResumeVm => at.order(Order::Resume),
                 SecondaryAction::Send(message) => self.send(host, Connection::Data, message),
-                SecondaryAction::SendBlockHashes(tag) => at.order(Order::SendHashes(tag)),
                 SecondaryAction::SendControl(message) => self.send(host, Connection::Control, message),
                 SecondaryAction::StageDevices(state) => at.order(Order::StageDevices(state)),
                 SecondaryAction::StagePages(batch) => at.order(Order::StagePages(batch)),
@@ -257,9 +263,15 @@ impl Pair {
     fn secondary_ended(&mut self, host: usize, outcome: Outcome) {
         let taken = match outcome {
             Outcome::Ended(_) => return self.ended(host, "ended"),
-            Outcome::Fenced(_) => return self.ended(host, "fenced"),
             Outcome::Failed(_) => return self.ended(host, "failed"),
-            Outcome::Unpaired(_) => {
+            Outcome::Fenced { memory, .. }
+            | Outcome::Unpaired {
+                memory: Some(memory), ..
+            } => {
+                self.close(host);
+                return self.hosts[host].stand_down(memory);
+            }
+            Outcome::Unpaired { memory: None, .. } => {
                 self.close(host);
                 self.hosts[host].start();
                 return self.hosts[host].wait();
@@ -288,6 +300,7 @@ impl Pair {
             takeover_limit: checkpoint::limits::TAKEOVER_LIMIT_DEFAULT,
             epoch_age_max: self.options.epoch_age_max,
             unmatched_max: checkpoint::limits::UNMATCHED_MAX,
+            memory_bytes: super::starts::MEMORY_BYTES,
             disk_bytes: super::host::DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],
         };

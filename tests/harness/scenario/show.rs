@@ -1,8 +1,8 @@
 //! Events, actions and messages as a scenario shows them: one line each, without anything that changes from run to run.
 
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
-use checkpoint::wire::{DiskWrite, Message};
-use checkpoint::{Duration, Instant};
+use checkpoint::wire::{Begin, DiskWrite, Held, Message};
+use checkpoint::{Duration, Instant, Tag};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, GuestEnd, Outcome as PrimaryOutcome};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, Outcome as SecondaryOutcome};
 
@@ -89,12 +89,13 @@ impl Shown<'_> {
             PrimaryAction::Send(message) | PrimaryAction::SendControl(message) => {
                 format!("Send {}", self.message(message))
             }
+            PrimaryAction::SendBlocks { tag, blocks } => format!("SendBlocks {tag} {blocks:?}"),
             PrimaryAction::SendCheckpoint { tag, blocks, .. } if blocks.is_empty() => format!("SendCheckpoint {tag}"),
             PrimaryAction::SendCheckpoint { tag, blocks, .. } => format!("SendCheckpoint {tag} blocks={blocks:?}"),
             PrimaryAction::SeedEntropy(Some(_)) => "SeedEntropy from the checkpoint".to_owned(),
             PrimaryAction::SeedEntropy(None) => "SeedEntropy from the host".to_owned(),
             PrimaryAction::StoreRecord(record) => format!("StoreRecord {}", record_line(record)),
-            PrimaryAction::SyncMemory(_) => "SyncMemory".to_owned(),
+            PrimaryAction::SyncMemory { difference, .. } => format!("SyncMemory{}", by_difference(*difference)),
             PrimaryAction::Transmit { frames, not_after } => {
                 let names: Vec<String> = frames.iter().map(|frame| self.frames.show(frame)).collect();
                 let until = not_after.map_or_else(String::new, |limit| format!(" until={}", self.relative(limit)));
@@ -107,6 +108,7 @@ impl Shown<'_> {
         match action {
             SecondaryAction::ApplyPages(_) => "ApplyPages".to_owned(),
             SecondaryAction::ApplyWrite(_) => "ApplyWrite".to_owned(),
+            SecondaryAction::BeginSync(begin) => format!("BeginSync {}", begin_line(begin)),
             SecondaryAction::Check(tag) => format!("Check {tag}"),
             SecondaryAction::Claim(term) => format!("Claim term {term}"),
             SecondaryAction::CloseLink => "CloseLink".to_owned(),
@@ -116,9 +118,13 @@ impl Shown<'_> {
             SecondaryAction::DropStage => "DropStage".to_owned(),
             SecondaryAction::End(outcome) => match outcome {
                 SecondaryOutcome::Ended(reason) => format!("End in order: {reason}"),
-                SecondaryOutcome::Fenced(reason) => format!("End fenced: {reason}"),
+                SecondaryOutcome::Fenced { reason, memory } => format!("End fenced with {memory}: {reason}"),
                 SecondaryOutcome::Failed(reason) => format!("End failed: {reason}"),
-                SecondaryOutcome::Unpaired(reason) => format!("End unpaired: {reason}"),
+                SecondaryOutcome::Unpaired {
+                    reason,
+                    memory: Some(memory),
+                } => format!("End unpaired with {memory}: {reason}"),
+                SecondaryOutcome::Unpaired { reason, memory: None } => format!("End unpaired: {reason}"),
                 SecondaryOutcome::TakenOver(taken) => {
                     format!(
                         "End taken over: generation {}, after epoch {}",
@@ -133,7 +139,6 @@ impl Shown<'_> {
             SecondaryAction::Send(message) | SecondaryAction::SendControl(message) => {
                 format!("Send {}", self.message(message))
             }
-            SecondaryAction::SendBlockHashes(tag) => format!("SendBlockHashes {tag}"),
             SecondaryAction::SeedEntropy(_) => "SeedEntropy from the checkpoint".to_owned(),
             SecondaryAction::StageDevices(_) => "StageDevices".to_owned(),
             SecondaryAction::StagePages(_) => "StagePages".to_owned(),
@@ -148,11 +153,10 @@ impl Shown<'_> {
             Message::Heartbeat(_) | Message::Hello(_) | Message::Welcome(_) | Message::Attach(_) => name.to_owned(),
             Message::Refuse(why) => format!("{name}: {why}"),
             Message::Goodbye(why) => format!("{name}: {why}"),
-            Message::Begin(tag)
-            | Message::Want(tag)
-            | Message::Acknowledge(tag)
-            | Message::Loaded(tag)
-            | Message::Committed(tag) => format!("{name} {tag}"),
+            Message::Begin(begin) => format!("{name} {}", begin_line(begin)),
+            Message::Want(tag) | Message::Acknowledge(tag) | Message::Loaded(tag) | Message::Committed(tag) => {
+                format!("{name} {tag}")
+            }
             Message::Confirm(tag, number) => format!("{name} {tag} #{}", number.0),
             Message::BlockHashes(hashes) => {
                 format!("{name} {}: {} from {}", hashes.tag, hashes.hashes.len(), hashes.first)
@@ -210,6 +214,19 @@ impl Shown<'_> {
             text
         }
     }
+}
+
+fn by_difference(difference: bool) -> &'static str {
+    if difference { " by difference" } else { "" }
+}
+
+fn begin_line(begin: &Begin) -> String {
+    let Begin {
+        tag,
+        base: Held { memory, disk },
+    } = begin;
+    let on = |what, tag: &Option<Tag>| tag.map_or_else(String::new, |tag| format!(" {what}={tag}"));
+    format!("{tag}{}{}", on("memory", memory), on("disk", disk))
 }
 
 /// Shows the sectors that are not zero, with their numbers.

@@ -14,6 +14,9 @@ use super::host::{DISK_BYTES, Role};
 use super::link::Link;
 use super::pair::{Event, Pair};
 
+/// Bytes of memory that the guest is said to have.
+pub(super) const MEMORY_BYTES: u64 = 1 << 20;
+
 impl Pair {
     pub(super) fn set(&mut self, options: &[&str]) -> Done {
         for option in options {
@@ -123,7 +126,7 @@ impl Pair {
             pair: "pair".to_owned(),
             node: at.name.to_owned(),
             shape: MachineShape {
-                memory_bytes: 1 << 20,
+                memory_bytes: MEMORY_BYTES,
                 vcpus: 1,
                 devices: vec!["net".to_owned()],
                 disk_bytes: DISK_BYTES,
@@ -131,6 +134,7 @@ impl Pair {
             },
             generation: at.record.map_or(Generation(0), |record| record.generation),
             committed: at.record.map_or(Epoch(0), |record| record.committed),
+            held: at.held(),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),
             witness: self.options.witness,
         }
@@ -157,6 +161,7 @@ impl Pair {
             witness: self.options.witness,
             takeover_limit: limits::TAKEOVER_LIMIT_DEFAULT,
             generation: theirs.generation,
+            held: theirs.held,
         };
         let now = self.hosts[to].clock(self.now);
         let secondary = Secondary::new(options, ours.node, now);

@@ -20,8 +20,14 @@ use crate::ops::{KEYS, Request};
 use crate::packet::{self, Packet, SERVICE_PORT};
 use crate::random::Random;
 
-/// Bytes of the toy's disk: one block of the comparison, and a short one.
-pub const DISK_BYTES: u64 = 68 * 1024;
+/// Bytes of the toy's disk: blocks of the comparison, and a short one.
+pub const DISK_BYTES: u64 = SHORT_BLOCK + 4 * 1024;
+const BLOCK: u64 = checkpoint::limits::BLOCK_BYTES as u64;
+/// Blocks between the first and the last, which are written seldom: a disk that lacks one does so for a while.
+const RARE_BLOCKS: u64 = 15;
+const SHORT_BLOCK: u64 = (1 + RARE_BLOCKS) * BLOCK;
+/// Changes of registers between two writes to one of the rare blocks.
+const RARE_EVERY: u64 = 16;
 /// Bytes of a sector: all of one register.
 pub const SECTOR_BYTES: usize = 512;
 
@@ -208,6 +214,7 @@ impl ToyVm {
         for key in 0..KEYS {
             effects.push(self.write_sector(key));
         }
+        effects.extend((0..RARE_BLOCKS).map(|rare| self.write_rare(rare, 0)));
         effects.push(self.ask_flush());
     }
 
@@ -234,10 +241,10 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// Returns where a register is on the disk: in one block or the other.
+/// Returns where a register is on the disk: in the first block or the last.
 #[must_use]
 pub fn sector(key: u8) -> u64 {
-    u64::from(key) * SECTOR_BYTES as u64 + u64::from(key % 2) * 64 * 1024
+    u64::from(key) * SECTOR_BYTES as u64 + u64::from(key % 2) * SHORT_BLOCK
 }
 
 /// Returns a register's value as a disk holds it.

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Effect, MISC, NOISE, PAGES, QUEUE, SECTOR_BYTES, ToyVm, Turn, sector};
+use super::{BLOCK, Effect, MISC, NOISE, PAGES, QUEUE, RARE_BLOCKS, RARE_EVERY, SECTOR_BYTES, ToyVm, Turn, sector};
 use crate::ops::{Answer, Op, RECORD_BYTES, Request};
 use crate::packet::{self, End, GUEST, SERVICE_PORT};
 
@@ -63,6 +63,7 @@ impl ToyVm {
             self.memory.set_number(page, last / 8, id);
             self.memory.set_number(page, last / 8 + 1, result);
             turn.effects.push(self.write_sector(request.key));
+            turn.effects.extend(self.write_rarely(request.key));
             turn.effects.push(self.ask_flush());
             fresh = true;
             result
@@ -89,6 +90,20 @@ impl ToyVm {
     pub(super) fn write_sector(&self, key: u8) -> Effect {
         Effect::Write {
             offset: sector(key),
+            data: Bytes::copy_from_slice(&self.memory.page(u64::from(key))[..SECTOR_BYTES]),
+        }
+    }
+
+    /// Some changes are also written down in a block that is seldom written.
+    fn write_rarely(&self, key: u8) -> Option<Effect> {
+        let changes = self.memory.number(MISC, FLUSHES_ASKED);
+        let rare = changes / RARE_EVERY % RARE_BLOCKS;
+        changes.is_multiple_of(RARE_EVERY).then(|| self.write_rare(rare, key))
+    }
+
+    pub(super) fn write_rare(&self, rare: u64, key: u8) -> Effect {
+        Effect::Write {
+            offset: (1 + rare) * BLOCK,
             data: Bytes::copy_from_slice(&self.memory.page(u64::from(key))[..SECTOR_BYTES]),
         }
     }

@@ -1,12 +1,13 @@
 //! Round trips, damage and garbage.
 
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
 use crate::epoch::Generation;
 use crate::wire::decoder::Decoder;
-use crate::wire::{MachineShape, wire_samples};
+use crate::wire::{Held, MachineShape, wire_samples};
 
 fn tags() -> impl Strategy<Value = Tag> {
     (any::<u64>(), any::<u64>()).prop_map(|(g, e)| Tag {
@@ -114,17 +115,24 @@ fn sections() -> impl Strategy<Value = Vec<Section>> {
     vec(section, 0..5)
 }
 
+fn held() -> impl Strategy<Value = Held> {
+    (option::of(tags()), option::of(tags())).prop_map(|(memory, disk)| Held { memory, disk })
+}
+
 pub(crate) fn messages() -> impl Strategy<Value = Message> {
     let control = prop_oneof![
         hellos().prop_map(Message::Hello),
-        (name(), any::<u128>(), any::<u64>(), any::<u64>()).prop_map(|(node, session, generation, committed)| {
-            Message::Welcome(Welcome {
-                node,
-                session: Session(session),
-                generation,
-                committed,
-            })
-        }),
+        (name(), any::<u128>(), any::<u64>(), any::<u64>(), held()).prop_map(
+            |(node, session, generation, committed, held)| {
+                Message::Welcome(Welcome {
+                    node,
+                    session: Session(session),
+                    generation,
+                    committed,
+                    held,
+                })
+            }
+        ),
         refusals().prop_map(Message::Refuse),
         any::<u128>().prop_map(|session| Message::Attach(Session(session))),
         (any::<u64>(), any::<u64>()).prop_map(|(sent, echo)| Message::Heartbeat(Heartbeat {
@@ -136,7 +144,7 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
         name().prop_map(|why| Message::Goodbye(GoodbyeReason::Failed(why))),
     ];
     let primary = prop_oneof![
-        tags().prop_map(Message::Begin),
+        (tags(), held()).prop_map(|(tag, base)| Message::Begin(Begin { tag, base })),
         (tags(), 0..1u64 << 40, vec(any::<[u8; 16]>(), 0..40))
             .prop_map(|(tag, first, hashes)| Message::BlockHashes(BlockHashes { tag, first, hashes })),
         writes().prop_map(Message::SyncBlock),
