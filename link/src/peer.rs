@@ -184,13 +184,19 @@ impl Link {
 
     /// Ends both connections in order: writes what is queued, ends the streams, waits for the peer to do the same.
     /// What still arrives is thrown away. After `limit` the link is closed all the same.
+    ///
+    /// The data connection ends last: its end, heard first, would look like a loss, and the goodbye came too late.
     pub async fn finish(&self, limit: Duration) {
         self.0.finishing.send_replace(true);
         let orderly = async {
             self.0.control.drained().await;
             self.0.data.drained().await;
-            self.0.shutdown(Shutdown::Write);
-            self.0.finishing.closed().await;
+            // Fails if the connection is gone already.
+            let _ = shutdown(&self.0.streams[0], Shutdown::Write);
+            if timeout(limit / 2, self.0.finishing.closed()).await.is_err() {
+                self.0.shutdown(Shutdown::Write);
+                self.0.finishing.closed().await;
+            }
         };
         if timeout(limit, orderly).await.is_err() {
             tracing::debug!(peer = %self.0.peer, "the peer did not end the link in time");

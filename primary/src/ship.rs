@@ -6,8 +6,9 @@
 use std::sync::{Arc, mpsc};
 
 use bytes::Bytes;
+use checkpoint::Epoch;
 use checkpoint::limits::{BODY_BYTES_MAX, PAGE_BYTES};
-use checkpoint::pages::{BatchEncoder, Chooser, is_zero};
+use checkpoint::pages::{BASE_BYTES_DEFAULT, BaseCache, BatchEncoder, Chooser, Page, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
 use link::describe;
@@ -26,19 +27,44 @@ const _: () = assert!(BATCH_BYTES + 2 * PAGE_BYTES < BODY_BYTES_MAX);
 /// Pages copied at a stop. What is dirty beyond them is shipped while the VM stands, so that the copy is bounded.
 const COPIED_PAGES_MAX: usize = 64 * 1024;
 
-/// Pages as they were at the stop.
-#[derive(Debug, Default)]
-pub(crate) struct CopiedPages {
+/// What is copied at a stop, and what is known for encoding it. It is with the VM's thread or with the courier.
+pub(crate) struct Kit {
     numbers: Vec<u64>,
     content: Vec<u8>,
+    encoder: BatchEncoder,
+    cache: BaseCache,
+    chooser: Chooser,
 }
 
-impl CopiedPages {
+impl Kit {
+    fn new() -> Self {
+        Self {
+            numbers: Vec::new(),
+            content: Vec::new(),
+            encoder: BatchEncoder::new(BATCH_BYTES, None),
+            cache: BaseCache::new(BASE_BYTES_DEFAULT),
+            chooser: Chooser::default(),
+        }
+    }
+
+    /// Begins another checkpoint. `committed` is the epoch of the one before, if it was acknowledged.
+    pub(crate) fn begin(&mut self, committed: Option<Epoch>) {
+        match committed {
+            Some(epoch) => self.cache.commit(epoch),
+            None => self.cache.abandon(),
+        }
+        self.encoder.rebase(self.cache.committed());
+    }
+
+    /// Forgets what a secondary holds: there will be another, or the same with another state.
+    pub(crate) fn forget(&mut self) {
+        self.cache.clear();
+    }
+
     /// Copies pages until the bound, and returns those beyond it.
-    pub(crate) fn fill(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<Vec<u64>, MemoryError> {
-        self.numbers.clear();
-        self.content.clear();
+    pub(crate) fn copy(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<Vec<u64>, MemoryError> {
         let mut pages = pages.iter();
+        self.numbers.clear();
         self.numbers.extend(pages.by_ref().take(COPIED_PAGES_MAX));
         self.content.resize(self.numbers.len() * PAGE_BYTES, 0);
         for (page, content) in self.numbers.iter().zip(self.content.as_chunks_mut().0) {
@@ -46,22 +72,63 @@ impl CopiedPages {
         }
         Ok(pages.collect())
     }
+
+    /// Encodes a page, and sends the batch that it fills.
+    fn push(&mut self, out: &mut Outbox, page: u64, content: &Page) -> Result<(), LinkGone> {
+        let reference = self.cache.base(page);
+        let pushed = self.encoder.push(page, content, reference, &mut self.chooser);
+        self.cache.shipped(page, content, pushed.codec);
+        if pushed.full {
+            out.batch(&mut self.encoder)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn finish(&mut self, out: &mut Outbox) -> Result<(), LinkGone> {
+        if self.encoder.is_empty() {
+            Ok(())
+        } else {
+            out.batch(&mut self.encoder)
+        }
+    }
+
+    /// Ships pages out of memory: the VM stands.
+    pub(crate) fn ship(&mut self, out: &mut Outbox, ram: &GuestRam, pages: &[u64]) -> Result<(), ShipError> {
+        let mut content = [0; PAGE_BYTES];
+        for &page in pages {
+            ram.read_page(page, &mut content)?;
+            self.push(out, page, &content)?;
+        }
+        Ok(self.finish(out)?)
+    }
+
+    fn ship_copied(&mut self, out: &mut Outbox) -> Result<(), LinkGone> {
+        let (numbers, content) = (core::mem::take(&mut self.numbers), core::mem::take(&mut self.content));
+        let sent = numbers
+            .iter()
+            .zip(content.as_chunks().0)
+            .try_for_each(|(page, content)| self.push(out, *page, content));
+        (self.numbers, self.content) = (numbers, content);
+        sent?;
+        self.finish(out)
+    }
 }
 
 /// Everything that a checkpoint ships, independent of the running VM.
 pub(crate) struct Parcel {
     pub(crate) out: Outbox,
-    pub(crate) pages: CopiedPages,
+    pub(crate) kit: Kit,
     /// Disk blocks of a first checkpoint: the VM stands until it is acknowledged.
     pub(crate) blocks: Vec<u64>,
     pub(crate) sections: Vec<Section>,
     pub(crate) entropy: [u8; 32],
 }
 
-/// The thread, and the buffer that comes back from it.
+/// The thread, and the kit that comes back from it.
 pub(crate) struct Courier {
     thread: Worker<Parcel>,
-    returned: mpsc::Receiver<CopiedPages>,
+    returned: mpsc::Receiver<Kit>,
 }
 
 impl Courier {
@@ -69,12 +136,12 @@ impl Courier {
     pub(crate) fn spawn(image: Arc<FileImage>, events: events::Sender<Event>) -> std::io::Result<Self> {
         let (give_back, returned) = mpsc::channel();
         // Received by the first checkpoint.
-        let _ = give_back.send(CopiedPages::default());
+        let _ = give_back.send(Kit::new());
         let thread = Worker::spawn("courier", move |inbox: Inbox<Parcel>| {
             while let Some(parcel) = inbox.next() {
-                let (pages, sent) = parcel.send(&image);
+                let (kit, sent) = parcel.send(&image);
                 // Either channel is closed when the role has ended.
-                let _ = give_back.send(pages);
+                let _ = give_back.send(kit);
                 let event = match sent {
                     Ok(shipment) => Event::CheckpointSent(shipment),
                     Err(ShipError::Link) => continue,
@@ -86,9 +153,9 @@ impl Courier {
         Ok(Self { thread, returned })
     }
 
-    /// Returns the buffer for the next copy, once the shipment before has left it.
-    pub(crate) fn buffer(&self) -> CopiedPages {
-        self.returned.recv().unwrap_or_default()
+    /// Returns the kit for the next checkpoint, once the shipment before has left it.
+    pub(crate) fn kit(&self) -> Kit {
+        self.returned.recv().unwrap_or_else(|_gone| Kit::new())
     }
 
     /// Ships; answered by `CheckpointSent`.
@@ -98,13 +165,13 @@ impl Courier {
 }
 
 impl Parcel {
-    fn send(mut self, image: &FileImage) -> (CopiedPages, Result<Shipment, ShipError>) {
+    fn send(mut self, image: &FileImage) -> (Kit, Result<Shipment, ShipError>) {
         let sent = self.queue(image);
-        (self.pages, sent.map(|()| self.out.shipment(self.entropy)))
+        (self.kit, sent.map(|()| self.out.shipment(self.entropy)))
     }
 
     fn queue(&mut self, image: &FileImage) -> Result<(), ShipError> {
-        self.out.copied(&self.pages)?;
+        self.kit.ship_copied(&mut self.out)?;
         for &block in &self.blocks {
             let (offset, data) = read_block(image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
             self.out.write(offset, data)?;
@@ -175,20 +242,6 @@ impl Outbox {
                 continue;
             }
             if encoder.push(page, &content, None, &mut chooser).full {
-                self.batch(&mut encoder)?;
-            }
-        }
-        if !encoder.is_empty() {
-            self.batch(&mut encoder)?;
-        }
-        Ok(())
-    }
-
-    fn copied(&mut self, pages: &CopiedPages) -> Result<(), ShipError> {
-        let mut encoder = BatchEncoder::new(BATCH_BYTES, None);
-        let mut chooser = Chooser::default();
-        for (page, content) in pages.numbers.iter().zip(pages.content.as_chunks().0) {
-            if encoder.push(*page, content, None, &mut chooser).full {
                 self.batch(&mut encoder)?;
             }
         }

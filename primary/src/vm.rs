@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use checkpoint::Tag;
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message, Section};
+use checkpoint::{Epoch, Tag};
 use link::describe;
 use link::peer::BulkSender;
 use link::record::RecordPlace;
@@ -18,7 +18,7 @@ use storage::{FileImage, Image as _};
 use tokio::sync::mpsc as events;
 
 use crate::event::{Event, Shipment};
-use crate::ship::{Courier, Outbox, Parcel, ShipError, read_block, send};
+use crate::ship::{Courier, Kit, Outbox, Parcel, ShipError, read_block, send};
 
 /// What the VM's thread is told.
 pub(crate) enum Command {
@@ -54,6 +54,8 @@ pub(crate) fn spawn(
         vm,
         ram,
         courier: Courier::spawn(image, events.clone())?,
+        kit: None,
+        shipped: None,
         events,
         unacknowledged: None,
         syncing: false,
@@ -65,6 +67,10 @@ struct Keeper {
     vm: Box<dyn Vm>,
     ram: GuestRam,
     courier: Courier,
+    /// Not with the courier.
+    kit: Option<Kit>,
+    /// The last checkpoint shipped, unless it was abandoned.
+    shipped: Option<Epoch>,
     events: events::Sender<Event>,
     /// Dirty pages of the checkpoint that is not acknowledged yet, with those of the sync before it.
     unacknowledged: Option<PageSet>,
@@ -89,6 +95,7 @@ impl Keeper {
                     Ok(None)
                 }
                 Command::KeepDirty => {
+                    self.shipped = None;
                     if let Some(pages) = self.unacknowledged.take() {
                         self.vm.put_back_dirty(&pages);
                     }
@@ -126,6 +133,10 @@ impl Keeper {
     /// Ships memory while the VM runs: what it dirties meanwhile is left to the first checkpoint.
     fn sync(&mut self, totals: Totals, difference: bool, bulk: &BulkSender) -> Result<Shipment, ShipError> {
         let dirty = self.vm.take_dirty()?;
+        let mut kit = self.kit();
+        kit.forget();
+        self.kit = Some(kit);
+        self.shipped = None;
         let mut out = Outbox::new(totals, bulk.clone());
         let sent = if difference {
             out.pages(&self.ram, dirty.iter(), false)
@@ -138,24 +149,35 @@ impl Keeper {
         Ok(out.shipment([0; 32]))
     }
 
+    fn kit(&mut self) -> Kit {
+        self.kit.take().unwrap_or_else(|| self.courier.kit())
+    }
+
     /// Copies what a checkpoint ships, and lets the courier ship it.
     fn ship(&mut self, tag: Tag, blocks: Vec<u64>, totals: Totals, bulk: BulkSender) -> Result<Event, ShipError> {
         let mut out = Outbox::new(totals, bulk);
         let dirty = self.vm.take_dirty()?;
-        let mut pages = self.courier.buffer();
-        let beyond = pages.fill(&self.ram, &dirty);
+        let mut kit = self.kit();
+        kit.begin(self.shipped.replace(tag.epoch));
+        let beyond = kit.copy(&self.ram, &dirty);
         let first = core::mem::take(&mut self.syncing);
         match &mut self.unacknowledged {
             Some(pages) if first => pages.union(&dirty),
             pages => *pages = Some(dirty),
         }
-        out.pages(&self.ram, beyond?.into_iter(), false)?;
+        if let Err(error) = beyond
+            .map_err(ShipError::from)
+            .and_then(|pages| kit.ship(&mut out, &self.ram, &pages))
+        {
+            self.kit = Some(kit);
+            return Err(error);
+        }
         let sections = self.vm.save()?.0.into_iter();
         let mut entropy = [0; 32];
         link::entropy::fill(&mut entropy);
         self.courier.send(Parcel {
             out,
-            pages,
+            kit,
             blocks,
             sections: sections
                 .map(|section| Section {

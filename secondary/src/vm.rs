@@ -2,12 +2,14 @@
 //!
 //! Nothing of a checkpoint touches the machine before `Load`. No decision is made here.
 
-use checkpoint::Tag;
-use checkpoint::pages::decode_batch;
+use std::collections::BTreeMap;
+
+use checkpoint::pages::{BatchDecoder, Content, Expected, PageError, decode_batch};
 use checkpoint::wire::{DeviceState, PageBatch};
+use checkpoint::{Epoch, Tag};
 use link::describe;
 use link::worker::{Inbox, Worker};
-use machine::{GuestRam, MachineState, Section, Vm};
+use machine::{GuestRam, MachineState, MemoryError, Section, Vm};
 use tokio::sync::mpsc as events;
 
 use crate::event::Event;
@@ -40,15 +42,19 @@ pub(crate) fn spawn(vm: Box<dyn Vm>, events: events::Sender<Event>) -> std::io::
         ram,
         events,
         stage: Stage::default(),
+        decoder: BatchDecoder::default(),
+        committed: None,
     };
     Worker::spawn("vm", move |inbox| loader.run(&inbox))
 }
 
-/// A checkpoint in flight: decoded pages in the order in which they came, and the devices' state.
+/// A checkpoint in flight: decoded pages, the last that came of each, and the devices' state.
 #[derive(Default)]
 struct Stage {
     pages: Vec<u64>,
     content: Vec<u8>,
+    /// Where each page is in both.
+    places: BTreeMap<u64, usize>,
     devices: Option<MachineState>,
 }
 
@@ -57,6 +63,9 @@ struct Loader {
     ram: GuestRam,
     events: events::Sender<Event>,
     stage: Stage,
+    decoder: BatchDecoder,
+    /// The epoch that the committed image holds, once one was loaded in this pairing.
+    committed: Option<Epoch>,
 }
 
 impl Loader {
@@ -80,7 +89,10 @@ impl Loader {
                 None
             }
             Command::Load(tag) => Some(match self.load() {
-                Ok(()) => Event::Loaded(tag),
+                Ok(()) => {
+                    self.committed = Some(tag.epoch);
+                    Event::Loaded(tag)
+                }
                 Err(error) => Event::VmFailed(format!(
                     "checkpoint {tag} failed after its commit: {}",
                     describe(&*error)
@@ -116,6 +128,7 @@ impl Loader {
     /// The image is what the primary's difference builds on, or zero, which the primary leaves out.
     fn begin_sync(&mut self, keep: bool) -> Result<(), String> {
         self.stage = Stage::default();
+        self.committed = None;
         self.vm.pause().map_err(|error| describe(&error))?;
         let own = self.vm.take_dirty().map_err(|error| describe(&error))?;
         self.ram.revert(&own).map_err(|error| describe(&error))?;
@@ -138,16 +151,20 @@ impl Loader {
     }
 
     fn stage_pages(&mut self, batch: &PageBatch) -> Result<(), String> {
-        let most = self.ram.pages();
-        if self.stage.pages.len() as u64 + u64::from(batch.count) > most {
-            return Err("the checkpoint has more pages than the machine".to_owned());
-        }
+        let ram = &self.ram;
         let stage = &mut self.stage;
-        let decoded = decode_batch(&batch.encoded, most, |page, content| {
-            stage.pages.push(page);
-            stage.content.extend_from_slice(content);
-        });
-        counted(batch, decoded.map_err(|error| describe(&error)))
+        let expected = Expected {
+            count: batch.count,
+            pages: ram.pages(),
+            base: self.committed,
+        };
+        let decoded = self.decoder.decode(
+            &batch.encoded,
+            &expected,
+            |page, content| Ok(ram.read_committed(page, content)?),
+            |page, content| stage.put(ram, page, content),
+        );
+        decoded.map_err(|error| format!("a page can't be staged: {}", describe(&error)))
     }
 
     fn check(&mut self) -> Result<(), String> {
@@ -164,6 +181,36 @@ impl Loader {
         self.ram.write_committed_pages(&stage.pages, &stage.content)?;
         self.ram.revert(&own)?;
         Ok(self.vm.restore(&devices)?)
+    }
+}
+
+/// Why a batch can't be staged.
+#[derive(Debug, thiserror::Error)]
+enum StageError {
+    #[error(transparent)]
+    Page(#[from] PageError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("page {0} is said to be alike on both sides, and nobody asked")]
+    NotAsked(u64),
+}
+
+impl Stage {
+    fn put(&mut self, ram: &GuestRam, page: u64, content: Content<'_>) -> Result<(), StageError> {
+        let place = self.places.get(&page).copied();
+        let staged = place.map(|place| &mut self.content.as_chunks_mut().0[place]);
+        match (content, staged) {
+            (Content::Page(bytes), Some(staged)) => *staged = *bytes,
+            (Content::Page(bytes), None) => {
+                self.places.insert(page, self.pages.len());
+                self.pages.push(page);
+                self.content.extend_from_slice(bytes);
+            }
+            (Content::Unchanged, Some(staged)) => ram.read_committed(page, staged)?,
+            (Content::Unchanged, None) => {}
+            (Content::Own, _) => return Err(StageError::NotAsked(page)),
+        }
+        Ok(())
     }
 }
 
