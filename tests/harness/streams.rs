@@ -111,6 +111,8 @@ impl Streams {
 
     /// The secondary has committed this epoch: its state has said what the primary's guest has.
     pub fn acknowledge(&mut self, tag: Tag) {
+        // A primary that was alone for a moment may have sent nothing in it; what it had said before is its state all the same.
+        self.reach(tag.generation);
         self.settle(|one| one.generation == tag.generation && one.epoch <= tag.epoch);
         self.each_touched(|flow| flow.follower.retain(|(one, _)| one.epoch > tag.epoch));
         self.forget_untouched();
