@@ -110,6 +110,8 @@ mutants! {
     RunAfterLosing "run-after-losing"
     /// A side that won runs before the record of that is durable.
     RunBeforeRecord "run-before-record"
+    /// A checkpoint has what the guest wrote into its memory, and not what the machine wrote for it.
+    SkipMachineWrites "skip-machine-writes"
     /// A first start that was cut short twice is taken for that of a foreign image.
     SkipTermAtFirstStart "skip-term-at-first-start"
     /// A host starts alone in a state that the owner of the generation may have left behind.

@@ -1,6 +1,6 @@
 //! One simulated host: a role's protocol, a toy guest, and a toy shell around them.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -77,8 +77,6 @@ pub struct Node {
     /// What a checkpoint ships, copied at its stop.
     pub(crate) parcel: Option<Parcel>,
     committed: Vec<Arc<Vec<u8>>>,
-    /// Pages of the committed image that the guest does not have yet.
-    applied: BTreeSet<u64>,
     stage: Vec<PageBatch>,
     devices: Option<DeviceState>,
     unacknowledged: PageSet,
@@ -146,7 +144,6 @@ impl Node {
             journal,
             parcel: None,
             committed: ToyVm::default().memory.pages,
-            applied: BTreeSet::new(),
             stage: Vec::new(),
             devices: None,
             unacknowledged: PageSet::new(PAGES),
@@ -178,7 +175,6 @@ impl Node {
     pub fn wait(&mut self) {
         self.vm = ToyVm::default();
         self.committed = self.vm.memory.pages.clone();
-        self.applied.clear();
         self.kept = None;
         self.rest();
     }
@@ -367,10 +363,14 @@ impl Node {
 
     /// Applies pages to the committed image.
     pub fn apply(&mut self, batch: &PageBatch) {
-        let (committed, applied) = (&mut self.committed, &mut self.applied);
+        let (committed, memory) = (&mut self.committed, &mut self.vm.memory);
         decode_batch(&batch.encoded, PAGES, |page, content: &[u8; PAGE_BYTES]| {
-            committed[usize::try_from(page).expect("small")] = Arc::new(content.to_vec());
-            applied.insert(page);
+            let at = usize::try_from(page).expect("small");
+            committed[at] = Arc::new(content.to_vec());
+            // As a private mapping does: a page that the guest has not written is the committed one.
+            if !memory.is_written(page) {
+                memory.pages[at] = Arc::clone(&committed[at]);
+            }
         })
         .expect("the simulated wire keeps bytes whole");
     }
@@ -420,8 +420,7 @@ impl Node {
 
     /// As the shell does: private copies are dropped where something was written, by whomever.
     fn drop_own_writes(&mut self) {
-        let own = self.vm.memory.harvest();
-        for page in core::mem::take(&mut self.applied).into_iter().chain(own.iter()) {
+        for page in self.vm.memory.harvest().iter() {
             let page = usize::try_from(page).expect("small");
             self.vm.memory.pages[page] = Arc::clone(&self.committed[page]);
         }
@@ -445,7 +444,11 @@ impl Node {
     }
 
     /// Makes the guest's own writes the disk.
+    ///
+    /// # Panics
+    /// If what the guest reads is another thing afterwards.
     pub fn fold(&mut self) {
+        let seen = self.snapshot().disk;
         self.run_jobs();
         let mut replica = self.replica.take().expect("a secondary");
         let mut next = replica.take_over();
@@ -454,6 +457,10 @@ impl Node {
             next = replica.committed(&done);
         }
         replica.into_image().expect("the simulated disk is whole");
+        assert!(
+            self.snapshot().disk == seen,
+            "rule 3: a takeover changes the disk under the guest"
+        );
     }
 
     /// Writes to the disk that the guest sees.

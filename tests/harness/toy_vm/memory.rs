@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use checkpoint::limits::PAGE_BYTES;
+use checkpoint::mutants::{self, Mutant};
 use machine::PageSet;
 
 /// Pages of the toy.
@@ -64,10 +65,18 @@ impl Memory {
         self.write(page, at * 8, &number.to_le_bytes());
     }
 
+    /// Tells whether a page was written since the last harvest.
+    #[must_use]
+    pub fn is_written(&self, page: u64) -> bool {
+        self.guest_log.contains(page) || self.machine_bitmap.contains(page)
+    }
+
     /// Returns the pages written since the last call, by whomever.
     pub fn harvest(&mut self) -> PageSet {
         let mut dirty = core::mem::replace(&mut self.guest_log, PageSet::new(PAGES));
-        dirty.union(&self.machine_bitmap);
+        if !mutants::on(Mutant::SkipMachineWrites) {
+            dirty.union(&self.machine_bitmap);
+        }
         self.machine_bitmap.clear();
         dirty
     }

@@ -28,7 +28,7 @@ const RARE_BLOCKS: u64 = 15;
 const SHORT_BLOCK: u64 = (1 + RARE_BLOCKS) * BLOCK;
 /// Changes of registers between two writes to one of the rare blocks.
 const RARE_EVERY: u64 = 16;
-/// Bytes of a sector: all of one register.
+/// Bytes of a sector: all of one register, which is kept twice.
 pub const SECTOR_BYTES: usize = 512;
 
 /// Frames that fit into the receive ring.
@@ -58,7 +58,7 @@ pub enum Effect {
         /// First number of the guest and of the client, for a segment of a connection.
         first: Option<(u32, u32)>,
     },
-    /// It writes a sector.
+    /// It writes a register, to two sectors.
     Write {
         /// Where.
         offset: u64,
@@ -241,10 +241,15 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// Returns where a register is on the disk: in the first block or the last.
+/// Returns where a register is on the disk: in the first block or the last, the last one in the first and the second.
 #[must_use]
 pub fn sector(key: u8) -> u64 {
-    u64::from(key) * SECTOR_BYTES as u64 + u64::from(key % 2) * SHORT_BLOCK
+    let record = 2 * SECTOR_BYTES as u64;
+    if key == KEYS - 1 {
+        BLOCK - record / 2
+    } else {
+        u64::from(key) * record + u64::from(key % 2) * SHORT_BLOCK
+    }
 }
 
 /// Returns a register's value as a disk holds it.

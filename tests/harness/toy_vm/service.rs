@@ -90,7 +90,7 @@ impl ToyVm {
     pub(super) fn write_sector(&self, key: u8) -> Effect {
         Effect::Write {
             offset: sector(key),
-            data: Bytes::copy_from_slice(&self.memory.page(u64::from(key))[..SECTOR_BYTES]),
+            data: self.memory.page(u64::from(key))[..SECTOR_BYTES].repeat(2).into(),
         }
     }
 
@@ -103,7 +103,7 @@ impl ToyVm {
 
     pub(super) fn write_rare(&self, rare: u64, key: u8) -> Effect {
         Effect::Write {
-            offset: (1 + rare) * BLOCK,
+            offset: (1 + rare) * BLOCK + BLOCK / 2,
             data: Bytes::copy_from_slice(&self.memory.page(u64::from(key))[..SECTOR_BYTES]),
         }
     }
