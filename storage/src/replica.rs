@@ -323,7 +323,9 @@ impl<I: Image + ?Sized> Replica<I> {
 
     /// Forgets the primary's uncommitted writes: it sends them again in a later epoch. The overlay stays.
     pub fn abandon(&mut self) {
-        self.buffers.clear();
+        if !mutants::on(Mutant::FoldBuffers) {
+            self.buffers.clear();
+        }
         self.reserved = None;
     }
 

@@ -77,6 +77,8 @@ pub struct Node {
     /// What a checkpoint ships, copied at its stop.
     pub(crate) parcel: Option<Parcel>,
     committed: Vec<Arc<Vec<u8>>>,
+    /// What it was after the last load.
+    loaded: Option<Vec<Arc<Vec<u8>>>>,
     stage: Vec<PageBatch>,
     devices: Option<DeviceState>,
     unacknowledged: PageSet,
@@ -144,6 +146,7 @@ impl Node {
             journal,
             parcel: None,
             committed: ToyVm::default().memory.pages,
+            loaded: None,
             stage: Vec::new(),
             devices: None,
             unacknowledged: PageSet::new(PAGES),
@@ -355,6 +358,7 @@ impl Node {
             self.vm = ToyVm::default();
         }
         self.kept = None;
+        self.loaded = None;
         self.stage.clear();
         self.drop_own_writes();
         let replica = self.replica.as_mut().expect("a secondary");
@@ -386,7 +390,14 @@ impl Node {
     }
 
     /// Forgets what is staged.
+    ///
+    /// # Panics
+    /// If some of it is in the committed image.
     pub fn drop_stage(&mut self) {
+        assert!(
+            self.loaded.as_ref().is_none_or(|loaded| *loaded == self.committed),
+            "rule 3: pages of a checkpoint that was not committed are in the image"
+        );
         self.stage.clear();
         self.devices = None;
         if let Some(replica) = &mut self.replica {
@@ -414,6 +425,7 @@ impl Node {
             self.apply(&batch);
         }
         self.drop_own_writes();
+        self.loaded = Some(self.committed.clone());
         let devices = self.devices.take().expect("checked");
         self.vm.registers = Registers::load(&devices.sections[0].bytes).expect("the toy's section");
     }
