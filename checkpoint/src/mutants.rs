@@ -30,6 +30,8 @@ macro_rules! mutants {
 mutants! {
     /// The answer to an old claim counts for the one that is open.
     AcceptOldAnswer "accept-old-answer"
+    /// A returning secondary counts as holding a checkpoint whose difference has been forgotten.
+    AcceptOldEpoch "accept-old-epoch"
     /// The end of a disk comparison counts for whatever pairing runs when it comes.
     AcceptOldGeneration "accept-old-generation"
     /// The secondary acknowledges a checkpoint before it has decided that it is complete.
@@ -72,6 +74,8 @@ mutants! {
     FoldBuffers "fold-buffers"
     /// The pages of an abandoned checkpoint count as clean.
     ForgetAbandonedPages "forget-abandoned-pages"
+    /// The blocks written in an abandoned epoch do not count as changed.
+    ForgetAbandonedWrites "forget-abandoned-writes"
     /// A side that takes over translates no connection any more.
     ForgetOffsets "forget-offsets"
     /// A primary that lost its secondary goes on without asking the witness.
@@ -114,6 +118,8 @@ mutants! {
     SkipMachineWrites "skip-machine-writes"
     /// A first start that was cut short twice is taken for that of a foreign image.
     SkipTermAtFirstStart "skip-term-at-first-start"
+    /// A secondary that lost the contest waits with memory into which its last checkpoint was never loaded.
+    StandDownEarly "stand-down-early"
     /// A host starts alone in a state that the owner of the generation may have left behind.
     StartFollower "start-follower"
     /// A host starts alone though another has owned the VM since.

@@ -206,7 +206,11 @@ impl ChangedBlocks {
 
     /// Moves every closed and uncommitted epoch back into the running one: their checkpoints were abandoned.
     pub fn reopen(&mut self) {
-        for (_, blocks) in self.closed.drain(..) {
+        for (_, blocks) in self
+            .closed
+            .drain(..)
+            .filter(|_| !mutants::on(Mutant::ForgetAbandonedWrites))
+        {
             self.running.union(&blocks);
         }
     }
