@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use checkpoint::{Epoch, Generation, Tag, limits};
 use primary::protocol::Primary;
+use secondary::protocol::Secondary;
 
 use crate::streams::Streams;
 use crate::toy_vm::Registers;
@@ -123,6 +124,16 @@ impl Checkers {
             "rule 1: released what the secondary neither sent in the same epoch nor has committed: {}",
             self.streams.describe(frame)
         );
+    }
+
+    /// No queue of a secondary's is longer than its bound.
+    ///
+    /// # Panics
+    /// If one is.
+    pub fn bounded_secondary(secondary: &Secondary) {
+        for (name, length, bound) in secondary.queues() {
+            assert!(length <= bound, "rule 5: {length} {name} wait, and {bound} may");
+        }
     }
 
     /// No queue of a primary's is longer than its bound; what was under way when it was reached may be in it too.

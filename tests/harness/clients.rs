@@ -23,7 +23,7 @@ const HALF: u8 = 6;
 /// Milliseconds after which a datagram is repeated.
 const RETRY: u64 = 250;
 /// Longest time between an answer and the next request.
-const THINK_MAX: u64 = 200;
+const THINK_MAX: u64 = 300;
 /// Requests that are sent at once at most.
 const AT_ONCE_MAX: u64 = 3;
 
@@ -430,7 +430,7 @@ impl Client {
                 key,
                 id,
                 op,
-                noisy: random.one_in(16),
+                noisy: random.one_in(32),
                 logged: op != Op::Read && random.one_in(5),
             };
             history.call(self.number, key, op);

@@ -6,8 +6,9 @@ use secondary::event::Event as SecondaryEvent;
 use storage::Image;
 
 use crate::checkers::Checkers;
-use crate::node::Role;
-use crate::toy_vm::{Effect, ToyVm};
+use crate::node::{Node, Role};
+use crate::ops::KEYS;
+use crate::toy_vm::{Effect, ToyVm, value_on_disk};
 use crate::world::{Happening, MILLISECOND, World};
 
 /// One frame in so many is lost between a client and the switch.
@@ -117,6 +118,9 @@ impl World {
             Role::Secondary(secondary) => {
                 self.checkers.streams.secondary_sent(secondary.tag(), &frame, first);
                 self.step_secondary(node, SecondaryEvent::GuestSent(frame));
+                if let Role::Secondary(secondary) = &self.nodes[node].role {
+                    Checkers::bounded_secondary(secondary);
+                }
             }
             Role::Off | Role::Waiting => {}
         }
@@ -216,5 +220,46 @@ impl World {
         if let Some(delay) = self.travel() {
             self.later(delay, Happening::ClientHears(frame));
         }
+    }
+
+    // The end.
+
+    /// Lets the clients finish and the pair commit, then cuts the power: what was answered is in the log, and on every disk that counts.
+    ///
+    /// # Panics
+    /// If it is not.
+    pub fn finish(&mut self) {
+        self.clients.be_quiet(true);
+        assert!(
+            self.run_until(10_000, |world| world.clients.are_answered()),
+            "rule 6: a client waits for an answer 10 s after the last fault"
+        );
+        // The last lines to the log, and a checkpoint by age.
+        self.run(3_000);
+        assert_eq!(
+            self.clients.missing_line(),
+            None,
+            "rule 4: an answered request of this client is not in the log"
+        );
+        self.clients.history.finish();
+        let protected = self.is_protected();
+        let counts = |host: &&Node| protected || matches!(host.role, Role::Primary(_));
+        let disks: Vec<_> = self
+            .nodes
+            .iter()
+            .filter(counts)
+            .map(Node::disk_after_power_loss)
+            .collect();
+        for key in 0..KEYS {
+            let value = self.clients.history.value(key).expect("all are answered");
+            assert!(
+                disks.iter().all(|disk| value_on_disk(disk, key) == value),
+                "rule 4: a disk does not have what was answered for register {key}"
+            );
+        }
+        assert!(
+            disks.windows(2).all(|pair| pair[0] == pair[1]),
+            "rule 4: the disks of a quiet pair differ"
+        );
     }
 }

@@ -469,10 +469,22 @@ impl Node {
             next = replica.committed(&done);
         }
         replica.into_image().expect("the simulated disk is whole");
+        let disk = self.snapshot().disk;
+        assert!(disk == seen, "rule 3: a takeover changes the disk under the guest");
         assert!(
-            self.snapshot().disk == seen,
-            "rule 3: a takeover changes the disk under the guest"
+            self.vm.wrote(&disk),
+            "rule 3: the guest takes over with the disk of another"
         );
+    }
+
+    /// Cuts the power, and returns what the image is when it is on again.
+    ///
+    /// # Panics
+    /// If the journal can't be recovered.
+    pub fn disk_after_power_loss(&self) -> Vec<u8> {
+        self.disk.power_cycle();
+        storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
+        self.image.content()
     }
 
     /// Writes to the disk that the guest sees.

@@ -83,6 +83,7 @@ fn live(world: &mut World) {
         world.run(600);
         assert!(world.checkers.answers > answers, "rule 6: no client gets an answer");
     }
+    world.finish();
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

@@ -291,6 +291,18 @@ impl Secondary {
         &self.primary
     }
 
+    /// Returns the queues with their lengths and bounds: inputs that wait for a load, frames that wait for the outcome of a
+    /// contest, and segments kept for a takeover.
+    #[must_use]
+    pub fn queues(&self) -> [(&'static str, usize, usize); 3] {
+        let inputs = usize::try_from(2 * limits::INPUTS_UNCONFIRMED_MAX).expect("a small limit");
+        [
+            ("inputs", self.later.len(), inputs),
+            ("outputs", self.outputs.len(), PENDING_OUTPUTS_MAX),
+            ("recent outputs", self.recent.len(), RECENT_OUTPUTS_MAX),
+        ]
+    }
+
     /// Returns the counters of this run.
     #[must_use]
     pub fn counters(&self) -> &Counters {

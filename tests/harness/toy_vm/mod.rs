@@ -120,8 +120,7 @@ impl ToyVm {
     pub fn boot(disk: &[u8], noise: u64) -> Self {
         let mut vm = Self::default();
         for key in 0..KEYS {
-            let at = usize::try_from(sector(key)).expect("a small disk");
-            vm.memory.write(u64::from(key), 0, &disk[at..at + SECTOR_BYTES]);
+            vm.memory.write(u64::from(key), 0, sector_of(disk, key));
         }
         // Ports of its last life may still be known to others.
         vm.memory.set_number(MISC, connections::CONNECTS, noise % 4_096);
@@ -218,6 +217,12 @@ impl ToyVm {
         effects.push(self.ask_flush());
     }
 
+    /// Tells whether a disk holds what this guest has written to its own: it writes at once whatever it changes.
+    #[must_use]
+    pub fn wrote(&self, disk: &[u8]) -> bool {
+        (0..KEYS).all(|key| self.memory.page(u64::from(key))[..SECTOR_BYTES] == *sector_of(disk, key))
+    }
+
     fn received(&self) -> u64 {
         self.memory.number(RING_STATE, 0)
     }
@@ -258,6 +263,10 @@ pub fn sector(key: u8) -> u64 {
 /// If the disk is not a toy's.
 #[must_use]
 pub fn value_on_disk(disk: &[u8], key: u8) -> u64 {
+    u64::from_le_bytes(sector_of(disk, key)[..8].try_into().expect("eight bytes"))
+}
+
+fn sector_of(disk: &[u8], key: u8) -> &[u8] {
     let at = usize::try_from(sector(key)).expect("a small disk");
-    u64::from_le_bytes(disk[at..at + 8].try_into().expect("eight bytes"))
+    &disk[at..at + SECTOR_BYTES]
 }
