@@ -4,7 +4,7 @@
 //! acknowledged, believes each answer to be the next bytes of the stream, and takes a reset for a failure: so an acknowledgement, a byte or a
 //! sequence number that the survivor can't stand by is seen. Driven by the world with frames and a time; no network of their own.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
@@ -24,6 +24,8 @@ const HALF: u8 = 6;
 const RETRY: u64 = 250;
 /// Longest time between an answer and the next request.
 const THINK_MAX: u64 = 300;
+/// Connections that a client remembers: more than there are in an epoch.
+const BEFORE_MAX: usize = 24;
 /// Requests that are sent at once at most.
 const AT_ONCE_MAX: u64 = 3;
 
@@ -64,8 +66,8 @@ enum Wire {
     Stream {
         line: Option<Box<Line>>,
         port: u16,
-        /// The connection before on that port, whose frames may still come.
-        before: Option<Socket>,
+        /// The last connections and their ports: at a takeover their frames may come again.
+        before: VecDeque<(u16, Socket)>,
     },
 }
 
@@ -93,7 +95,7 @@ impl Clients {
                 Wire::Stream {
                     line: None,
                     port: 3_000,
-                    before: None,
+                    before: VecDeque::new(),
                 }
             }
         };
@@ -128,9 +130,7 @@ impl Clients {
     pub fn vm_rebooted(&mut self) {
         self.reboots += 1;
         for client in self.list.iter_mut().filter(|client| !client.asked.is_empty()) {
-            if let Wire::Stream { line, before, .. } = &mut client.wire {
-                (*line, *before) = (None, None);
-            }
+            client.forget_line();
         }
     }
 
@@ -225,7 +225,8 @@ impl Clients {
             return self.refuse(packet, header);
         };
         let belongs = fits(&line.socket, header);
-        if !belongs && before.as_ref().is_some_and(|before| fits(before, header)) {
+        let is_old = |(old, socket): &(u16, Socket)| *old == packet.to.1 && fits(socket, header);
+        if !belongs && before.iter().any(is_old) {
             return;
         }
         if line.socket.phase == Phase::SynSent && !belongs && !header.has(RST) {
@@ -444,23 +445,21 @@ impl Client {
     /// Forgets a connection that is over, and opens the next when it is time.
     fn renew_line(&mut self, waits: bool, reboots: u64, random: &mut Random, numbers: &mut BTreeSet<u32>) {
         let number_of_client = u16::from(self.number);
+        if let Wire::Stream { line: Some(line), .. } = &self.wire
+            && matches!(line.socket.phase, Phase::Free | Phase::Reset)
+        {
+            self.forget_line();
+        }
         let Wire::Stream { line, port, before } = &mut self.wire else {
             return;
         };
-        if line
-            .as_ref()
-            .is_some_and(|line| matches!(line.socket.phase, Phase::Free | Phase::Reset))
-        {
-            *before = line.take().map(|line| line.socket);
-        }
         if line.is_some() || waits {
             return;
         }
         // Sometimes on the same port as before.
-        if before.is_none() || !random.one_in(3) {
+        if before.front().is_none_or(|(last, _)| last != port) || !random.one_in(3) {
             let step = 1 + u16::try_from(random.below(7)).expect("few");
             *port = 3_000 + number_of_client * 16 + (*port + step) % 16;
-            *before = None;
         }
         *line = Some(Box::new(Line {
             socket: Socket::connect(number(numbers, random)),
@@ -469,6 +468,17 @@ impl Client {
             sent: false,
             reboots,
         }));
+    }
+
+    /// Gives its connection up; only its numbers are remembered.
+    fn forget_line(&mut self) {
+        let Wire::Stream { line, port, before } = &mut self.wire else {
+            return;
+        };
+        if let Some(line) = line.take() {
+            before.truncate(BEFORE_MAX - 1);
+            before.push_front((*port, line.socket));
+        }
     }
 
     fn next_record(&mut self) -> Option<Vec<u8>> {
