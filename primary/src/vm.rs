@@ -106,7 +106,7 @@ impl Keeper {
                     blocks,
                     totals,
                     bulk,
-                } => self.ship(tag, blocks, totals, bulk).map(Some),
+                } => self.ship(tag, blocks, totals, bulk).map(|()| None),
                 Command::Sync {
                     totals,
                     difference,
@@ -154,7 +154,7 @@ impl Keeper {
     }
 
     /// Copies what a checkpoint ships, and lets the courier ship it.
-    fn ship(&mut self, tag: Tag, blocks: Vec<u64>, totals: Totals, bulk: BulkSender) -> Result<Event, ShipError> {
+    fn ship(&mut self, tag: Tag, blocks: Vec<u64>, totals: Totals, bulk: BulkSender) -> Result<(), ShipError> {
         let mut out = Outbox::new(totals, bulk);
         let dirty = self.vm.take_dirty()?;
         let mut kit = self.kit();
@@ -175,6 +175,8 @@ impl Keeper {
         let sections = self.vm.save()?.0.into_iter();
         let mut entropy = [0; 32];
         link::entropy::fill(&mut entropy);
+        // Told first: a small parcel may be shipped before this thread goes on.
+        self.report(Event::Copied { tag, entropy });
         self.courier.send(Parcel {
             out,
             kit,
@@ -188,7 +190,7 @@ impl Keeper {
                 .collect(),
             entropy,
         });
-        Ok(Event::Copied { tag, entropy })
+        Ok(())
     }
 }
 
