@@ -35,7 +35,7 @@ impl fmt::Display for Verdict {
 fn hunt(mutant: Mutant, seeds: u64) -> Verdict {
     let mut reached = 0;
     for seed in 0..seeds {
-        let result = mutants::with(mutant, || run(seed, false));
+        let result = mutants::with(mutant, || run(seed, &[], false));
         reached += mutants::reached();
         if let Err(failure) = result {
             return Verdict::Caught(seed, failure.message);

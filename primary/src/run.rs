@@ -63,7 +63,7 @@ pub struct Setup {
     pub tap: Arc<Tap>,
     /// The disk.
     pub image: Arc<FileImage>,
-    /// Set when the image holds all that the guest was told is written; the block device waits for it.
+    /// Told when the image holds all that the guest was told is written; block device and disk thread wait for it.
     pub image_ready: Option<std::sync::mpsc::Receiver<Result<(), String>>>,
     /// The record beside the image.
     pub record: RecordPlace,
@@ -91,10 +91,14 @@ pub struct Outside {
 /// Fails if the host refuses a thread or a descriptor at the start.
 pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Outcome> {
     let (events, inbox) = mpsc::channel(EVENTS_MAX);
+    let (folded, ready) = setup.image_ready.take().map_or((None, None), |image_ready| {
+        let (open, ready) = std::sync::mpsc::channel();
+        (Some((image_ready, open)), Some(ready))
+    });
     let net = PortBackend::new(Arc::clone(&setup.port), Events(events.clone()));
     let disk = Disk {
         image: Arc::clone(&setup.image),
-        ready: setup.image_ready.take(),
+        ready,
         events: events.clone(),
     };
     setup
@@ -105,7 +109,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         give_back_image(setup.vm.ram())?;
     }
     let vm = vm::spawn(setup.vm, Arc::clone(&setup.image), events.clone())?;
-    let disk = vm::spawn_disk(Arc::clone(&setup.image), setup.record, events.clone())?;
+    let disk = vm::spawn_disk(Arc::clone(&setup.image), setup.record, folded, events.clone())?;
     let (dialled, answers) = mpsc::channel(1);
     let mut actions = Vec::new();
     let protocol = Primary::new(setup.options.clone(), setup.start, clock::now(), &mut actions);
@@ -191,17 +195,16 @@ impl Observer for Events {
 /// The block device's back end: the image, and each write told to the loop before the guest hears of it.
 struct Disk {
     image: Arc<FileImage>,
-    ready: Option<std::sync::mpsc::Receiver<Result<(), String>>>,
+    /// Opened by the disk's thread; closed for good if the image could not be brought up to date.
+    ready: Option<std::sync::mpsc::Receiver<()>>,
     events: mpsc::Sender<Event>,
 }
 
 impl Disk {
     fn wait(&mut self) -> std::io::Result<()> {
-        if let Some(ready) = self.ready.take() {
-            ready
-                .recv()
-                .map_err(std::io::Error::other)?
-                .map_err(std::io::Error::other)?;
+        if let Some(ready) = &self.ready {
+            ready.recv().map_err(std::io::Error::other)?;
+            self.ready = None;
         }
         Ok(())
     }
@@ -219,12 +222,17 @@ impl block::Backend for Disk {
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
         self.wait()?;
-        self.image.write_at(offset, bytes)?;
+        let written = self.image.write_at(offset, bytes);
+        let mut data = bytes.to_vec();
+        if written.is_err() {
+            // Some of it may be there: whatever is, the secondary's disk gets it too.
+            self.image.read_at(offset, &mut data)?;
+        }
         let _ = self.events.blocking_send(Event::GuestWrote {
             offset,
-            data: Bytes::copy_from_slice(bytes),
+            data: data.into(),
         });
-        Ok(())
+        written
     }
 
     fn flush(&mut self) -> std::io::Result<()> {

@@ -3,7 +3,7 @@
 //! At a stop it copies what a checkpoint ships, so that the VM can run on while [`crate::ship`] encodes and queues the
 //! copy. No decision is made here.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message, Section};
@@ -209,13 +209,27 @@ pub(crate) enum DiskCommand {
     Store(checkpoint::pair::RecordUpdate),
 }
 
+/// The end of a takeover's work on the image, and whom to tell that it went well.
+pub(crate) type Folded = (mpsc::Receiver<Result<(), String>>, mpsc::Sender<()>);
+
 /// Starts the thread that compares the disk and keeps the record.
+///
+/// After a takeover it waits for the image first: a block that is compared before the guest's last writes are in it
+/// would differ on the two hosts, and nobody would know.
 pub(crate) fn spawn_disk(
     image: Arc<FileImage>,
     record: RecordPlace,
+    folded: Option<Folded>,
     events: events::Sender<Event>,
 ) -> std::io::Result<Worker<DiskCommand>> {
     Worker::spawn("disk", move |inbox| {
+        if let Some((image_ready, open)) = folded
+            && let Err(reason) = wait_for(&image_ready, &open)
+        {
+            // A closed channel means that the role has ended.
+            let _ = events.blocking_send(Event::VmFailed(reason));
+            return;
+        }
         while let Some(order) = inbox.next() {
             let event = match order {
                 DiskCommand::Compare { hashes, key, bulk } => compare(&image, &hashes, &key, &bulk),
@@ -230,6 +244,13 @@ pub(crate) fn spawn_disk(
             }
         }
     })
+}
+
+fn wait_for(image_ready: &mpsc::Receiver<Result<(), String>>, open: &mpsc::Sender<()>) -> Result<(), String> {
+    image_ready.recv().map_err(|error| error.to_string()).flatten()?;
+    // The guest's device may have gone.
+    let _ = open.send(());
+    Ok(())
 }
 
 fn store(record: &RecordPlace, update: checkpoint::pair::RecordUpdate) -> Event {
@@ -260,4 +281,63 @@ fn send_blocks(image: &FileImage, tag: Tag, blocks: Vec<u64>, bulk: &BulkSender,
         }
     }
     sent
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use checkpoint::pair::RecordUpdate;
+    use checkpoint::{Epoch, Generation, Role};
+    use storage::Record;
+
+    fn disk(dir: &std::path::Path, folded: Option<Folded>) -> (Worker<DiskCommand>, events::Receiver<Event>) {
+        let path = dir.join("disk.img");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let image = Arc::new(FileImage::open(&path).unwrap());
+        let place = RecordPlace {
+            path: Some(Record::path_for(&path)),
+            pair: "shop".to_owned(),
+            node: "left".to_owned(),
+            witness: None,
+        };
+        let (sender, inbox) = events::channel(8);
+        (spawn_disk(image, place, folded, sender).unwrap(), inbox)
+    }
+
+    fn update() -> RecordUpdate {
+        RecordUpdate {
+            generation: Generation(2),
+            role: Role::Primary,
+            committed: Epoch(3),
+            complete: true,
+            clean: false,
+        }
+    }
+
+    #[test]
+    fn nothing_is_done_with_the_image_before_a_takeover_is_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (done, image_ready) = mpsc::channel();
+        let (open, ready) = mpsc::channel();
+        let (worker, mut inbox) = disk(dir.path(), Some((image_ready, open)));
+        worker.send(DiskCommand::Store(update()));
+        assert!(ready.try_recv().is_err() && inbox.try_recv().is_err());
+        done.send(Ok(())).unwrap();
+        ready.recv().unwrap();
+        assert!(matches!(inbox.blocking_recv(), Some(Event::RecordStored(record)) if record == update()));
+    }
+
+    #[test]
+    fn case_30_a_takeover_that_is_not_in_the_image_ends_the_role_and_no_request_is_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let (done, image_ready) = mpsc::channel();
+        let (open, ready) = mpsc::channel();
+        let (worker, mut inbox) = disk(dir.path(), Some((image_ready, open)));
+        worker.send(DiskCommand::Store(update()));
+        done.send(Err("the disk is broken".to_owned())).unwrap();
+        assert!(matches!(inbox.blocking_recv(), Some(Event::VmFailed(reason)) if reason == "the disk is broken"));
+        ready.recv().unwrap_err();
+        ready.recv().unwrap_err();
+        assert!(inbox.blocking_recv().is_none(), "the record is not written");
+    }
 }

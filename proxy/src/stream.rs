@@ -80,6 +80,8 @@ pub(crate) struct Stream {
 struct Side {
     /// Its SYN's sequence number.
     isn: Option<Seq>,
+    /// It has sent nothing but its SYN: the next segment tells where its stream begins.
+    opening: bool,
     /// A sequence number and its position.
     anchor: Option<(Seq, u64)>,
     /// What its SYN offered, without and with ACK.
@@ -143,9 +145,18 @@ impl Stream {
         if self.primary.anchor.is_none() && occupies {
             self.anchor_primary(segment);
         }
-        let start = position(self.primary.anchor, data_seq);
-        let data = start..start + u64::from(segment.length());
         let side = &mut self.primary;
+        if segment.syn {
+            side.opening = segment.length() == 0;
+        } else if core::mem::take(&mut side.opening)
+            && let Some((known, _)) = side.anchor
+            && data_seq.after(known).unsigned_abs() >= ISN_NEAR
+        {
+            // After a takeover the SYN leaves as this guest numbers it, and what follows as its peer knows the connection.
+            side.anchor = Some((data_seq, side.end));
+        }
+        let start = position(side.anchor, data_seq);
+        let data = start..start + u64::from(segment.length());
         let mut note = Note {
             data,
             fin: None,

@@ -151,7 +151,7 @@ fn obey(disk: &Disk, order: Command) -> Option<Event> {
             .err()
             .map(|error| Event::StageFailed(error.to_string())),
         Command::Fold(job, done) => {
-            let result = run_jobs(disk, job).map(drop);
+            let result = run_jobs(disk, job).and_then(|_| settled(disk));
             // The next role may have ended already; the image is whole all the same.
             let _ = done.send(result);
             None
@@ -192,6 +192,15 @@ fn run_jobs(disk: &Disk, job: Option<CommitJob<FileImage>>) -> Result<Option<Epo
         next = disk.replica().committed(&done);
     }
     Ok(last)
+}
+
+/// A commit that failed before has left the fold undone, and its own error nobody has heard.
+fn settled(disk: &Disk) -> Result<(), String> {
+    if disk.replica().is_settled() {
+        Ok(())
+    } else {
+        Err("an earlier commit of the disk failed: the guest's last writes are not in the image".to_owned())
+    }
 }
 
 fn begin_sync(disk: &Disk, tag: Tag, hashes: Option<(HashKey, BulkSender)>) -> Option<Event> {

@@ -114,6 +114,8 @@ pub fn recover<I: Image + ?Sized>(image: &I, journal: &I) -> Result<Recovery, Re
     let mut sector = [0; HEADER];
     journal.read_at(0, &mut sector)?;
     if sector == [0; HEADER] {
+        // Written again for the same reason as a retirement, below.
+        forget(journal)?;
         return Ok(Recovery::Fresh);
     }
     let Some(header) = Header::decode(&sector) else {
@@ -128,7 +130,13 @@ pub fn recover<I: Image + ?Sized>(image: &I, journal: &I) -> Result<Recovery, Re
                 image: image.size(),
             });
         }
-        (false, true) => return Ok(Recovery::Clean(header.last)),
+        (false, true) => {
+            // The retirement may not be durable, and what follows may write to the base without the journal. It is written
+            // again: a flush that failed before may have lost it, and no later one would bring it back.
+            retire(journal, image.size(), header.last)?;
+            journal.flush()?;
+            return Ok(Recovery::Clean(header.last));
+        }
         // The image was replaced or resized; there is nothing to bring in.
         (false, false) => return Ok(Recovery::Fresh),
     }

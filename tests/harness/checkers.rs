@@ -29,8 +29,7 @@ pub struct Checkers {
     pub streams: Streams,
     /// Last epoch acknowledged in each generation.
     acknowledged: BTreeMap<Generation, Epoch>,
-    /// By epoch, whose numbers are never used twice.
-    stops: BTreeMap<Epoch, Snapshot>,
+    stops: BTreeMap<Tag, Snapshot>,
     owners: BTreeMap<Generation, usize>,
     newest: Generation,
     /// Answers that reached a client.
@@ -57,9 +56,9 @@ impl Checkers {
 
     /// The primary stopped for this checkpoint in this state.
     pub fn stopped(&mut self, tag: Tag, snapshot: Snapshot) {
-        let last = self.stops.last_key_value().map_or(Epoch(0), |(epoch, _)| *epoch);
-        assert!(tag.epoch > last, "rule 5: {tag} is stopped for twice, or after {last}");
-        self.stops.insert(tag.epoch, snapshot);
+        let last = self.stops.last_key_value().map_or_else(Tag::default, |(tag, _)| *tag);
+        assert!(tag > last, "rule 5: {tag} is stopped for twice, or after {last}");
+        self.stops.insert(tag, snapshot);
         // At most one is uncommitted.
         while self.stops.len() > 4 {
             self.stops.pop_first();
@@ -69,14 +68,16 @@ impl Checkers {
     /// Returns the last epoch whose end the primary stopped for.
     #[must_use]
     pub fn last_stop(&self) -> Epoch {
-        self.stops.last_key_value().map_or(Epoch(0), |(epoch, _)| *epoch)
+        self.stops.last_key_value().map_or(Epoch(0), |(tag, _)| tag.epoch)
     }
 
     /// The secondary made this checkpoint its state.
     pub fn loaded(&mut self, epoch: Epoch, snapshot: &Snapshot) {
         let stop = self
             .stops
-            .get(&epoch)
+            .iter()
+            .rev()
+            .find_map(|(tag, stop)| (tag.epoch == epoch).then_some(stop))
             .expect("rule 3: a checkpoint is loaded that was never taken");
         assert!(
             stop.pages == snapshot.pages,
@@ -88,7 +89,11 @@ impl Checkers {
         );
         assert!(
             stop.disk == snapshot.disk,
-            "rule 3: the disks differ after checkpoint {epoch}"
+            "rule 3: the disks differ after checkpoint {epoch} (byte {:?} of what is compared)",
+            stop.disk
+                .iter()
+                .zip(&snapshot.disk)
+                .position(|(one, other)| one != other)
         );
         self.loads += 1;
     }

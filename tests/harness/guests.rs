@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use primary::event::Event as PrimaryEvent;
 use secondary::event::Event as SecondaryEvent;
-use storage::Image;
 
 use crate::checkers::Checkers;
 use crate::node::{Node, Role};
@@ -47,6 +46,11 @@ impl World {
         if !self.nodes[node].running {
             return;
         }
+        if self.nodes[node].disk_is_stuck() {
+            self.nodes[node].serving = true;
+            let life = self.nodes[node].life;
+            return self.later(2 * MILLISECOND, Happening::Serve(node, life));
+        }
         // The device's turn: what is in the ring when the guest stops is in its memory.
         while self.nodes[node].vm.has_room()
             && let Some(delivery) = self.nodes[node].inbox.pop_front()
@@ -65,6 +69,10 @@ impl World {
     }
 
     pub(crate) fn guest_timer(&mut self, node: usize, time: u64) {
+        if self.nodes[node].disk_is_stuck() {
+            let life = self.nodes[node].life;
+            return self.later(2 * MILLISECOND, Happening::GuestTimer(node, life, time));
+        }
         if self.nodes[node].running && self.nodes[node].timer == Some(time) {
             self.nodes[node].timer = None;
             self.guest_acts(node, |vm, noise, effects| vm.timer(time, noise, effects));
@@ -77,11 +85,15 @@ impl World {
         if !self.nodes[node].running {
             return;
         }
-        let host = &self.nodes[node];
+        let host = &mut self.nodes[node];
+        if host.disk_is_stuck() {
+            let life = host.life;
+            return self.later(2 * MILLISECOND, Happening::Flushed(node, life, number));
+        }
         // What a guest that follows has written is not the pair's state, and is durable when that is.
         let result = match &host.replica {
             Some(_) => Ok(()),
-            None => host.image.flush(),
+            None => host.flush_image(),
         };
         self.guest_acts(node, |vm, noise, effects| match result {
             Ok(()) => vm.flushed(number, noise, effects),
@@ -127,7 +139,10 @@ impl World {
     }
 
     fn guest_writes(&mut self, node: usize, offset: u64, data: Bytes) {
-        self.nodes[node].write_disk(offset, &data);
+        if self.nodes[node].write_disk(offset, &data).is_err() {
+            // The power fails in the middle of it: a disk that only refuses makes the guest wait.
+            return;
+        }
         if let Role::Primary(_) = self.nodes[node].role {
             self.step_primary(node, PrimaryEvent::GuestWrote { offset, data });
         }
@@ -135,7 +150,13 @@ impl World {
 
     fn ask_flush(&mut self, node: usize, number: u64) {
         let life = self.nodes[node].life;
-        let delay = 10_000 + self.random.below(200_000);
+        // A guest whose flushes fail does not try as fast as it can.
+        let patience = if self.nodes[node].flushes_fail() {
+            20 * MILLISECOND
+        } else {
+            0
+        };
+        let delay = 10_000 + self.random.below(200_000) + patience;
         self.later(delay, Happening::Flushed(node, life, number));
     }
 
@@ -154,9 +175,15 @@ impl World {
 
     // Clients.
 
-    /// The VM has lost its memory on both hosts, and starts from a disk.
-    pub fn vm_rebooted(&mut self) {
+    /// The VM has lost its memory on both hosts, and starts from a disk; `current` if that disk has all that was flushed.
+    ///
+    /// It has not if its host was about to take over, or had not finished with it, when it was lost as well.
+    pub fn vm_rebooted(&mut self, current: bool) {
         self.clients.vm_rebooted();
+        self.checkers.streams.rebooted();
+        if !current {
+            self.clients.history.forget();
+        }
         for client in 0..self.clients.count() {
             self.clients_sent(client);
         }
@@ -173,8 +200,29 @@ impl World {
     pub(crate) fn client_hears(&mut self, frame: &Bytes) {
         self.checkers.streams.heard(frame);
         if let Some(client) = self.clients.hear(frame, self.now / MILLISECOND) {
+            self.learn_values();
             self.checkers.answers = self.clients.history.answers;
             self.clients_sent(client);
+        }
+    }
+
+    /// Reads registers that the history has forgotten out of the owner's guest.
+    fn learn_values(&mut self) {
+        if !self.clients.history.has_forgotten() {
+            return;
+        }
+        let owner = self
+            .nodes
+            .iter()
+            .filter_map(|node| match &node.role {
+                Role::Primary(primary) if primary.state_name() != "contending" => {
+                    Some((primary.tag().generation, &node.vm))
+                }
+                _ => None,
+            })
+            .max_by_key(|(generation, _)| *generation);
+        if let Some((_, vm)) = owner {
+            self.clients.history.learn(|key| vm.value(key));
         }
     }
 
@@ -241,9 +289,10 @@ impl World {
             None,
             "rule 4: an answered request of this client is not in the log"
         );
+        self.learn_values();
         self.clients.history.finish();
         let protected = self.is_protected();
-        let counts = |host: &&Node| protected || matches!(host.role, Role::Primary(_));
+        let counts = |host: &&Node| (protected || matches!(host.role, Role::Primary(_))) && host.is_sure();
         let disks: Vec<_> = self
             .nodes
             .iter()

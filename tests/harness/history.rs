@@ -41,6 +41,8 @@ struct Stretch {
     register: Register,
     events: Vec<Event>,
     open: usize,
+    /// The value before it is not known: nothing is judged.
+    unknown: bool,
 }
 
 /// The record.
@@ -72,7 +74,7 @@ impl History {
     /// A client sends a request for the first time.
     pub fn call(&mut self, caller: Caller, key: u8, op: Op) {
         let stretch = &mut self.stretches[usize::from(key)];
-        stretch.events.push(Event::Call(caller, op));
+        stretch.push(Event::Call(caller, op));
         stretch.open += 1;
         self.calls += 1;
     }
@@ -80,7 +82,7 @@ impl History {
     /// It has the answer.
     pub fn returned(&mut self, caller: Caller, key: u8, value: u64) {
         let stretch = &mut self.stretches[usize::from(key)];
-        stretch.events.push(Event::Return(caller, value));
+        stretch.push(Event::Return(caller, value));
         stretch.open -= 1;
         self.answers += 1;
         if stretch.open == 0 {
@@ -122,11 +124,37 @@ impl History {
             .copied()
     }
 
+    /// The guest goes on from an older state, and was not promised to do otherwise: what was before proves nothing.
+    pub fn forget(&mut self) {
+        for stretch in &mut self.stretches {
+            stretch.events.clear();
+            stretch.unknown = true;
+        }
+        self.lines.clear();
+        self.logged.clear();
+    }
+
+    /// Tells whether some register's value is not known.
+    #[must_use]
+    pub fn has_forgotten(&self) -> bool {
+        self.stretches.iter().any(|stretch| stretch.unknown)
+    }
+
+    /// Learns registers on which nothing is under way.
+    pub fn learn(&mut self, value: impl Fn(u8) -> u64) {
+        for (key, stretch) in (0..KEYS).zip(&mut self.stretches) {
+            if stretch.unknown && stretch.open == 0 {
+                stretch.register = Register(value(key));
+                stretch.unknown = false;
+            }
+        }
+    }
+
     /// Returns a register's value; nothing while something is under way.
     #[must_use]
     pub fn value(&self, key: u8) -> Option<u64> {
         let stretch = &self.stretches[usize::from(key)];
-        (stretch.open == 0).then_some(stretch.register.0)
+        (stretch.open == 0 && !stretch.unknown).then_some(stretch.register.0)
     }
 
     /// Judges what is left at the end: what is still under way may have happened or not.
@@ -138,6 +166,12 @@ impl History {
 }
 
 impl Stretch {
+    fn push(&mut self, event: Event) {
+        if !self.unknown {
+            self.events.push(event);
+        }
+    }
+
     fn check(&mut self, key: u8) {
         let events = core::mem::take(&mut self.events);
         if let [Event::Call(_, op), Event::Return(_, value)] = events[..] {

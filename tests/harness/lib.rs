@@ -7,6 +7,8 @@
 
 pub mod checkers;
 pub mod clients;
+pub mod coverage;
+mod disk;
 pub mod faults;
 mod guests;
 pub mod history;
@@ -14,6 +16,7 @@ pub mod history;
 mod lossy;
 mod network;
 pub mod node;
+mod operator;
 pub mod ops;
 pub mod packet;
 pub mod random;

@@ -1,6 +1,6 @@
 //! The wires of the world: the pair's connections, the clients' switch, the witness.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use checkpoint::Generation;
@@ -9,15 +9,25 @@ use checkpoint::wire::{Message, Session, Welcome};
 use primary::event::Event as PrimaryEvent;
 use secondary::event::{Event as SecondaryEvent, LinkEnd};
 use secondary::protocol::{Options as SecondaryOptions, Secondary};
+use storage::witness::Claim;
 
+use crate::faults::{Damage, Damaged};
 use crate::node::Role;
 use crate::trace::Line;
 use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, World};
 
 /// What arrives on a connection.
+#[derive(Debug)]
 pub(crate) enum Item {
     Message(Message),
     Closed(LinkEnd),
+}
+
+impl Item {
+    /// The reader has met bytes that are no message.
+    pub(crate) fn garbage(error: &str) -> Self {
+        Self::Closed(LinkEnd::Broken(error.to_owned()))
+    }
 }
 
 /// The two connections of a pair.
@@ -27,12 +37,58 @@ pub(crate) struct Link {
     pub(crate) cut: [bool; 2],
     /// Nothing passes until then.
     stalled_until: u64,
-    /// When the last item of (receiver, control?) arrives, for order.
-    last: BTreeMap<(usize, bool), u64>,
     /// Hosts that have closed it.
     closed: [bool; 2],
-    /// Connections that have ended for a receiver.
-    ended: BTreeSet<(usize, bool)>,
+    /// What is on its way to a host on a connection (control?).
+    lanes: [[Lane; 2]; 2],
+}
+
+/// One direction of one connection.
+#[derive(Debug, Default)]
+struct Lane {
+    /// When the last item arrives, for order.
+    last: u64,
+    /// It has ended for its receiver.
+    ended: bool,
+    /// Longest additional delay, and until when.
+    slow: (u64, u64),
+    repeat: bool,
+    damage: Option<Damage>,
+    damaged: Option<Damaged>,
+}
+
+impl Link {
+    /// The next message to this host on that connection is damaged.
+    pub(crate) fn damage(&mut self, to: usize, control: bool, damage: Damage) {
+        let lane = self.lane(to, control);
+        lane.damage = Some(damage);
+        lane.damaged.get_or_insert_default();
+    }
+
+    /// The next data message to this host comes twice.
+    pub(crate) fn repeat(&mut self, to: usize) {
+        self.lane(to, false).repeat = true;
+    }
+
+    /// Messages on that connection take up to so much longer.
+    pub(crate) fn slow(&mut self, control: bool, extra: u64, until: u64) {
+        for to in 0..2 {
+            self.lane(to, control).slow = (extra, until);
+        }
+    }
+
+    fn lane(&mut self, to: usize, control: bool) -> &mut Lane {
+        &mut self.lanes[to][usize::from(control)]
+    }
+}
+
+/// The witness, and how it can be reached.
+#[derive(Debug, Default)]
+pub(crate) struct Witness {
+    pub(crate) terms: BTreeMap<Generation, usize>,
+    pub(crate) down_until: [u64; 2],
+    pub(crate) mute_until: u64,
+    pub(crate) slow_until: u64,
 }
 
 /// Something that arrives on a link.
@@ -75,16 +131,16 @@ impl World {
         self.nodes[other].link = Some(link);
         let generation = Generation(self.nodes[other].record.map_or(0, |record| record.generation.0));
         let options = SecondaryOptions {
-            witness: self.witness,
+            witness: self.has_witness,
             takeover_limit: TAKEOVER_LIMIT,
             generation,
             held: self.nodes[other].held(),
         };
-        let secondary = Secondary::new(options, format!("host {node}"), self.nodes[other].clock(self.now));
+        let secondary = Secondary::new(options, name(node), self.nodes[other].clock(self.now));
         self.nodes[other].role = Role::Secondary(Box::new(secondary));
         self.note(Line::Note(format!("host {node} pairs with host {other}")));
         let welcome = Welcome {
-            node: format!("host {other}"),
+            node: name(other),
             session: Session(0),
             generation: 0,
             committed: 0,
@@ -99,16 +155,27 @@ impl World {
 
     fn put(&mut self, from: usize, control: bool, item: Item) {
         let Some(number) = self.nodes[from].link else { return };
-        let delay = 30_000 + self.random.below(100_000);
         let to = 1 - from;
-        let link = &mut self.links[number];
+        let (now, link) = (self.now, &mut self.links[number]);
         if link.closed[from] && matches!(item, Item::Message(_)) {
             return;
         }
-        let last = link.last.entry((to, control)).or_default();
-        let at = (self.now + delay).max(link.stalled_until).max(*last);
-        *last = at;
-        self.wire(at, number, to, control, item);
+        let stalled_until = link.stalled_until;
+        let lane = link.lane(to, control);
+        let extra = if lane.slow.1 > now { lane.slow.0 } else { 0 };
+        let delay = 30_000 + self.random.below(100_000) + self.random.below(extra + 1);
+        let at = (now + delay).max(stalled_until).max(lane.last);
+        lane.last = at;
+        let items = match (item, &mut lane.damaged) {
+            (Item::Message(message), Some(damaged)) => damaged.pass(message, lane.damage.take()),
+            (Item::Message(message), None) if core::mem::take(&mut lane.repeat) => {
+                vec![Item::Message(message.clone()), Item::Message(message)]
+            }
+            (item, _) => vec![item],
+        };
+        for item in items {
+            self.wire(at, number, to, control, item);
+        }
     }
 
     fn wire(&mut self, at: u64, link: usize, to: usize, control: bool, item: Item) {
@@ -129,11 +196,12 @@ impl World {
             item,
         } = wire;
         let link = &mut self.links[number];
-        if link.cut[to] || link.ended.contains(&(to, control)) {
+        let lane = &mut link.lanes[to][usize::from(control)];
+        if lane.ended || link.cut[to] {
             return;
         }
         if let Item::Closed(_) = item {
-            link.ended.insert((to, control));
+            lane.ended = true;
         }
         match (&self.nodes[to].role, item) {
             (Role::Primary(_), Item::Message(message)) => self.step_primary(to, PrimaryEvent::PeerSent(message)),
@@ -165,7 +233,9 @@ impl World {
         }
         self.put(node, true, Item::Closed(LinkEnd::PeerEnded));
         self.put(node, false, Item::Closed(LinkEnd::PeerEnded));
-        self.links[number].ended.extend([(node, true), (node, false)]);
+        for lane in &mut self.links[number].lanes[node] {
+            lane.ended = true;
+        }
         if let Role::Primary(_) = self.nodes[node].role {
             self.nodes[node].link = None;
         }
@@ -179,6 +249,15 @@ impl World {
                 let end = Item::Closed(LinkEnd::Broken("reset".to_owned()));
                 self.wire(self.now + delay, link, to, control, end);
             }
+        }
+    }
+
+    /// The connections are reset at one end; the other is not told, and nothing passes any more.
+    pub(crate) fn half_open(&mut self, link: usize, node: usize) {
+        self.links[link].cut[1 - node] = true;
+        for control in [true, false] {
+            let end = Item::Closed(LinkEnd::Broken("reset".to_owned()));
+            self.wire(self.now, link, node, control, end);
         }
     }
 
@@ -200,19 +279,71 @@ impl World {
 
     // The witness.
 
-    pub(crate) fn claim(&mut self, node: usize, term: Generation) -> WitnessAnswer {
-        if self.witness_down_until > self.now {
-            return WitnessAnswer::Unreachable("the witness is down".to_owned());
-        }
-        let latest = self.terms.last_key_value().map(|(term, owner)| (*term, *owner));
-        let owner = match latest {
-            Some((last, owner)) if last > term && owner != node => owner,
-            _ => *self.terms.entry(term).or_insert(node),
-        };
-        if owner == node {
-            WitnessAnswer::Won
+    /// A claim is on its way to the witness.
+    pub(crate) fn claim(&mut self, node: usize, term: Generation) {
+        let slow = if self.witness.slow_until > self.now {
+            250 * MILLISECOND
         } else {
-            WitnessAnswer::LostTo(format!("host {owner}"))
-        }
+            0
+        };
+        let delay = 20_000 + self.random.below(300_000) + self.random.below(slow + 1);
+        let life = self.nodes[node].life;
+        self.later(delay, Happening::Claim(node, life, term));
     }
+
+    /// The claim is there; whoever made it may be dead by now.
+    pub(crate) fn claimed(&mut self, node: usize, life: u64, term: Generation) {
+        let answer = match self.claim_now(node, term) {
+            Some(Claim::Won) => WitnessAnswer::Won,
+            Some(Claim::LostTo(owner)) => WitnessAnswer::LostTo(owner),
+            None => WitnessAnswer::Unreachable("the witness does not answer".to_owned()),
+        };
+        let slow = if self.witness.slow_until > self.now {
+            250 * MILLISECOND
+        } else {
+            0
+        };
+        let delay = 20_000 + self.random.below(300_000) + self.random.below(slow + 1);
+        let answered = match self.nodes[node].role {
+            Role::Primary(_) => Happening::PrimaryEvent(node, life, PrimaryEvent::WitnessAnswered(term, answer)),
+            _ => Happening::SecondaryEvent(node, life, SecondaryEvent::WitnessAnswered(term, answer)),
+        };
+        self.later(delay, answered);
+    }
+
+    /// Carries a claim out; nothing if no answer gets through, which does not mean that nothing was done.
+    ///
+    /// As in the shipped witness: a term once won stays, and nobody wins one before the latest.
+    pub(crate) fn claim_now(&mut self, node: usize, term: Generation) -> Option<Claim> {
+        if self.witness.down_until[node] > self.now {
+            return None;
+        }
+        let (claim, owner) = match self.witness.latest() {
+            // Also if it is its own: the owner of a later term may not go back.
+            Some((last, owner)) if last > term => (false, owner),
+            _ => {
+                let owner = *self.witness.terms.entry(term).or_insert(node);
+                (owner == node, owner)
+            }
+        };
+        let answered = self.witness.mute_until <= self.now;
+        answered.then(|| if claim { Claim::Won } else { Claim::LostTo(name(owner)) })
+    }
+
+    /// Returns the latest term and its owner, if the witness can be read from this host.
+    pub(crate) fn latest_term(&self, node: usize) -> Option<Option<(Generation, usize)>> {
+        let down = self.witness.down_until[node] > self.now || self.witness.mute_until > self.now;
+        (!down).then(|| self.witness.latest())
+    }
+}
+
+impl Witness {
+    fn latest(&self) -> Option<(Generation, usize)> {
+        self.terms.last_key_value().map(|(term, owner)| (*term, *owner))
+    }
+}
+
+/// A host's name, as the pair and the witness know it.
+pub(crate) fn name(node: usize) -> String {
+    format!("host {node}")
 }

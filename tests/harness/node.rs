@@ -1,6 +1,6 @@
 //! One simulated host: a role's protocol, a toy guest, and a toy shell around them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use checkpoint::pages::{BatchEncoder, Chooser, decode_batch};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Held, Message, PageBatch, Section};
-use checkpoint::{Epoch, Instant, Tag};
+use checkpoint::{Epoch, Generation, Instant, Role as PairRole, Tag};
 use machine::PageSet;
 use primary::event::Shipment;
 use primary::protocol::Primary;
@@ -19,7 +19,7 @@ use storage::{CommitJob, Image, Record, Recovery, Replica};
 
 use crate::checkers::Snapshot;
 use crate::random::Random;
-use crate::toy_vm::{DISK_BYTES, PAGES, Registers, ToyVm};
+use crate::toy_vm::{DISK_BYTES, PAGES, Registers, SECTOR_BYTES, ToyVm, sectors};
 
 /// What a host does.
 pub enum Role {
@@ -65,7 +65,15 @@ pub struct Node {
     clock_start: u64,
     /// Its speed, in millionths.
     clock_speed: u64,
-    /// The durable record.
+    /// How far it is from its power's end: told by its disk.
+    pub doomed: bool,
+    /// The operator lets it be until then.
+    pub off_until: u64,
+    /// Longest additional time of a disk operation, and until when.
+    pub slow_disk: (u64, u64),
+    /// When the last order to the disk's thread is carried out.
+    pub disk_until: u64,
+    /// The record beside the image.
     pub record: Option<RecordUpdate>,
     /// The disk under both images.
     pub disk: Arc<SimDisk>,
@@ -87,7 +95,19 @@ pub struct Node {
     /// The checkpoint of an earlier pairing whose memory it still has.
     kept: Option<Tag>,
     recovery: Recovery,
-    jobs: VecDeque<CommitJob<SimImage>>,
+    /// Where the record is.
+    records: Arc<SimImage>,
+    failing: BTreeSet<DiskFault>,
+    /// The life in which a flush of the image failed: what reads show may not be on the medium, and no flush brings it there.
+    unsure: Option<u64>,
+}
+
+/// What is wrong with a host's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum DiskFault {
+    Flushes,
+    Full,
+    Writes,
 }
 
 /// A checkpoint on its way from the copy to the link.
@@ -137,10 +157,15 @@ impl Node {
             ordered_until: 0,
             input_held: false,
             outcome: None,
+            doomed: false,
+            off_until: 0,
+            slow_disk: (0, 0),
+            disk_until: 0,
             clock_start: 1 + random.below(1 << 40),
             clock_speed: 950_000 + random.below(100_000),
             record: None,
             image: disk.image(DISK_BYTES),
+            records: disk.image(512),
             disk,
             replica: None,
             journal,
@@ -153,7 +178,8 @@ impl Node {
             syncing: false,
             kept: None,
             recovery: Recovery::Fresh,
-            jobs: VecDeque::new(),
+            failing: BTreeSet::new(),
+            unsure: None,
         }
     }
 
@@ -174,18 +200,26 @@ impl Node {
         u64::try_from(world).map_or(u64::MAX, |world| world.saturating_add(2))
     }
 
-    /// Starts it with nothing in memory, to listen for a primary.
-    pub fn wait(&mut self) {
+    /// Starts a process: nothing in memory, the journal brought in, the record read.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn start(&mut self) -> Result<(), String> {
         self.vm = ToyVm::default();
         self.committed = self.vm.memory.pages.clone();
         self.kept = None;
-        self.rest();
+        self.rest()
     }
 
     /// Lets it listen for a primary with the memory of this checkpoint.
-    pub fn stand_down(&mut self, memory: Tag) {
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn stand_down(&mut self, memory: Tag) -> Result<(), String> {
         self.kept = Some(memory);
-        self.rest();
+        self.rest()?;
+        self.wait();
+        Ok(())
     }
 
     /// Returns what it tells a primary that it still has.
@@ -197,28 +231,52 @@ impl Node {
         }
     }
 
-    fn rest(&mut self) {
+    /// The clock makes a leap.
+    pub(crate) fn jump_ahead(&mut self, nanoseconds: u64) {
+        self.clock_start += nanoseconds;
+    }
+
+    fn rest(&mut self) -> Result<(), String> {
         self.life += 1;
         self.outcome = None;
         self.input_held = false;
-        self.role = Role::Waiting;
+        self.role = Role::Off;
         self.running = false;
         self.serving = false;
         self.inbox.clear();
         self.link = None;
         self.parcel = None;
+        self.replica = None;
         self.stage.clear();
         self.devices = None;
         self.unacknowledged.clear();
         self.syncing = false;
-        self.jobs.clear();
-        self.recovery = storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
+        self.replica = None;
+        self.record = self.stored_record();
+        self.recovery = storage::recover(&*self.image, &*self.journal).map_err(|error| error.to_string())?;
+        let Some(update) = self.record else { return Ok(()) };
+        let mut record = full(update);
+        let before = record.tag;
+        record.advance(&self.recovery);
+        if record.tag != before {
+            self.store(RecordUpdate {
+                committed: record.tag.epoch,
+                ..update
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Listens for a primary.
+    pub fn wait(&mut self) {
+        self.role = Role::Waiting;
         let limits = storage::replica::Limits::default();
+        let at = self.record.map_or_else(Tag::default, |record| full(record).tag);
         self.replica = Some(Replica::new(
             Arc::clone(&self.image),
             Arc::clone(&self.journal),
             limits,
-            Tag::default(),
+            at,
         ));
     }
 
@@ -227,24 +285,139 @@ impl Node {
         self.life += 1;
         self.role = Role::Off;
         self.running = false;
+        self.serving = false;
         self.link = None;
         self.replica = None;
-        self.jobs.clear();
     }
 
-    /// Returns the whole state, as the guest sees it.
-    #[must_use]
-    pub fn snapshot(&self) -> Snapshot {
-        let mut disk = vec![0; usize::try_from(DISK_BYTES).expect("small")];
-        match &self.replica {
-            Some(replica) => replica.read(0, &mut disk).expect("in range"),
-            None => self.image.read_at(0, &mut disk).expect("in range"),
+    /// The power fails, and comes back for the next start.
+    pub(crate) fn lose_power(&mut self) {
+        self.disk.power_cycle();
+        self.doomed = false;
+        self.unsure = None;
+        for fault in self.failing.clone() {
+            self.fail_disk(fault);
         }
+    }
+
+    pub(crate) fn fail_disk(&mut self, fault: DiskFault) {
+        self.failing.insert(fault);
+        self.set_faults();
+    }
+
+    pub(crate) fn heal_disk(&mut self, fault: DiskFault) {
+        self.failing.remove(&fault);
+        self.set_faults();
+    }
+
+    fn set_faults(&self) {
+        self.disk.fail_flushes(self.failing.contains(&DiskFault::Flushes));
+        self.disk.fail_writes(self.failing.contains(&DiskFault::Writes));
+        let full = self.failing.contains(&DiskFault::Full);
+        self.disk.set_free(if full { 0 } else { u64::MAX });
+    }
+
+    /// Tells whether the guest waits for its disk: for what it can't write, or for the end of a takeover's fold.
+    #[must_use]
+    pub(crate) fn disk_is_stuck(&self) -> bool {
+        match self.role {
+            Role::Primary(_) => {
+                let refuses = [DiskFault::Full, DiskFault::Writes];
+                self.replica.is_some() || refuses.iter().any(|fault| self.failing.contains(fault))
+            }
+            _ => self.failing.contains(&DiskFault::Full),
+        }
+    }
+
+    /// Flushes the image for the guest, which writes everything again if that fails.
+    pub(crate) fn flush_image(&mut self) -> std::io::Result<()> {
+        let result = self.image.flush();
+        if result.is_err() {
+            self.unsure = Some(self.life);
+        } else if self.unsure == Some(self.life) {
+            self.unsure = None;
+        }
+        result
+    }
+
+    /// Tells whether the medium holds what reads of the image show, or will after a flush.
+    pub(crate) fn is_sure(&self) -> bool {
+        self.unsure.is_none()
+    }
+
+    pub(crate) fn flushes_fail(&self) -> bool {
+        self.failing.contains(&DiskFault::Flushes)
+    }
+
+    /// Replaces the record: the old one or the new one is there after a crash.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub(crate) fn store(&mut self, update: RecordUpdate) -> Result<(), String> {
+        let mut sector = [0; 512];
+        for (at, word) in [1, update.generation.0, update.committed.0].into_iter().enumerate() {
+            sector[at * 8..at * 8 + 8].copy_from_slice(&word.to_le_bytes());
+        }
+        sector[24] = u8::from(update.role == PairRole::Primary);
+        sector[25] = u8::from(update.complete);
+        sector[26] = u8::from(update.clean);
+        let written = self.records.write_at(0, &sector).and_then(|()| self.records.flush());
+        written.map_err(|error| format!("the record can't be written: {error}"))?;
+        self.record = Some(update);
+        Ok(())
+    }
+
+    fn stored_record(&self) -> Option<RecordUpdate> {
+        let sector = self.records.content();
+        let word = |at: usize| u64::from_le_bytes(sector[at * 8..at * 8 + 8].try_into().expect("eight bytes"));
+        (word(0) == 1).then(|| RecordUpdate {
+            generation: Generation(word(1)),
+            committed: Epoch(word(2)),
+            role: if sector[24] == 1 {
+                PairRole::Primary
+            } else {
+                PairRole::Secondary
+            },
+            complete: sector[25] == 1,
+            clean: sector[26] == 1,
+        })
+    }
+
+    /// Returns the state at the end of an epoch, as the guest sees it: of its disk what a toy writes, and all of it at every
+    /// eighth.
+    #[must_use]
+    pub fn snapshot(&self, epoch: Epoch) -> Snapshot {
+        let disk = if epoch.0.is_multiple_of(8) {
+            self.disk_content()
+        } else {
+            let mut disk = vec![0; sectors().count() * SECTOR_BYTES];
+            for (offset, sector) in sectors().zip(disk.chunks_exact_mut(SECTOR_BYTES)) {
+                self.read_disk(offset, sector);
+            }
+            disk
+        };
         Snapshot {
             pages: self.vm.memory.pages.clone(),
             registers: self.vm.registers,
             disk,
         }
+    }
+
+    /// Returns the disk, as the guest sees it.
+    #[must_use]
+    pub fn disk_content(&self) -> Vec<u8> {
+        let mut disk = vec![0; usize::try_from(DISK_BYTES).expect("small")];
+        self.read_disk(0, &mut disk);
+        disk
+    }
+
+    /// A disk whose power has just failed shows nothing any more; its host is about to be told.
+    fn read_disk(&self, offset: u64, bytes: &mut [u8]) {
+        let failed = match &self.replica {
+            Some(replica) => replica.read(offset, bytes).is_err(),
+            None => self.image.read_at(offset, bytes).is_err(),
+        };
+        assert!(!failed || self.doomed, "a disk can be read");
     }
 
     // Primary's shell.
@@ -351,7 +524,7 @@ impl Node {
 
     // Secondary's shell.
 
-    /// Makes memory and disk ready for a sync; forgets the memory unless the primary builds on it.
+    /// Makes memory ready for a sync; forgets the memory unless the primary builds on it.
     pub fn begin_sync(&mut self, keep: bool) {
         if !keep {
             self.committed = ToyVm::default().memory.pages;
@@ -361,8 +534,6 @@ impl Node {
         self.loaded = None;
         self.stage.clear();
         self.drop_own_writes();
-        let replica = self.replica.as_mut().expect("a secondary");
-        replica.begin_sync().expect("the disk is whole");
     }
 
     /// Applies pages to the committed image.
@@ -406,10 +577,16 @@ impl Node {
     }
 
     /// Tries what could fail.
+    ///
+    /// # Errors
+    /// If there is no room, or the disk fails.
     pub fn prepare(&mut self, tag: Tag, first: bool) -> Result<(), String> {
-        let replica = self.replica.as_mut().expect("a secondary");
+        let replica = self.replica.as_mut().ok_or("not a secondary any more")?;
         if first {
-            self.image.flush().map_err(|error| error.to_string())?;
+            if let Err(error) = self.image.flush() {
+                self.unsure = Some(self.life);
+                return Err(error.to_string());
+            }
             replica.end_sync(Tag {
                 generation: tag.generation,
                 epoch: Epoch(tag.epoch.0 - 1),
@@ -438,43 +615,39 @@ impl Node {
         }
     }
 
-    /// Makes the writes up to this epoch the disk.
-    pub fn commit_disk(&mut self, epoch: Epoch) {
-        let job = self.replica.as_mut().expect("a secondary").commit(epoch);
-        self.jobs.extend(job);
-    }
-
-    /// Runs the I/O of commits; returns the last epoch that is durable now.
-    pub fn run_jobs(&mut self) -> Option<Epoch> {
-        let mut last = None;
-        while let Some(job) = self.jobs.pop_front() {
-            let done = job.run().expect("the simulated disk is whole");
-            last = Some(done.last().tag.epoch);
-            self.jobs.extend(self.replica.as_mut()?.committed(&done));
-        }
-        last
-    }
-
-    /// Makes the guest's own writes the disk.
+    /// Runs the I/O of a commit, and of those that came while it ran; returns the last epoch that is durable now.
     ///
-    /// # Panics
-    /// If what the guest reads is another thing afterwards.
-    pub fn fold(&mut self) {
-        let seen = self.snapshot().disk;
-        self.run_jobs();
-        let mut replica = self.replica.take().expect("a secondary");
-        let mut next = replica.take_over();
+    /// # Errors
+    /// If the disk fails.
+    pub(crate) fn run_jobs(&mut self, job: Option<CommitJob<SimImage>>) -> Result<Option<Epoch>, String> {
+        let mut last = None;
+        let mut next = job;
         while let Some(job) = next {
-            let done = job.run().expect("the simulated disk is whole");
-            next = replica.committed(&done);
+            let done = job.run().map_err(|error| error.to_string())?;
+            last = Some(done.last().tag.epoch);
+            next = self.replica.as_mut().and_then(|replica| replica.committed(&done));
         }
-        replica.into_image().expect("the simulated disk is whole");
-        let disk = self.snapshot().disk;
+        Ok(last)
+    }
+
+    /// Makes the guest's own writes the disk, behind the commits before.
+    ///
+    /// # Errors
+    /// If the disk fails, or has failed before.
+    pub(crate) fn fold(&mut self, job: Option<CommitJob<SimImage>>) -> Result<(), String> {
+        self.run_jobs(job)?;
+        let settled = self.replica.take_if(|replica| replica.is_settled());
+        let replica = settled.ok_or("an earlier commit failed")?;
+        let mut seen = vec![0; usize::try_from(DISK_BYTES).expect("small")];
+        replica.read(0, &mut seen).map_err(|error| error.to_string())?;
+        replica.into_image().map_err(|error| error.to_string())?;
+        let disk = self.disk_content();
         assert!(disk == seen, "rule 3: a takeover changes the disk under the guest");
         assert!(
             self.vm.wrote(&disk),
             "rule 3: the guest takes over with the disk of another"
         );
+        Ok(())
     }
 
     /// Cuts the power, and returns what the image is when it is on again.
@@ -488,10 +661,29 @@ impl Node {
     }
 
     /// Writes to the disk that the guest sees.
-    pub fn write_disk(&mut self, offset: u64, data: &Bytes) {
+    ///
+    /// # Errors
+    /// If the power fails: the guest waits for a disk that only refuses.
+    pub fn write_disk(&mut self, offset: u64, data: &Bytes) -> Result<(), String> {
         match &mut self.replica {
-            Some(replica) => replica.write(offset, data).expect("the overlay has room"),
-            None => self.image.write_at(offset, data).expect("in range"),
+            Some(replica) => replica.write(offset, data).map_err(|error| error.to_string()),
+            None => self.image.write_at(offset, data).map_err(|error| error.to_string()),
         }
+    }
+}
+
+/// A record as the shells keep it.
+pub(crate) fn full(update: RecordUpdate) -> Record {
+    Record {
+        pair: "pair".to_owned(),
+        node: "host".to_owned(),
+        tag: Tag {
+            generation: update.generation,
+            epoch: update.committed,
+        },
+        role: update.role,
+        clean: update.clean,
+        complete: update.complete,
+        witness: None,
     }
 }

@@ -2,21 +2,18 @@
 
 use bytes::Bytes;
 use checkpoint::limits::PAGE_BYTES;
-use checkpoint::pair::{Delivery, RecordUpdate, Report};
-use checkpoint::wire::{Begin, BlockHashes, DiskWrite, Message};
+use checkpoint::pair::{Delivery, Report};
+use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Instant};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, Outcome as PrimaryOutcome};
 use primary::protocol::{Options as PrimaryOptions, Primary, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome as SecondaryOutcome};
-use storage::Image;
-use storage::verify::{BlockHash, HashKey};
 
+use crate::disk::DiskOrder;
 use crate::node::Role;
 use crate::toy_vm::{DISK_BYTES, PAGES};
 use crate::trace::{Line, brief};
 use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, VmOrder, World};
-
-const KEY: HashKey = HashKey([7; 32]);
 
 impl World {
     // The primary's shell.
@@ -24,7 +21,7 @@ impl World {
     pub(crate) fn start_primary(&mut self, node: usize, start: Start) {
         let options = PrimaryOptions {
             resume: self.resume,
-            witness: self.witness,
+            witness: self.has_witness,
             takeover_limit: TAKEOVER_LIMIT,
             epoch_age_max: Duration::from_millis(1_000),
             unmatched_max: Duration::from_millis(200),
@@ -52,20 +49,15 @@ impl World {
         primary.step(now, event, &mut actions);
         line.into_iter().for_each(|line| self.note(line));
         self.act_primary(node, actions);
-        self.spring();
     }
 
     fn act_primary(&mut self, node: usize, mut actions: Vec<PrimaryAction>) {
         let life = self.nodes[node].life;
-        let event = |event| Happening::PrimaryEvent(node, life, event);
         for action in actions.drain(..) {
             match action {
-                PrimaryAction::Claim(term) => {
-                    let answer = self.claim(node, term);
-                    self.soon(event(PrimaryEvent::WitnessAnswered(term, answer)));
-                }
+                PrimaryAction::Claim(term) => self.claim(node, term),
                 PrimaryAction::CloseLink => self.close(node),
-                PrimaryAction::CompareBlocks(hashes) => self.compare(node, &hashes),
+                PrimaryAction::CompareBlocks(hashes) => self.disk_order(node, DiskOrder::Compare(hashes)),
                 PrimaryAction::Deliver(delivery) => self.deliver(node, delivery),
                 PrimaryAction::Dial => self.later(20 * MILLISECOND, Happening::Dial(node, life)),
                 PrimaryAction::End(outcome) => return self.primary_ended(node, &outcome),
@@ -77,13 +69,13 @@ impl World {
                 PrimaryAction::ResumeVm => self.order(node, VmOrder::Resume),
                 PrimaryAction::Send(message) => self.send(node, false, message),
                 PrimaryAction::SendCheckpoint { tag, blocks, totals } => {
-                    let snapshot = self.nodes[node].snapshot();
+                    let snapshot = self.nodes[node].snapshot(tag.epoch);
                     self.checkers.stopped(tag, snapshot);
                     self.order(node, VmOrder::Ship(totals, blocks));
                 }
-                PrimaryAction::SendBlocks { tag, blocks } => self.send_blocks(node, tag, &blocks),
+                PrimaryAction::SendBlocks { tag, blocks } => self.disk_order(node, DiskOrder::Send { tag, blocks }),
                 PrimaryAction::SendControl(message) => self.send(node, true, message),
-                PrimaryAction::StoreRecord(record) => self.store_record(node, record),
+                PrimaryAction::StoreRecord(record) => self.disk_order(node, DiskOrder::Store(record)),
                 PrimaryAction::SyncMemory { totals, difference } => self.order(node, VmOrder::Sync(totals, difference)),
                 PrimaryAction::Transmit { frames, not_after } => self.transmit(node, &frames, not_after),
             }
@@ -108,32 +100,6 @@ impl World {
             self.checkers.released(node, generation, paired, frame);
             self.frame_leaves(frame.clone());
         }
-    }
-
-    fn compare(&mut self, node: usize, hashes: &BlockHashes) {
-        let theirs: Vec<BlockHash> = hashes.hashes.iter().copied().map(BlockHash).collect();
-        let image = self.nodes[node].image.clone();
-        let different =
-            storage::verify::differing(&*image, &KEY, hashes.first, &theirs).expect("the blocks are in range");
-        self.send_blocks(node, hashes.tag, &different);
-    }
-
-    fn send_blocks(&mut self, node: usize, tag: checkpoint::Tag, blocks: &[u64]) {
-        let image = self.nodes[node].image.clone();
-        for &block in blocks {
-            let (offset, length) = storage::verify::block_range(image.size(), block);
-            let mut data = vec![0; length];
-            image.read_at(offset, &mut data).expect("in range");
-            let write = DiskWrite {
-                tag,
-                offset,
-                data: data.into(),
-            };
-            self.send(node, false, Message::SyncBlock(write));
-        }
-        let life = self.nodes[node].life;
-        let event = PrimaryEvent::DiskSynced(tag.generation);
-        self.soon(Happening::PrimaryEvent(node, life, event));
     }
 
     fn primary_ended(&mut self, node: usize, outcome: &PrimaryOutcome) {
@@ -162,36 +128,32 @@ impl World {
         secondary.step(now, event, &mut actions);
         line.into_iter().for_each(|line| self.note(line));
         self.act_secondary(node, actions);
-        self.spring();
     }
 
     fn act_secondary(&mut self, node: usize, mut actions: Vec<SecondaryAction>) {
         let life = self.nodes[node].life;
-        let event = |event| Happening::SecondaryEvent(node, life, event);
         for action in actions.drain(..) {
             match action {
                 SecondaryAction::ApplyPages(batch) => self.order(node, VmOrder::Apply(batch)),
-                SecondaryAction::ApplyWrite(write) => {
-                    let image = &self.nodes[node].image;
-                    image.write_at(write.offset, &write.data).expect("in range");
-                }
+                SecondaryAction::ApplyWrite(write) => self.disk_order(node, DiskOrder::Apply(write)),
                 SecondaryAction::BeginSync(Begin { tag, base }) => {
-                    self.nodes[node].begin_sync(base.memory.is_some());
-                    if base.disk.is_none() {
-                        self.send_hashes(node, tag);
-                    }
+                    let hashes = base.disk.is_none();
+                    self.disk_order(node, DiskOrder::BeginSync { tag, hashes });
+                    self.order(node, VmOrder::BeginSync(base.memory.is_some()));
                 }
-                SecondaryAction::Check(tag) => self.order(node, VmOrder::Check(tag)),
-                SecondaryAction::Claim(term) => {
-                    let answer = self.claim(node, term);
-                    self.soon(event(SecondaryEvent::WitnessAnswered(term, answer)));
+                SecondaryAction::Check(tag) => {
+                    let first = matches!(&self.nodes[node].role, Role::Secondary(secondary) if secondary.is_first());
+                    self.disk_order(node, DiskOrder::Prepare { tag, first });
                 }
+                SecondaryAction::Claim(term) => self.claim(node, term),
                 SecondaryAction::CloseLink => self.close_secondary(node),
                 SecondaryAction::CommitDisk(epoch) => {
-                    self.nodes[node].commit_disk(epoch);
-                    let snapshot = self.nodes[node].snapshot();
+                    let job = self.nodes[node].replica.as_mut().expect("a secondary").commit(epoch);
+                    let snapshot = self.nodes[node].snapshot(epoch);
                     self.checkers.loaded(epoch, &snapshot);
-                    self.soon(Happening::DiskJobs(node, life));
+                    if let Some(job) = job {
+                        self.disk_order(node, DiskOrder::Run(job));
+                    }
                 }
                 SecondaryAction::Deliver(delivery) => self.deliver(node, delivery),
                 SecondaryAction::DropDeliveries => self.nodes[node].inbox.clear(),
@@ -213,21 +175,15 @@ impl World {
                 SecondaryAction::StagePages(batch) => self.order(node, VmOrder::StagePages(batch)),
                 SecondaryAction::StageWrite(write) => {
                     let replica = self.nodes[node].replica.as_mut().expect("a secondary");
-                    replica
-                        .stage(write.tag.epoch, write.offset, &write.data)
-                        .expect("the primary keeps the rules");
+                    if let Err(error) = replica.stage(write.tag.epoch, write.offset, &write.data) {
+                        let failed = SecondaryEvent::StageFailed(error.to_string());
+                        self.later(0, Happening::SecondaryEvent(node, life, failed));
+                    }
                 }
-                SecondaryAction::StoreRecord(record) => self.store_record(node, record),
+                SecondaryAction::StoreRecord(record) => self.disk_order(node, DiskOrder::Store(record)),
             }
         }
         self.secondary_actions = actions;
-    }
-
-    fn send_hashes(&mut self, node: usize, tag: checkpoint::Tag) {
-        let image = self.nodes[node].image.clone();
-        let hashes = storage::verify::hashes(&*image, &KEY, 0, usize::MAX).expect("in range");
-        let hashes = hashes.into_iter().map(|hash| hash.0).collect();
-        self.send(node, false, Message::BlockHashes(BlockHashes { tag, first: 0, hashes }));
     }
 
     /// A reader that is being stopped may still report an end that is this side's own doing.
@@ -255,13 +211,11 @@ impl World {
                 self.close(node);
                 let host = &mut self.nodes[node];
                 host.link = None;
-                host.life += 1;
-                host.serving = false;
-                host.fold();
+                let job = host.replica.as_mut().expect("a secondary").take_over();
                 let taken = *taken;
                 self.checkers
                     .taken_over(taken.generation, taken.last_epoch, &taken.outputs);
-                return self.start_primary(
+                self.start_primary(
                     node,
                     Start::TakenOver {
                         generation: taken.generation,
@@ -271,6 +225,8 @@ impl World {
                         outputs: taken.outputs,
                     },
                 );
+                self.current = None;
+                return self.disk_order(node, DiskOrder::Fold(job));
             }
         };
         self.ended(node, name);
@@ -279,7 +235,11 @@ impl World {
     /// It waits for a primary with the memory that it has.
     fn stands_down(&mut self, node: usize, memory: checkpoint::Tag, outcome: &'static str) {
         self.close(node);
-        self.nodes[node].stand_down(memory);
+        self.finish_disk_work(node);
+        if let Err(error) = self.nodes[node].stand_down(memory) {
+            self.note(Line::Note(format!("host {node} can't wait: {error}")));
+            return self.ended(node, "failed");
+        }
         self.nodes[node].outcome = Some(outcome);
     }
 
@@ -289,10 +249,7 @@ impl World {
         self.close(node);
         self.nodes[node].die();
         self.nodes[node].outcome = Some(outcome);
-        if self.restarts {
-            let life = self.nodes[node].life;
-            self.later(300 * MILLISECOND, Happening::Restart(node, life));
-        }
+        self.nodes[node].off_until = self.now + 300 * MILLISECOND;
     }
 
     fn deliver(&mut self, node: usize, delivery: Delivery) {
@@ -304,15 +261,5 @@ impl World {
         if let Report::Alarm(text) = report {
             self.note(Line::Note(format!("host {node} ALARM {text}")));
         }
-    }
-
-    fn store_record(&mut self, node: usize, record: RecordUpdate) {
-        self.nodes[node].record = Some(record);
-        let life = self.nodes[node].life;
-        let happening = match self.nodes[node].role {
-            Role::Primary(_) => Happening::PrimaryEvent(node, life, PrimaryEvent::RecordStored(record)),
-            _ => Happening::SecondaryEvent(node, life, SecondaryEvent::RecordStored(record)),
-        };
-        self.soon(happening);
     }
 }

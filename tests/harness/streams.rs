@@ -132,6 +132,15 @@ impl Streams {
         self.reach(generation);
     }
 
+    /// The guest starts anew: it has no connection, and what it says next has nothing to do with what it said.
+    pub fn rebooted(&mut self) {
+        *self = Self {
+            generation: self.generation,
+            holding: self.holding,
+            ..Self::default()
+        };
+    }
+
     /// A client heard this: from now on it knows the connection's numbers.
     pub fn heard(&mut self, frame: &[u8]) {
         if let Some(packet) = packet::parse(frame)

@@ -7,6 +7,8 @@ use checkpoint::Tag;
 use primary::event::Event as PrimaryEvent;
 use secondary::event::Event as SecondaryEvent;
 
+use crate::random::Random;
+
 const LINES: usize = 80;
 const LINE_CHARS: usize = 130;
 
@@ -20,14 +22,32 @@ pub enum Line {
     Note(String),
 }
 
+impl Line {
+    /// Tells apart what may be mistaken for one another at the same moment.
+    fn number(&self) -> u64 {
+        match self {
+            Self::Primary(node, tag, _) => 2 * *node as u64 + 4 * tag.epoch.0,
+            Self::Secondary(node, tag, _) => 1 + 2 * *node as u64 + 4 * tag.epoch.0,
+            Self::Note(text) => text.len() as u64,
+        }
+    }
+}
+
 /// The last lines.
 #[derive(Default)]
 pub struct Trace {
     lines: VecDeque<(u64, Line)>,
     loud: bool,
+    digest: u64,
 }
 
 impl Trace {
+    /// Returns a digest of all lines so far.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
     /// Prints each line as it comes, instead of the last ones at a failure.
     pub fn be_loud(&mut self) {
         self.loud = true;
@@ -38,6 +58,7 @@ impl Trace {
         if self.loud {
             eprint!("{}", text(now, &line));
         }
+        self.digest = Random::new(self.digest ^ now ^ line.number() << 48).draw();
         if self.lines.len() == LINES {
             self.lines.pop_front();
         }

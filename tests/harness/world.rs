@@ -9,16 +9,19 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, PageBatch};
-use checkpoint::{Duration, Epoch, Generation, Tag};
+use checkpoint::{Duration, Generation, Tag};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
-use primary::protocol::{Resume, Start};
+use primary::protocol::Resume;
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent};
 
 use crate::checkers::Checkers;
 use crate::clients::Clients;
-use crate::faults::{Coverage, Fault};
-use crate::network::{Link, Wire};
-use crate::node::{Node, Role};
+use crate::coverage::Coverage;
+use crate::disk::DiskOrder;
+use crate::faults::{Fault, Kind};
+use crate::network::{Link, Wire, Witness};
+use crate::node::{DiskFault, Node, Role};
+use crate::operator::OPERATOR_LOOKS_EVERY;
 use crate::random::Random;
 use crate::toy_vm::Effect;
 use crate::trace::{Line, Trace};
@@ -30,7 +33,9 @@ pub(crate) const MILLISECOND: u64 = 1_000_000;
 /// What a host's VM thread is told. It obeys in order.
 pub(crate) enum VmOrder {
     Apply(PageBatch),
-    Check(Tag),
+    /// Makes memory ready for a sync; keeps it if the primary builds on it.
+    BeginSync(bool),
+    Check(Tag, Result<(), String>),
     DropStage,
     KeepDirty,
     Load(Tag),
@@ -46,14 +51,16 @@ pub(crate) enum Happening {
     ClientHears(Bytes),
     ClientWakes(usize, u64),
     Courier(usize, u64),
+    Claim(usize, u64, Generation),
     Dial(usize, u64),
-    DiskJobs(usize, u64),
+    Disk(usize, u64, DiskOrder),
+    DiskHeals(usize, DiskFault),
     Fault(Fault),
     Flushed(usize, u64, u64),
     Frame(Bytes),
     GuestTimer(usize, u64, u64),
+    Operator,
     PrimaryEvent(usize, u64, PrimaryEvent),
-    Restart(usize, u64),
     SecondaryEvent(usize, u64, SecondaryEvent),
     Serve(usize, u64),
     Vm(usize, u64, VmOrder),
@@ -63,6 +70,18 @@ pub(crate) enum Happening {
 /// Makes a fault, given the primary's number and the other's.
 pub type Aim = fn([usize; 2]) -> Fault;
 
+/// A fault that waits for some side to be at a step.
+struct Armed {
+    step: &'static str,
+    what: Trap,
+}
+
+enum Trap {
+    Aim(Aim),
+    /// Of the host that is at the step, or of its peer.
+    Kind(Kind, bool),
+}
+
 /// The world.
 pub struct World {
     pub(crate) now: u64,
@@ -71,23 +90,26 @@ pub struct World {
     pub(crate) queue: BTreeMap<(u64, u64), Happening>,
     pub(crate) nodes: [Node; 2],
     pub(crate) links: Vec<Link>,
-    pub(crate) terms: BTreeMap<Generation, usize>,
-    pub(crate) witness: bool,
     pub(crate) resume: Resume,
-    pub(crate) witness_down_until: u64,
     /// The clients, and what they did and saw.
     pub clients: Clients,
     /// Of each client: its last wake-up call, and when it asked for it.
     pub(crate) client_turns: Vec<(u64, Option<u64>)>,
     pub(crate) sent: Vec<Bytes>,
     pub(crate) effects: Vec<Effect>,
+    pub(crate) witness: Witness,
+    pub(crate) has_witness: bool,
     pub(crate) primary_actions: Vec<PrimaryAction>,
     pub(crate) secondary_actions: Vec<SecondaryAction>,
-    /// A host that died or ended starts again as a secondary.
+    /// An operator starts a host that died or ended.
     pub restarts: bool,
     /// No frame is lost or overtaken between the clients and the hosts.
     pub smooth: bool,
-    armed: Option<(&'static str, Aim)>,
+    /// The host whose disk holds everything that the guest has flushed, if there is one.
+    pub(crate) current: Option<usize>,
+    armed: Vec<Armed>,
+    /// The end of the longest fault.
+    pub(crate) disturbed_until: u64,
     /// The rules.
     pub checkers: Checkers,
     /// What happened last.
@@ -129,10 +151,7 @@ impl World {
             queue: BTreeMap::new(),
             nodes,
             links: Vec::new(),
-            terms: BTreeMap::from([(Generation(1), 0)]),
-            witness,
             resume,
-            witness_down_until: 0,
             client_turns: vec![(0, None); clients.count()],
             clients,
             sent: Vec::new(),
@@ -141,24 +160,24 @@ impl World {
             secondary_actions: Vec::new(),
             restarts: true,
             smooth: false,
-            armed: None,
+            witness: Witness {
+                terms: BTreeMap::from([(Generation(1), 0)]),
+                ..Witness::default()
+            },
+            has_witness: witness,
+            current: None,
+            armed: Vec::new(),
+            disturbed_until: 0,
             checkers: Checkers::default(),
             trace: Trace::default(),
             faults: 0,
             coverage: Coverage::default(),
         };
-        world.nodes[1].wait();
-        world.nodes[0].life += 1;
-        world.start_primary(
-            0,
-            Start::Boot {
-                generation: Generation(1),
-                last_epoch: Epoch(0),
-            },
-        );
+        world.first_start();
         for client in 0..world.clients.count() {
             world.clients_sent(client);
         }
+        world.later(OPERATOR_LOOKS_EVERY, Happening::Operator);
         world
     }
 
@@ -186,28 +205,53 @@ impl World {
         &mut self.random
     }
 
-    /// Lets a fault happen within the next so many microseconds.
-    pub fn inject(&mut self, fault: Fault, within_micros: u64) {
-        let delay = self.random.below(within_micros.max(1) * 1_000);
-        self.later(delay, Happening::Fault(fault));
+    /// Lets a fault happen after so many microseconds.
+    pub fn inject_at(&mut self, fault: Fault, micros: u64) {
+        self.later(micros * 1_000, Happening::Fault(fault));
     }
 
     /// Lets a fault happen as soon as some side is in this phase.
     pub fn arm(&mut self, phase: &'static str, aim: Aim) {
-        self.armed = Some((phase, aim));
+        let what = Trap::Aim(aim);
+        self.armed.push(Armed { step: phase, what });
     }
 
-    /// Takes an armed fault back; false if it has happened.
-    pub fn disarm(&mut self) -> bool {
-        self.armed.take().is_some()
+    /// Lets a fault of this kind strike the host that is the first to be at this step, or its link or witness; or the
+    /// peer of that host.
+    pub fn arm_kind(&mut self, step: &'static str, kind: Kind, peer: bool) {
+        let what = Trap::Kind(kind, peer);
+        self.armed.push(Armed { step, what });
+    }
+
+    /// Takes armed faults back; returns how many have not happened.
+    pub fn disarm(&mut self) -> usize {
+        core::mem::take(&mut self.armed).len()
+    }
+
+    /// Returns how many armed faults have not happened.
+    #[must_use]
+    pub fn armed(&self) -> usize {
+        self.armed.len()
     }
 
     pub(crate) fn spring(&mut self) {
-        let Some((phase, aim)) = self.armed else { return };
-        if self.phase(0) == phase || self.phase(1) == phase {
-            self.armed = None;
-            let first = usize::from(!matches!(self.nodes[0].role, Role::Primary(_)));
-            self.fault(aim([first, 1 - first]));
+        if self.armed.is_empty() {
+            return;
+        }
+        let phases = [self.phase(0), self.phase(1)];
+        let is_met = |armed: &Armed| phases.iter().position(|phase| *phase == armed.step);
+        while let Some((at, host)) = (0..self.armed.len()).find_map(|at| Some((at, is_met(&self.armed[at])?))) {
+            let fault = match self.armed.remove(at).what {
+                Trap::Aim(aim) => {
+                    let first = usize::from(!matches!(self.nodes[0].role, Role::Primary(_)));
+                    aim([first, 1 - first])
+                }
+                Trap::Kind(kind, peer) => kind.against(if peer { 1 - host } else { host }, &mut self.random),
+            };
+            self.fault(fault);
+            if [self.phase(0), self.phase(1)] != phases {
+                return;
+            }
         }
     }
 
@@ -255,6 +299,22 @@ impl World {
         states == ["protected"; 2]
     }
 
+    /// Tells whether some fault has not ended.
+    #[must_use]
+    pub fn is_disturbed(&self) -> bool {
+        let waiting = |happening: &Happening| matches!(happening, Happening::Fault(_));
+        self.nodes
+            .iter()
+            .any(|node| node.doomed || node.frozen_until > self.now)
+            || self.queue.values().any(waiting)
+    }
+
+    /// The host dies, and never comes back.
+    pub fn bury(&mut self, node: usize) {
+        self.fault(Fault::PowerLoss(node));
+        self.nodes[node].off_until = u64::MAX;
+    }
+
     // Time.
 
     pub(crate) fn later(&mut self, delay: u64, happening: Happening) {
@@ -269,11 +329,11 @@ impl World {
 
     /// Orders of one host's VM thread are carried out one after the other.
     pub(crate) fn order(&mut self, node: usize, order: VmOrder) {
-        let longest = match order {
-            VmOrder::Load(_) => 5 * MILLISECOND,
-            _ => 200_000,
+        let (least, longest) = match order {
+            VmOrder::Load(_) => (MILLISECOND, 10 * MILLISECOND),
+            _ => (2_000, 200_000),
         };
-        let at = (self.now + 2_000 + self.random.below(longest)).max(self.nodes[node].ordered_until);
+        let at = (self.now + least + self.random.below(longest)).max(self.nodes[node].ordered_until);
         self.nodes[node].ordered_until = at;
         let life = self.nodes[node].life;
         self.later(at - self.now, Happening::Vm(node, life, order));
@@ -303,6 +363,7 @@ impl World {
         let Some(node) = node else {
             let (_, happening) = self.queue.pop_first().expect("just seen");
             self.happen(happening);
+            self.spring();
             return true;
         };
         match &self.nodes[node].role {
@@ -310,6 +371,7 @@ impl World {
             Role::Secondary(_) => self.step_secondary(node, SecondaryEvent::Timeout),
             Role::Off | Role::Waiting => {}
         }
+        self.spring();
         true
     }
 
@@ -333,11 +395,16 @@ impl World {
             | Happening::GuestTimer(node, life, _)
             | Happening::Dial(node, life)
             | Happening::Courier(node, life)
-            | Happening::DiskJobs(node, life)
-            | Happening::Restart(node, life)
+            | Happening::Disk(node, life, _)
             | Happening::Vm(node, life, _) => Some((*node, Some(*life))),
             Happening::Wire(wire) => Some((wire.to, None)),
-            Happening::ClientWakes(..) | Happening::ClientHears(_) | Happening::Fault(_) | Happening::Frame(_) => None,
+            Happening::Claim(..)
+            | Happening::ClientWakes(..)
+            | Happening::ClientHears(_)
+            | Happening::DiskHeals(..)
+            | Happening::Fault(_)
+            | Happening::Frame(_)
+            | Happening::Operator => None,
         }
     }
 
@@ -354,28 +421,31 @@ impl World {
             }
         }
         match happening {
+            Happening::Claim(node, life, term) => self.claimed(node, life, term),
             Happening::ClientHears(frame) => self.client_hears(&frame),
             Happening::ClientWakes(client, turn) => self.client_wakes(client, turn),
             Happening::Courier(node, life) => self.courier(node, life),
             Happening::Dial(node, life) => self.dial(node, life),
-            Happening::DiskJobs(node, _) => {
-                if let Some(epoch) = self.nodes[node].run_jobs() {
-                    self.step_secondary(node, SecondaryEvent::DiskCommitted(epoch));
-                }
-            }
+            Happening::Disk(node, _, order) => self.obey_disk(node, order),
+            Happening::DiskHeals(node, fault) => self.nodes[node].heal_disk(fault),
             Happening::Fault(fault) => self.fault(fault),
             Happening::Flushed(node, _, number) => self.flush_ends(node, number),
             Happening::Frame(frame) => self.frame_at_switch(&frame),
             Happening::GuestTimer(node, _, time) => self.guest_timer(node, time),
+            Happening::Operator => self.operate(),
             Happening::PrimaryEvent(node, _, event) => self.step_primary(node, event),
-            Happening::Restart(node, _) => {
-                self.note(Line::Note(format!("host {node} starts and waits for a primary")));
-                self.nodes[node].wait();
-            }
             Happening::SecondaryEvent(node, _, event) => self.step_secondary(node, event),
             Happening::Serve(node, _) => self.serve(node),
             Happening::Vm(node, _, order) => self.obey(node, order),
             Happening::Wire(wire) => self.arrive(wire),
+        }
+        for node in 0..2 {
+            if self.nodes[node].doomed && self.nodes[node].disk.is_off() {
+                self.note(Line::Note(format!(
+                    "host {node} loses power in the middle of its disk work"
+                )));
+                self.power_loss(node);
+            }
         }
     }
 
@@ -384,19 +454,14 @@ impl World {
     fn obey(&mut self, node: usize, order: VmOrder) {
         let host = &mut self.nodes[node];
         match order {
+            VmOrder::BeginSync(keep) => host.begin_sync(keep),
             VmOrder::Apply(batch) => host.apply(&batch),
             VmOrder::DropStage => host.drop_stage(),
             VmOrder::KeepDirty => host.keep_dirty(),
             VmOrder::StageDevices(state) => host.stage_devices(state),
             VmOrder::StagePages(batch) => host.stage_pages(batch),
             VmOrder::Resume => self.guest_resumes(node),
-            VmOrder::Check(tag) => {
-                let Role::Secondary(secondary) = &host.role else { return };
-                let first = secondary.is_first();
-                host.run_jobs();
-                let result = host.prepare(tag, first);
-                self.step_secondary(node, SecondaryEvent::Checked(tag, result));
-            }
+            VmOrder::Check(tag, result) => self.step_secondary(node, SecondaryEvent::Checked(tag, result)),
             VmOrder::Load(tag) => {
                 host.load();
                 self.step_secondary(node, SecondaryEvent::Loaded(tag));

@@ -446,3 +446,19 @@ fn case_p14_a_full_queue_is_a_checkpoint_and_never_a_drop() {
     );
     assert!(bench.comparator.counters().flows <= 3, "and room is made");
 }
+
+#[test]
+fn a_connection_whose_syn_left_untranslated_is_compared_from_its_first_segment() {
+    for (syn, known) in [(0x0ee4_1e74, 0xd134_ae40), (0xd134_ae40, 0x0ee4_1e74)] {
+        let mut bench = Bench::new();
+        bench.primary(Tcp::new(syn, 0, SYN, b"").frame());
+        bench.checkpoint();
+        // The peer's answer has told by which number it knows the connection: from now on everything is translated.
+        let first = Tcp::data(known + 1, 500, b"first").frame();
+        assert!(is_held(&bench.primary(first.clone())));
+        assert_eq!(released(&bench.secondary(first.clone())), vec![first]);
+        let second = Tcp::data(known + 6, 500, b"second").frame();
+        assert!(is_held(&bench.primary(second.clone())), "the secondary has not said it");
+        assert_eq!(released(&bench.secondary(second.clone())), vec![second]);
+    }
+}

@@ -24,7 +24,7 @@ use crate::random::Random;
 pub const DISK_BYTES: u64 = SHORT_BLOCK + 4 * 1024;
 const BLOCK: u64 = checkpoint::limits::BLOCK_BYTES as u64;
 /// Blocks between the first and the last, which are written seldom: a disk that lacks one does so for a while.
-const RARE_BLOCKS: u64 = 15;
+const RARE_BLOCKS: u64 = 4;
 const SHORT_BLOCK: u64 = (1 + RARE_BLOCKS) * BLOCK;
 /// Changes of registers between two writes to one of the rare blocks.
 const RARE_EVERY: u64 = 16;
@@ -125,6 +125,12 @@ impl ToyVm {
         // Ports of its last life may still be known to others.
         vm.memory.set_number(MISC, connections::CONNECTS, noise % 4_096);
         vm
+    }
+
+    /// Returns a register's value.
+    #[must_use]
+    pub fn value(&self, key: u8) -> u64 {
+        self.memory.number(u64::from(key), 0)
     }
 
     /// Tells whether the receive ring has room.
@@ -255,6 +261,16 @@ pub fn sector(key: u8) -> u64 {
     } else {
         u64::from(key) * record + u64::from(key % 2) * SHORT_BLOCK
     }
+}
+
+/// Returns where the sector of a rare block is.
+fn rare_sector(rare: u64) -> u64 {
+    (1 + rare) * BLOCK + BLOCK / 2
+}
+
+/// Returns where all sectors are that a guest ever writes.
+pub fn sectors() -> impl Iterator<Item = u64> {
+    (0..KEYS).map(sector).chain((0..RARE_BLOCKS).map(rare_sector))
 }
 
 /// Returns a register's value as a disk holds it.

@@ -2,7 +2,9 @@
 
 use bytes::Bytes;
 
-use super::{BLOCK, Effect, MISC, NOISE, PAGES, QUEUE, RARE_BLOCKS, RARE_EVERY, SECTOR_BYTES, ToyVm, Turn, sector};
+use super::{
+    Effect, MISC, NOISE, PAGES, QUEUE, RARE_BLOCKS, RARE_EVERY, SECTOR_BYTES, ToyVm, Turn, rare_sector, sector,
+};
 use crate::ops::{Answer, Op, RECORD_BYTES, Request};
 use crate::packet::{self, End, GUEST, SERVICE_PORT};
 
@@ -103,7 +105,7 @@ impl ToyVm {
 
     pub(super) fn write_rare(&self, rare: u64, key: u8) -> Effect {
         Effect::Write {
-            offset: (1 + rare) * BLOCK + BLOCK / 2,
+            offset: rare_sector(rare),
             data: Bytes::copy_from_slice(&self.memory.page(u64::from(key))[..SECTOR_BYTES]),
         }
     }
