@@ -29,6 +29,8 @@ pub struct Local {
     pub shape: MachineShape,
     /// Last generation this side held a complete state of, 0 if none.
     pub generation: Generation,
+    /// It was that generation's owner: it ran the VM without a peer, or may have.
+    pub owner: bool,
     /// Last committed epoch of it.
     pub committed: Epoch,
     /// What this side, as a secondary, still has of the pairing before.
@@ -129,6 +131,10 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
             ours: local.generation.0,
             theirs: hello.generation,
         });
+    }
+    // A witness gives a term once. Without one, a takeover may have been asked for while the old primary went on.
+    if local.owner && hello.generation == local.generation.0 {
+        return Err(Refusal::BothRan(hello.generation));
     }
     Ok(Welcome {
         node: local.node.clone(),
@@ -264,6 +270,7 @@ mod tests {
                 cpu: 7,
             },
             generation: Generation(5),
+            owner: true,
             committed: Epoch(70),
             held: Held::default(),
             takeover_limit_ms: 300,
@@ -275,6 +282,7 @@ mod tests {
         Local {
             node: "b".into(),
             generation: Generation(4),
+            owner: false,
             committed: Epoch(60),
             held: HELD,
             ..primary()
@@ -343,6 +351,15 @@ mod tests {
         assert_eq!(
             refusal(|p| p.generation = Generation(3)),
             Refusal::OlderGeneration { ours: 4, theirs: 3 }
+        );
+        let ran = Local {
+            generation: Generation(5),
+            owner: true,
+            ..secondary()
+        };
+        assert_eq!(
+            judge_hello(&ran, &hello(&primary()), Session(1)),
+            Err(Refusal::BothRan(5))
         );
         let newer = Welcome {
             node: "b".into(),

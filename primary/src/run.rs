@@ -130,6 +130,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
             node: setup.node,
             shape: setup.shape,
             generation: Generation(0),
+            owner: true,
             committed: Epoch(0),
             held: Held::default(),
             takeover_limit_ms: setup.options.takeover_limit.as_millis(),

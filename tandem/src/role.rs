@@ -297,6 +297,7 @@ impl Host {
             node: self.settings.node.clone(),
             shape: self.shape(),
             generation: record.map_or(Generation(0), |record| record.tag.generation),
+            owner: record.is_some_and(|record| record.role == Role::Primary),
             committed: record.map_or(Epoch(0), |record| record.tag.epoch),
             held: Held::default(),
             takeover_limit_ms: self.settings.takeover_limit.as_millis(),

@@ -341,8 +341,8 @@ impl Contest {
 
     fn closed(&mut self, connection: Connection, ended: bool, leased_until: Instant, orders: &mut Vec<Order>) {
         let (until, before, mut open) = match self.standing {
-            // A goodbye may still come on the control connection, whose end follows.
-            Standing::Idle | Standing::Syncing if connection == Connection::Data => return,
+            // A goodbye may still come on the control connection, whose end follows. After a broken one it may not.
+            Standing::Idle | Standing::Syncing if ended && connection == Connection::Data => return,
             Standing::Idle | Standing::Syncing => return self.lost(orders),
             Standing::Following => (leased_until, false, [true; 2]),
             Standing::Draining { until, ended, open } => (until, ended, open),

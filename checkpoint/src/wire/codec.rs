@@ -451,7 +451,7 @@ fn check_sections(sections: &[Section]) -> Result<(), WireError> {
 /// Applies a function to each text of a refusal.
 fn map_refusal<E>(refusal: &Refusal, text: impl Fn(&str) -> Result<String, E>) -> Result<Refusal, E> {
     Ok(match refusal {
-        Refusal::Version { .. } | Refusal::OlderGeneration { .. } => refusal.clone(),
+        Refusal::Version { .. } | Refusal::OlderGeneration { .. } | Refusal::BothRan(_) => refusal.clone(),
         Refusal::Pair { ours, theirs } => Refusal::Pair {
             ours: text(ours)?,
             theirs: text(theirs)?,

@@ -51,6 +51,12 @@ pub enum Refusal {
         /// The peer's generation.
         theirs: u64,
     },
+    /// Both hosts ran the VM as owners of one generation, which no witness permits.
+    #[error(
+        "both hosts have run this VM in generation {0}, so their disks differ: decide which to keep, and on the other host delete \
+         the file IMAGE.tandem beside its disk image and start it as secondary again"
+    )]
+    BothRan(u64),
     /// Bytes that are not this protocol.
     #[error("the peer sent something that is not the tandem protocol ({0})")]
     Protocol(String),

@@ -59,7 +59,7 @@ impl World {
 
     /// Tells whether the secondary, as shipped, accepts this primary.
     pub(crate) fn accepts(&self, bounds: &Bounds, primary: usize) -> bool {
-        let local = |host: usize, generation: Generation| Local {
+        let local = |host: usize, generation: Generation, owner: bool| Local {
             pair: "p".to_owned(),
             node: NAMES[host].to_owned(),
             shape: MachineShape {
@@ -70,6 +70,7 @@ impl World {
                 cpu: 0,
             },
             generation,
+            owner,
             committed: Epoch(0),
             held: Held::default(),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),
@@ -77,8 +78,17 @@ impl World {
         };
         let secondary = 1 - primary;
         let record = self.hosts[secondary].record;
-        let ours = local(secondary, record.map_or(Generation(0), |record| record.generation));
-        let theirs = hello(&local(primary, self.generation(primary).expect("a primary dials")));
+        let owner = record.is_some_and(|record| record.role == Role::Primary);
+        let ours = local(
+            secondary,
+            record.map_or(Generation(0), |record| record.generation),
+            owner,
+        );
+        let theirs = hello(&local(
+            primary,
+            self.generation(primary).expect("a primary dials"),
+            true,
+        ));
         judge_hello(&ours, &theirs, Session(1)).is_ok()
     }
 

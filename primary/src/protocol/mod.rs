@@ -47,6 +47,11 @@ pub use sync::SyncCounts;
 const ENDING_MAX: Duration = Duration::from_millis(5_000);
 /// Longest time from a secondary's acknowledgement to its load.
 const LOAD_MAX: Duration = Duration::from_millis(10_000);
+/// A checkpoint that takes longer from its stop to its acknowledgement is abandoned: heartbeats may pass on their connection
+/// though the data's is stuck, and meanwhile no output leaves.
+const CHECKPOINT_MAX: Duration = Duration::from_millis(10_000);
+/// The same for the first of a pairing, which ships whatever was written during the sync.
+const FIRST_CHECKPOINT_MAX: Duration = Duration::from_millis(30_000);
 /// When announcements are repeated after a start or a takeover.
 const ANNOUNCE_AFTER: [Duration; 6] = [
     Duration(0),
@@ -186,6 +191,17 @@ struct Taken {
     input: InputNumber,
     /// The VM runs again, in the next epoch.
     resumed: bool,
+}
+
+impl Taken {
+    /// Returns when it is given up.
+    fn deadline(&self) -> Instant {
+        self.asked
+            + match self.trigger {
+                Trigger::Sync => FIRST_CHECKPOINT_MAX,
+                _ => CHECKPOINT_MAX,
+            }
+    }
 }
 
 /// The end that has been asked for.
@@ -362,6 +378,7 @@ impl Primary {
         let state = match self.state {
             State::Protected { since, .. } if !self.peer_loaded => Some(since + LOAD_MAX),
             State::Protected { since, .. } if self.ending.is_none() => Some(since + self.options.epoch_age_max),
+            State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) => Some(taken.deadline()),
             _ => self.contest.deadline(),
         };
         let comparator = (matches!(self.state, State::Protected { .. }) && self.peer_loaded && self.ending.is_none())
@@ -474,6 +491,12 @@ impl Primary {
         }
         self.beat(now, actions);
         self.contend(now, failover::Event::Timeout, "", actions);
+        if let State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) = self.state
+            && taken.deadline() <= now
+        {
+            let cause = "it did not acknowledge a checkpoint in time, though it is there: its link is too slow or its disk hangs";
+            self.link_lost(now, failover::Event::Lost, cause, actions);
+        }
         if let State::Protected { since, .. } = self.state {
             if !self.peer_loaded {
                 if since + LOAD_MAX <= now {

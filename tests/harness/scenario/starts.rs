@@ -133,6 +133,7 @@ impl Pair {
                 cpu: 1,
             },
             generation: at.record.map_or(Generation(0), |record| record.generation),
+            owner: at.record.is_some_and(|record| record.role == PairRole::Primary),
             committed: at.record.map_or(Epoch(0), |record| record.committed),
             held: at.held(),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),

@@ -73,6 +73,7 @@ fn refusals() -> impl Strategy<Value = Refusal> {
         }),
         name().prop_map(Refusal::Busy),
         (any::<u64>(), any::<u64>()).prop_map(|(ours, theirs)| Refusal::OlderGeneration { ours, theirs }),
+        any::<u64>().prop_map(Refusal::BothRan),
         name().prop_map(Refusal::Protocol),
     ]
 }
