@@ -34,6 +34,17 @@ pub enum Role {
     Secondary,
 }
 
+/// Whether the secondary's guest runs in an epoch: decided by the primary at the end of the one before, and told in its
+/// end mark, so that both sides always agree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Archive, Serialize, Deserialize)]
+pub enum EpochMode {
+    /// Both guests run it, and output of the primary's leaves when the secondary's has sent the same.
+    #[default]
+    Lockstep,
+    /// Only the primary's guest runs it, and its output leaves when the epoch is committed.
+    Buffered,
+}
+
 impl Generation {
     /// Returns the generation after this one.
     ///
@@ -82,6 +93,15 @@ impl fmt::Display for Epoch {
 impl fmt::Display for Tag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.generation, self.epoch)
+    }
+}
+
+impl fmt::Display for EpochMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lockstep => "lockstep",
+            Self::Buffered => "buffered",
+        })
     }
 }
 

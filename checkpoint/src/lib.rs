@@ -26,5 +26,5 @@ pub mod staging;
 pub mod time;
 pub mod wire;
 
-pub use epoch::{Epoch, Generation, InputNumber, Role, Tag};
+pub use epoch::{Epoch, EpochMode, Generation, InputNumber, Role, Tag};
 pub use time::{Duration, Instant};

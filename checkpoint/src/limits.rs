@@ -43,6 +43,8 @@ pub const EPOCH_WRITES_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
 /// A frame of either side that waits longer than this for its equal triggers a checkpoint.
 pub const UNMATCHED_MAX: Duration = Duration::from_millis(200);
+/// Time between two checkpoints that output waits for, unless the user sets another.
+pub const CHECKPOINT_EVERY: Duration = Duration::from_millis(5);
 /// An epoch is never older than this.
 pub const EPOCH_AGE_MAX: Duration = Duration::from_millis(1_000);
 /// A silent peer is declared lost after this, unless the user sets another limit.

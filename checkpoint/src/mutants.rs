@@ -100,6 +100,8 @@ mutants! {
     MirrorStopsAtTrigger "mirror-stops-at-trigger"
     /// Reads don't see a commit whose disk writes are still under way.
     ReadOldBase "read-old-base"
+    /// Output leaves as covered by a checkpoint once that has been copied.
+    ReleaseAtTheCopy "release-at-the-copy"
     /// Output leaves as covered by a checkpoint once that has been sent.
     ReleaseBeforeAcknowledgement "release-before-acknowledgement"
     /// A commit releases what is held of the epoch after it, too.

@@ -52,6 +52,8 @@ pub enum Trigger {
     Limit,
     /// The outputs differ.
     Mismatch,
+    /// Output waits for the commit of its epoch, and the time between two checkpoints has passed.
+    Period,
     /// The first checkpoint of a pairing.
     Sync,
     /// A frame waited too long for its equal.

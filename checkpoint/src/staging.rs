@@ -12,7 +12,7 @@
 //!
 //! Driven by the protocols of both roles. Holds sums only, never the data.
 
-use crate::epoch::{Epoch, InputNumber, Tag};
+use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
 use crate::wire::{DeviceState, DiskWrite, EndMark, NetworkState, PageBatch};
 
 /// Why a checkpoint is not complete, or something is no part of it.
@@ -195,12 +195,12 @@ impl Totals {
         Ok(())
     }
 
-    /// Makes the end mark, on the primary.
+    /// Makes the end mark, on the primary; `next` is the mode of the epoch that has begun.
     ///
     /// # Panics
     /// Panics if the device or network state was not counted: the primary never ends a checkpoint without them.
     #[must_use]
-    pub fn mark(&self, input: InputNumber, entropy: [u8; 32]) -> EndMark {
+    pub fn mark(&self, input: InputNumber, next: EpochMode, entropy: [u8; 32]) -> EndMark {
         assert!(self.network, "an end mark follows the network's state");
         EndMark {
             tag: self.tag,
@@ -211,6 +211,7 @@ impl Totals {
             writes_digest: self.writes.digest,
             sections: self.sections.expect("an end mark follows the device state"),
             input,
+            next,
             entropy,
         }
     }
@@ -387,7 +388,7 @@ mod tests {
     }
 
     fn mark() -> EndMark {
-        totals(&checkpoint()).unwrap().mark(InputNumber(5), [1; 32])
+        totals(&checkpoint()).unwrap().mark(InputNumber(5), EpochMode::default(), [1; 32])
     }
 
     #[test]
@@ -498,15 +499,15 @@ mod tests {
             }
             let mut primary = totals(&sent).unwrap();
             let mut secondary = totals(&sent).unwrap();
-            prop_assert_eq!(secondary.verify(&primary.mark(InputNumber(5), [1; 32])), Ok(()));
-            prop_assert_eq!(primary.mark(InputNumber(5), [1; 32]), mark());
+            prop_assert_eq!(secondary.verify(&primary.mark(InputNumber(5), EpochMode::default(), [1; 32])), Ok(()));
+            prop_assert_eq!(primary.mark(InputNumber(5), EpochMode::default(), [1; 32]), mark());
             primary.advance();
             secondary.advance();
             for message in states(8) {
                 count(&mut primary, &message).unwrap();
                 count(&mut secondary, &message).unwrap();
             }
-            let next = primary.mark(InputNumber(6), [2; 32]);
+            let next = primary.mark(InputNumber(6), EpochMode::default(), [2; 32]);
             prop_assert_eq!((next.tag, next.base, next.pages), (tag(8), Some(Epoch(7)), 0));
             prop_assert_eq!(next.writes, places.len() as u64);
             prop_assert_eq!(secondary.verify(&next), Ok(()));

@@ -24,6 +24,8 @@ pub struct Status {
     pub epoch: u64,
     /// The other host.
     pub peer: Peer,
+    /// Who runs between two checkpoints, while protected.
+    pub mode: Option<Mode>,
     /// Time since the last commit; none before the first.
     pub last_checkpoint_age_ms: Option<u64>,
     /// Checkpoints committed since this process started.
@@ -75,6 +77,17 @@ pub enum State {
     Ended,
 }
 
+/// Who runs between two checkpoints, and what lets output leave.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mode {
+    /// `lockstep` or `buffered`.
+    pub now: String,
+    /// What the operator set, on the primary.
+    pub set: Option<String>,
+    /// Why it is so now.
+    pub why: String,
+}
+
 /// The other host, as this one sees it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
@@ -97,6 +110,9 @@ pub struct Checkpoints {
     pub mismatch: u64,
     /// A frame waited too long for its equal.
     pub unmatched: u64,
+    /// Output waited for it, and the time between two checkpoints had passed.
+    #[serde(default)]
+    pub period: u64,
     /// A queue came near its limit.
     pub limit: u64,
     /// The epoch reached its maximum age.
@@ -250,6 +266,9 @@ impl Display for Status {
             lines.add("reason", &printable(reason));
         }
         lines.add("peer", &self.peer.to_string());
+        if let Some(mode) = &self.mode {
+            lines.add("mode", &mode.to_string());
+        }
         lines.add("generation", &self.generation.to_string());
         lines.add("epoch", &self.epoch.to_string());
         lines.add("checkpoints", &self.checkpoints.to_string());
@@ -319,6 +338,12 @@ impl Queues {
     }
 }
 
+impl Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", printable(&self.now), printable(&self.why))
+    }
+}
+
 impl Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let node = self.node.as_deref().map_or_else(|| "unknown".to_owned(), printable);
@@ -334,6 +359,7 @@ impl Display for Checkpoints {
             ("sync", self.sync),
             ("mismatch", self.mismatch),
             ("unmatched", self.unmatched),
+            ("period", self.period),
             ("limit", self.limit),
             ("age", self.age),
             ("admin", self.admin),

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use checkpoint::pair::Trigger;
 use checkpoint::{Duration, Instant};
-use link::status::{Checkpoints, LastCheckpoint, LastSync, Peer, Queues, Rates, State, Status};
+use link::status::{Checkpoints, LastCheckpoint, LastSync, Mode, Peer, Queues, Rates, State, Status};
 
 use crate::protocol::Primary;
 
@@ -40,12 +40,18 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
                 .map_or_else(|| "none configured".to_owned(), |address| address.to_string()),
             connected: protocol.peer().is_some(),
         },
+        mode: protocol.protected().then(|| Mode {
+            now: protocol.epoch_mode().to_string(),
+            set: Some(protocol.mode().to_string()),
+            why: protocol.mode_reason(),
+        }),
         last_checkpoint_age_ms: counters.last_checkpoint.map(|last| now.since(last).as_millis()),
         checkpoints: Checkpoints {
             total: counters.checkpoints.values().sum(),
             sync: count(Trigger::Sync),
             mismatch: count(Trigger::Mismatch),
             unmatched: count(Trigger::Unmatched),
+            period: count(Trigger::Period),
             limit: count(Trigger::Limit),
             age: count(Trigger::Age),
             admin: count(Trigger::Admin),

@@ -10,6 +10,7 @@
 //! frame of epoch *n* is compared with what the secondary's guest sent in epoch *n*; what the primary's
 //! guest sends after [`Comparator::stop`] belongs to *n + 1* and waits, uncompared, until *n* is
 //! committed. So a flow knows one epoch at a time, and its state at a commit is the primary's at the stop.
+//! In a buffered epoch the secondary's guest does not run: everything waits, uncompared, for the epoch's own commit.
 //!
 //! Never drops a frame of the primary, never reads a clock. Nothing leaves while comparing that was
 //! neither equal nor committed.
@@ -18,7 +19,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use checkpoint::mutants::{self, Mutant};
-use checkpoint::{Duration, Epoch, Instant, limits};
+use checkpoint::{Duration, Epoch, EpochMode, Instant, limits};
 
 use crate::counters::{Counters, FlowReport, Held, Pending};
 use crate::flow::{FlowId, FlowKey, FlowTable};
@@ -64,8 +65,12 @@ pub struct Comparator {
     pub(crate) mode: Mode,
     /// The epoch that the primary's guest runs in.
     pub(crate) running: Epoch,
+    /// Whether the secondary's guest runs it too.
+    pub(crate) running_mode: EpochMode,
     /// The epoch that has been stopped and is not committed.
     pub(crate) uncommitted: Option<Epoch>,
+    /// Whether the secondary's guest runs that.
+    pub(crate) uncommitted_mode: EpochMode,
     /// The last epoch that is committed; the secondary's output of it and before is stale.
     pub(crate) committed: Option<Epoch>,
     pub(crate) loaded_at: Option<Instant>,
@@ -111,7 +116,9 @@ impl Comparator {
             limits,
             mode: Mode::Syncing,
             running: first_epoch,
+            running_mode: EpochMode::default(),
             uncommitted: None,
+            uncommitted_mode: EpochMode::default(),
             committed: None,
             loaded_at: None,
             diverged: None,
@@ -147,7 +154,8 @@ impl Comparator {
             flow,
         });
         if let Some(id) = flow {
-            let comparing = self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs);
+            let comparing = self.running_mode == EpochMode::Lockstep
+                && (self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs));
             if let Some(lane) = self.flows.get_mut(id) {
                 lane.push(serial);
             }
@@ -184,6 +192,12 @@ impl Comparator {
             self.counters.stale += 1;
             return;
         }
+        if self.mode_of(epoch) == EpochMode::Buffered {
+            verdicts.push(Verdict::Violation(format!(
+                "the secondary sent output of epoch {epoch}, in which its guest does not run"
+            )));
+            return;
+        }
         self.catch_up_if_behind(now, verdicts);
         if self.is_pending_full() {
             // Losing the secondary's output is safe: the primary's waits for the commit.
@@ -208,6 +222,15 @@ impl Comparator {
     #[must_use]
     pub fn running(&self) -> Epoch {
         self.running
+    }
+
+    /// Returns whether the secondary's guest runs an epoch that is not committed.
+    fn mode_of(&self, epoch: Epoch) -> EpochMode {
+        if self.uncommitted.is_some_and(|stopped| epoch <= stopped) {
+            self.uncommitted_mode
+        } else {
+            self.running_mode
+        }
     }
 
     /// Returns what is held of the primary's output.
@@ -419,6 +442,9 @@ impl Comparator {
     /// Releases the oldest held frame without an equal, and lets its flow follow it.
     pub(crate) fn release_unequal(&mut self, serial: u64, verdicts: &mut Vec<Verdict>) {
         let Some(held) = self.hold.take(serial) else { return };
+        if let Some(id) = held.flow {
+            self.touch(id);
+        }
         let lane = held.flow.and_then(|id| self.flows.get_mut(id));
         let frame = match lane {
             Some(lane) => {
@@ -438,6 +464,9 @@ impl Comparator {
 
     /// Compares what has waited, uncompared, for an earlier epoch.
     pub(crate) fn catch_up(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {
+        if self.running_mode == EpochMode::Buffered {
+            return;
+        }
         for serial in self.hold.serials() {
             let Some((flow, frame)) = self.hold.get(serial).map(|held| (held.flow, held.frame.clone())) else {
                 continue;

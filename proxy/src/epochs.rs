@@ -3,24 +3,27 @@
 //! Called by `primary::protocol` in the order of design: stop, then commit or abandon, then loaded.
 
 use checkpoint::mutants::{self, Mutant};
-use checkpoint::{Epoch, Instant};
+use checkpoint::{Epoch, EpochMode, Instant};
 
 use crate::comparator::{Comparator, Mode};
 use crate::counters::Pending;
 use crate::verdict::Verdict;
 
 impl Comparator {
-    /// Ends the running epoch: the primary's guest has stopped, and what it sends next belongs to the next one.
+    /// Ends the running epoch: the primary's guest has stopped, and what it sends next belongs to the next one, which is
+    /// run in this mode.
     ///
     /// # Panics
     /// Panics if an epoch is uncommitted already.
-    pub fn stop(&mut self) -> Epoch {
+    pub fn stop(&mut self, next: EpochMode) -> Epoch {
         let ended = self.running;
         if self.mode == Mode::Comparing {
             assert!(self.uncommitted.is_none(), "at most one epoch is uncommitted");
             self.uncommitted = Some(ended);
+            self.uncommitted_mode = self.running_mode;
         }
         self.running = ended.next();
+        self.running_mode = next;
         ended
     }
 
@@ -72,7 +75,11 @@ impl Comparator {
     pub fn abandon(&mut self) {
         if self.uncommitted.take().is_some() {
             self.hold.retag(self.running);
-            self.behind = true;
+            // A guest that did not run the one has not loaded it, and so does not run the other.
+            if self.uncommitted_mode == EpochMode::Buffered {
+                self.running_mode = EpochMode::Buffered;
+            }
+            self.behind = self.running_mode == EpochMode::Lockstep;
         }
     }
 
@@ -102,12 +109,12 @@ impl Comparator {
         self.mode = Mode::Syncing;
     }
 
-    /// Holds and compares from `epoch` on, the one now running. To be called before the primary's guest may run past
+    /// Holds and compares from `epoch` on, the one now running, which is run in this mode. To be called before the primary's guest may run past
     /// the state that the secondary starts from.
     ///
     /// # Panics
     /// Panics if it compares already, or if `epoch` is in the past.
-    pub fn protect(&mut self, epoch: Epoch) {
+    pub fn protect(&mut self, epoch: Epoch, mode: EpochMode) {
         assert!(self.mode != Mode::Comparing, "protection begins once");
         assert!(
             epoch >= self.running,
@@ -116,6 +123,7 @@ impl Comparator {
         );
         self.mode = Mode::Comparing;
         self.running = epoch;
+        self.running_mode = mode;
         self.committed = epoch.0.checked_sub(1).map(Epoch);
         self.diverged = None;
         self.forget_secondary();

@@ -1,7 +1,7 @@
 //! Frames and a comparator in a known state, for the tests of this crate.
 
 use bytes::Bytes;
-use checkpoint::{Duration, Epoch, Instant};
+use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use std::net::IpAddr;
 
 use crate::checksum;
@@ -203,7 +203,7 @@ impl Bench {
 
     pub(crate) fn with(limits: ComparatorLimits) -> Self {
         let mut comparator = Comparator::new(limits, Epoch(1));
-        comparator.protect(Epoch(1));
+        comparator.protect(Epoch(1), EpochMode::Lockstep);
         let now = Instant(1_000_000_000);
         comparator.loaded(now, Epoch(0));
         Self { comparator, now }
@@ -229,7 +229,12 @@ impl Bench {
 
     /// Stops, commits and loads; returns what that releases.
     pub(crate) fn checkpoint(&mut self) -> Vec<Verdict> {
-        let epoch = self.comparator.stop();
+        self.checkpoint_to(EpochMode::Lockstep)
+    }
+
+    /// The same; the next epoch is run in this mode.
+    pub(crate) fn checkpoint_to(&mut self, next: EpochMode) -> Vec<Verdict> {
+        let epoch = self.comparator.stop(next);
         self.commit(epoch)
     }
 

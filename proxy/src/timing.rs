@@ -1,6 +1,6 @@
 //! The comparator's clock: how long output may wait for its equal.
 
-use checkpoint::{Duration, Instant, Role};
+use checkpoint::{Duration, EpochMode, Instant, Role};
 
 use crate::comparator::{Comparator, Mode};
 use crate::flow::FlowKey;
@@ -34,7 +34,8 @@ impl Comparator {
 
     /// Returns when the secondary began to run in the epoch being compared; nothing if no bound counts now.
     fn counting_since(&self) -> Option<Instant> {
-        if self.mode != Mode::Comparing || self.uncommitted.is_some() || self.has_diverged() {
+        let compares = self.mode == Mode::Comparing && self.running_mode == EpochMode::Lockstep;
+        if !compares || self.uncommitted.is_some() || self.has_diverged() {
             return None;
         }
         self.loaded_at

@@ -1,7 +1,7 @@
 //! What `tandem status` shows of a secondary.
 
 use checkpoint::{Duration, Instant};
-use link::status::{Checkpoints, LastCheckpoint, Peer, Queues, Rates, State, Status};
+use link::status::{Checkpoints, LastCheckpoint, Mode, Peer, Queues, Rates, State, Status};
 
 use crate::protocol::Secondary;
 
@@ -22,11 +22,12 @@ pub(crate) struct Shell<'a> {
 pub(crate) fn status(protocol: &Secondary, now: Instant, shell: &Shell<'_>) -> Status {
     let counters = protocol.counters();
     let tag = protocol.tag();
+    let state = State::named(protocol.state_name()).unwrap_or_default();
     Status {
         pair: shell.pair.to_owned(),
         node: shell.node.to_owned(),
         role: "secondary".to_owned(),
-        state: State::named(protocol.state_name()).unwrap_or_default(),
+        state,
         generation: tag.generation.0,
         epoch: tag.epoch.0,
         peer: Peer {
@@ -34,6 +35,11 @@ pub(crate) fn status(protocol: &Secondary, now: Instant, shell: &Shell<'_>) -> S
             addr: shell.address.to_owned(),
             connected: shell.connected,
         },
+        mode: (state.is_protected()).then(|| Mode {
+            now: protocol.epoch_mode().to_string(),
+            set: None,
+            why: "the primary decides".to_owned(),
+        }),
         last_checkpoint_age_ms: counters.last_checkpoint.map(|last| now.since(last).as_millis()),
         checkpoints: Checkpoints {
             total: counters.checkpoints,

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
-use primary::protocol::Resume;
+use primary::protocol::{Mode, Resume};
 use toml::de::{DeTable, DeValue};
 
 use crate::settings::{Mac, Witness};
@@ -88,6 +88,14 @@ pub struct PairOptions {
     /// How long a silent peer is waited for before it is held for dead [default: 300ms]
     #[arg(long, value_name = "SPAN")]
     pub takeover_limit: Option<Span>,
+    /// Who runs between two checkpoints. `lockstep`: both hosts, and output leaves when it is the same on both, or a
+    /// checkpoint covers it. `buffered`: this host only; a checkpoint is taken every few milliseconds, and output waits
+    /// for it. Set on the host that runs the VM [default: lockstep]
+    #[arg(long, value_name = "MODE")]
+    pub mode: Option<Mode>,
+    /// The time between two checkpoints that output waits for, with --mode buffered [default: 5ms]
+    #[arg(long, value_name = "SPAN")]
+    pub checkpoint_every: Option<Span>,
     /// Longest time between two checkpoints [default: 1s]
     #[arg(long, value_name = "SPAN")]
     pub epoch_max_age: Option<Span>,
@@ -151,7 +159,8 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 19] = [
+    "checkpoint-every",
     "cmdline",
     "control",
     "epoch-max-age",
@@ -161,6 +170,7 @@ const KEYS: [&str; 17] = [
     "log-json",
     "mac",
     "memory",
+    "mode",
     "name",
     "pair",
     "peer",
@@ -188,6 +198,8 @@ impl PairOptions {
             listen: self.listen.or(file.listen),
             witness: self.witness.or(file.witness),
             takeover_limit: self.takeover_limit.or(file.takeover_limit),
+            mode: self.mode.or(file.mode),
+            checkpoint_every: self.checkpoint_every.or(file.checkpoint_every),
             epoch_max_age: self.epoch_max_age.or(file.epoch_max_age),
             unmatched_limit: self.unmatched_limit.or(file.unmatched_limit),
             resume_after: self.resume_after.or(file.resume_after),
@@ -197,6 +209,7 @@ impl PairOptions {
 
     fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
         match key {
+            "checkpoint-every" => self.checkpoint_every = Some(parsed(value)?),
             "cmdline" => self.vm.cmdline = Some(value.to_owned()),
             "control" => self.vm.control = Some(value.into()),
             "epoch-max-age" => self.epoch_max_age = Some(parsed(value)?),
@@ -206,6 +219,7 @@ impl PairOptions {
             "log-json" => self.vm.logging.log_json = parsed(value).map_err(|_| "write true or false")?,
             "mac" => self.vm.mac = Some(parsed(value)?),
             "memory" => self.vm.memory = Some(parsed(value)?),
+            "mode" => self.mode = Some(parsed(value)?),
             "name" => self.vm.name = Some(value.to_owned()),
             "pair" => self.pair = Some(value.to_owned()),
             "peer" => self.peer = Some(value.to_owned()),
@@ -339,13 +353,15 @@ mod tests {
             "# a pair\npair = \"shop\"\nname = 'a'\nimage = \"/srv/shop.img\"\nmemory = \"1G\"\ntap = \"tap0\"\n\
              mac = \"02:00:00:00:00:01\"\ncmdline = \"ip=10.0.0.5/24\"\ncontrol = \"/tmp/c.sock\"\nlog = \"debug\"\n\
              log-json = true\npeer = \"b:7100\"\nlisten = \"0.0.0.0:7100\"\nwitness = \"dir:/mnt/w\"\n\
-             takeover-limit = \"300ms\"\nepoch-max-age = \"1s\"\nunmatched-limit = \"200ms\"\n",
+             takeover-limit = \"300ms\"\nmode = \"buffered\"\ncheckpoint-every = \"10ms\"\nepoch-max-age = \"1s\"\nunmatched-limit = \"200ms\"\n",
         )
         .unwrap();
         assert_eq!(options.pair.as_deref(), Some("shop"));
         assert_eq!(options.vm.memory, Some(ByteSize(1 << 30)));
         assert_eq!(options.witness, Some(Witness::Directory("/mnt/w".into())));
         assert_eq!(options.takeover_limit, Some(Span::ms(300)));
+        assert_eq!(options.mode, Some(Mode::Buffered));
+        assert_eq!(options.checkpoint_every, Some(Span::ms(10)));
         assert!(options.vm.logging.log_json);
         assert_eq!(
             parse_text("memory = 268435456").unwrap().vm.memory,
@@ -371,7 +387,7 @@ mod tests {
             );
         }
         let error = parse_text("qqq = 1").unwrap_err().to_string();
-        assert!(error.contains("the keys are cmdline, control,"), "{error}");
+        assert!(error.contains("the keys are checkpoint-every, cmdline, control,"), "{error}");
     }
 
     #[test]

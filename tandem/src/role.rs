@@ -25,7 +25,7 @@ use machine::tap::Tap;
 use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
 use primary::event::Outcome as PrimaryOutcome;
-use primary::protocol::{Resume, Start};
+use primary::protocol::{Mode, Resume, Start};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
 use storage::{FileImage, Image, Record, Recovery, Replica};
@@ -133,6 +133,8 @@ struct RoleSettings {
     listen: Option<SocketAddr>,
     witness: Option<Witness>,
     takeover_limit: Duration,
+    mode: Mode,
+    checkpoint_every: Duration,
     epoch_age_max: Duration,
     unmatched_max: Duration,
     resume: Resume,
@@ -148,6 +150,8 @@ impl From<Settings> for RoleSettings {
             listen: settings.listen,
             witness: settings.witness,
             takeover_limit: settings.takeover_limit.into(),
+            mode: settings.mode,
+            checkpoint_every: settings.checkpoint_every.into(),
             epoch_age_max: settings.epoch_max_age.into(),
             unmatched_max: settings.unmatched_limit.into(),
             resume: settings.resume,
@@ -165,6 +169,8 @@ impl From<RunSettings> for RoleSettings {
             listen: None,
             witness: None,
             takeover_limit: limits::TAKEOVER_LIMIT_DEFAULT,
+            mode: Mode::default(),
+            checkpoint_every: limits::CHECKPOINT_EVERY,
             epoch_age_max: limits::EPOCH_AGE_MAX,
             unmatched_max: limits::UNMATCHED_MAX,
             resume: Resume::default(),
@@ -403,6 +409,8 @@ impl Host {
     ) -> Result<Ending> {
         let setup = primary::Setup {
             options: primary::protocol::Options {
+                mode: self.settings.mode,
+                checkpoint_every: self.settings.checkpoint_every,
                 resume: self.settings.resume,
                 witness: self.witness.is_some(),
                 takeover_limit: self.settings.takeover_limit,

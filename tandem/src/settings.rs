@@ -12,7 +12,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use guest::settings::Settings as GuestSettings;
-use primary::protocol::Resume;
+use primary::protocol::{Mode, Resume};
 
 use crate::options::{ConfigError, LogOptions, PairOptions, VmOptions};
 use crate::units::{ByteSize, Span};
@@ -27,6 +27,8 @@ const TAKEOVER_LIMIT_DEFAULT: Span = Span::ms(300);
 const TAKEOVER_LIMIT: RangeInclusive<Span> = Span::ms(50)..=Span::ms(60_000);
 const EPOCH_MAX_AGE_DEFAULT: Span = Span::ms(1_000);
 const EPOCH_MAX_AGE: RangeInclusive<Span> = Span::ms(10)..=Span::ms(60_000);
+const CHECKPOINT_EVERY_DEFAULT: Span = Span::ms(5);
+const CHECKPOINT_EVERY: RangeInclusive<Span> = Span::ms(1)..=Span::ms(1_000);
 const UNMATCHED_LIMIT_DEFAULT: Span = Span::ms(200);
 const UNMATCHED_LIMIT: RangeInclusive<Span> = Span::ms(1)..=Span::ms(10_000);
 const NAME_BYTES_MAX: usize = 32;
@@ -49,6 +51,10 @@ pub struct Settings {
     pub witness: Option<Witness>,
     /// How long a silent peer is waited for.
     pub takeover_limit: Duration,
+    /// Who runs between two checkpoints.
+    pub mode: Mode,
+    /// The time between two checkpoints that output waits for.
+    pub checkpoint_every: Duration,
     /// Longest time between two checkpoints.
     pub epoch_max_age: Duration,
     /// How long an output may wait for its equal.
@@ -150,6 +156,13 @@ impl Settings {
                 options.takeover_limit,
                 TAKEOVER_LIMIT_DEFAULT,
                 &TAKEOVER_LIMIT,
+            )?,
+            mode: options.mode.unwrap_or_default(),
+            checkpoint_every: span(
+                "checkpoint-every",
+                options.checkpoint_every,
+                CHECKPOINT_EVERY_DEFAULT,
+                &CHECKPOINT_EVERY,
             )?,
             epoch_max_age: span(
                 "epoch-max-age",
@@ -413,6 +426,8 @@ mod tests {
         let settings = Settings::from_options(options()).unwrap();
         assert_eq!(settings.takeover_limit, Duration::from_millis(300));
         assert_eq!(settings.epoch_max_age, Duration::from_secs(1));
+        assert_eq!(settings.mode, Mode::Lockstep);
+        assert_eq!(settings.checkpoint_every, Duration::from_millis(5));
         assert_eq!(settings.unmatched_limit, Duration::from_millis(200));
         assert_eq!(settings.vm.memory, 256 << 20);
         assert_eq!(settings.vm.control, Path::new("/run/tandem/shop-a.sock"));
@@ -431,7 +446,7 @@ mod tests {
 
     #[test]
     fn what_can_not_be_used_is_told_with_its_cure() {
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 10] = [
             (
                 |o| o.vm.memory = Some(ByteSize::mib(257)),
                 "--memory 257M: must be a multiple of 2M: take 258M",
@@ -447,6 +462,10 @@ mod tests {
             (
                 |o| o.epoch_max_age = Some(Span::ms(0)),
                 "--epoch-max-age 0ms: must be from 10ms to 60s",
+            ),
+            (
+                |o| o.checkpoint_every = Some(Span::ms(0)),
+                "--checkpoint-every 0ms: must be from 1ms to 1s",
             ),
             (
                 |o| o.pair = Some("../x".into()),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use checkpoint::{Epoch, Generation, Tag, limits};
+use checkpoint::{Epoch, EpochMode, Generation, Tag, limits};
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
 
@@ -30,6 +30,8 @@ pub struct Checkers {
     /// Last epoch acknowledged in each generation.
     acknowledged: BTreeMap<Generation, Epoch>,
     stops: BTreeMap<Tag, Snapshot>,
+    /// Whether the secondary's guest runs in the last epochs, by who said so first.
+    modes: BTreeMap<Tag, EpochMode>,
     owners: BTreeMap<Generation, usize>,
     newest: Generation,
     /// Answers that reached a client.
@@ -52,6 +54,18 @@ impl Checkers {
         );
         *last = tag.epoch;
         self.streams.acknowledge(tag);
+    }
+
+    /// A protected side is in this epoch, and takes it for one of this mode.
+    pub fn mode(&mut self, tag: Tag, mode: EpochMode) {
+        let said = *self.modes.entry(tag).or_insert(mode);
+        assert_eq!(
+            said, mode,
+            "rule 1: the sides do not agree on whether the secondary's guest runs in {tag}"
+        );
+        while self.modes.len() > 4 {
+            self.modes.pop_first();
+        }
     }
 
     /// The primary stopped for this checkpoint in this state.

@@ -1,6 +1,7 @@
 //! The guests' turns on both hosts, and the clients': what they send goes to the protocols and to the wires.
 
 use bytes::Bytes;
+use checkpoint::EpochMode;
 use primary::event::Event as PrimaryEvent;
 use secondary::event::Event as SecondaryEvent;
 
@@ -103,6 +104,10 @@ impl World {
     }
 
     fn guest_acts(&mut self, node: usize, act: impl FnOnce(&mut ToyVm, u64, &mut Vec<Effect>)) {
+        if let Role::Secondary(secondary) = &self.nodes[node].role {
+            let mode = secondary.epoch_mode();
+            assert_eq!(mode, EpochMode::Lockstep, "rule 2: a guest runs in a state that it only holds");
+        }
         let noise = self.random.draw();
         let mut effects = core::mem::take(&mut self.effects);
         act(&mut self.nodes[node].vm, noise, &mut effects);

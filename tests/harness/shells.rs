@@ -20,6 +20,8 @@ impl World {
 
     pub(crate) fn start_primary(&mut self, node: usize, start: Start) {
         let options = PrimaryOptions {
+            mode: self.mode,
+            checkpoint_every: self.checkpoint_every,
             resume: self.resume,
             witness: self.has_witness,
             takeover_limit: TAKEOVER_LIMIT,
@@ -47,6 +49,9 @@ impl World {
         );
         let line = (!quiet).then(|| Line::Primary(node, primary.tag(), event.clone()));
         primary.step(now, event, &mut actions);
+        if matches!(primary.state_name(), "protected" | "checkpointing") {
+            self.checkers.mode(primary.tag(), primary.epoch_mode());
+        }
         line.into_iter().for_each(|line| self.note(line));
         self.act_primary(node, actions);
     }
@@ -126,6 +131,9 @@ impl World {
         );
         let line = (!quiet).then(|| Line::Secondary(node, secondary.tag(), event.clone()));
         secondary.step(now, event, &mut actions);
+        if matches!(secondary.state_name(), "protected" | "checkpointing") {
+            self.checkers.mode(secondary.tag(), secondary.epoch_mode());
+        }
         line.into_iter().for_each(|line| self.note(line));
         self.act_secondary(node, actions);
     }

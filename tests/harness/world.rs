@@ -11,7 +11,7 @@ use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, PageBatch};
 use checkpoint::{Duration, Generation, Tag};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
-use primary::protocol::Resume;
+use primary::protocol::{Mode, Resume};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent};
 
 use crate::checkers::Checkers;
@@ -91,6 +91,8 @@ pub struct World {
     pub(crate) nodes: [Node; 2],
     pub(crate) links: Vec<Link>,
     pub(crate) resume: Resume,
+    pub(crate) mode: Mode,
+    pub(crate) checkpoint_every: Duration,
     /// The clients, and what they did and saw.
     pub clients: Clients,
     /// Of each client: its last wake-up call, and when it asked for it.
@@ -152,6 +154,8 @@ impl World {
             nodes,
             links: Vec::new(),
             resume,
+            mode: [Mode::Lockstep, Mode::Buffered][usize::from(seed % 3 == 1)],
+            checkpoint_every: Duration::from_millis(5 + seed % 7 * 10),
             client_turns: vec![(0, None); clients.count()],
             clients,
             sent: Vec::new(),

@@ -18,7 +18,7 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
-use crate::epoch::{Epoch, InputNumber, Tag};
+use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
 use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX, SECTIONS_MAX,
     TEXT_BYTES_MAX,
@@ -292,6 +292,7 @@ struct EndBody {
     writes_digest: u32,
     sections: u32,
     input: u64,
+    next: EpochMode,
     entropy: [u8; 32],
 }
 
@@ -305,6 +306,7 @@ impl EndBody {
             writes_digest: mark.writes_digest,
             sections: mark.sections,
             input: mark.input.0,
+            next: mark.next,
             entropy: mark.entropy,
         }
     }
@@ -319,6 +321,7 @@ impl EndBody {
             writes_digest: self.writes_digest,
             sections: self.sections,
             input: InputNumber(self.input),
+            next: self.next,
             entropy: self.entropy,
         }
     }

@@ -4,7 +4,8 @@
 //! *data* (everything else, in order). Every message is a fixed header and a body, each with its own
 //! checksum. Nothing a peer sends is trusted to be well-formed.
 //!
-//! Protocol versions: 1 — the first; 2 — `Welcome` tells what the secondary still holds, `Begin` what the sync builds on.
+//! Protocol versions: 1 — the first; 2 — `Welcome` tells what the secondary still holds, `Begin` what the sync builds on;
+//! 3 — `End` tells whether the secondary's guest runs in the next epoch.
 
 pub mod codec;
 pub mod decoder;
@@ -19,11 +20,11 @@ pub use decoder::Decoder;
 pub use header::{HEADER_BYTES, Header};
 pub use reasons::{GoodbyeReason, Refusal};
 
-use crate::epoch::{Epoch, Generation, InputNumber, Tag};
+use crate::epoch::{Epoch, EpochMode, Generation, InputNumber, Tag};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -256,6 +257,8 @@ pub struct EndMark {
     pub sections: u32,
     /// Number of the last input the guest had consumed at the stop; later ones belong to the next epoch.
     pub input: InputNumber,
+    /// Whether the secondary's guest runs in the next epoch.
+    pub next: EpochMode,
     /// Seed of the entropy device for the next epoch.
     pub entropy: [u8; 32],
 }
@@ -333,6 +336,7 @@ pub(crate) fn wire_samples() -> Vec<Message> {
         writes_digest: 8,
         sections: 9,
         input: InputNumber(10),
+        next: EpochMode::Buffered,
         entropy: [11; 32],
     };
     let section = Section {

@@ -1,8 +1,8 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
 use super::{
-    Action, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken, Totals, Trigger,
-    failover, mutants,
+    Action, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken,
+    Totals, Trigger, failover, mutants,
 };
 
 impl Primary {
@@ -63,8 +63,9 @@ impl Primary {
         } else {
             Vec::new()
         };
+        let next = self.next_mode();
         if trigger != Trigger::Sync {
-            let stopped = self.comparator.stop();
+            let stopped = self.comparator.stop(next);
             assert_eq!(
                 stopped, tag.epoch,
                 "the comparator and the protocol are in the same epoch"
@@ -73,14 +74,16 @@ impl Primary {
         self.network_at_stop = self.network.encode();
         self.changed.close(tag);
         self.epoch = self.epoch.next();
+        self.epoch_mode = next;
         self.write_bytes = 0;
-        let next = Totals::new(self.tag(), Some(tag.epoch));
-        let totals = core::mem::replace(&mut self.totals, next);
+        let totals = Totals::new(self.tag(), Some(tag.epoch));
+        let totals = core::mem::replace(&mut self.totals, totals);
         self.wanted = None;
         self.state = State::Copying(Taken {
             trigger,
             asked,
             tag,
+            next,
             input: self.input,
             resumed: false,
         });
@@ -98,9 +101,14 @@ impl Primary {
             self.options.resume == Resume::AfterCopy && taken.trigger != Trigger::Sync && self.ending.is_none();
         if taken.resumed {
             self.counters.last_pause = now.since(taken.asked);
+            self.began = now;
             actions.push(Action::ResumeVm);
         }
         self.state = State::Sending(taken);
+        if mutants::on(Mutant::ReleaseAtTheCopy) && taken.trigger != Trigger::Sync {
+            self.comparator.commit(now, tag.epoch, &mut self.verdicts);
+            self.act_on_verdicts(now, actions);
+        }
     }
 
     pub(super) fn checkpoint_sent(&mut self, now: Instant, shipment: Shipment, actions: &mut Vec<Action>) {
@@ -122,7 +130,7 @@ impl Primary {
             .network_state(&network)
             .expect("the network's state is counted once");
         actions.push(Action::Send(Message::NetworkState(network)));
-        actions.push(Action::Send(Message::End(totals.mark(taken.input, shipment.entropy))));
+        actions.push(Action::Send(Message::End(totals.mark(taken.input, taken.next, shipment.entropy))));
         self.memory_known.sent(tag);
         self.disk_known.sent(tag);
         self.counters.pages += shipment.pages;
@@ -156,6 +164,7 @@ impl Primary {
         };
         if !taken.resumed {
             self.counters.last_pause = now.since(taken.asked);
+            self.began = now;
             if self.ending.is_none() {
                 actions.push(Action::ResumeVm);
             }
@@ -164,7 +173,7 @@ impl Primary {
             self.stop_when_loaded(now, Trigger::Admin, actions);
         }
         if taken.trigger == Trigger::Sync {
-            self.comparator.protect(self.epoch);
+            self.comparator.protect(self.epoch, self.epoch_mode);
             self.report_sync(actions);
         } else {
             self.comparator.commit(now, tag.epoch, &mut self.verdicts);

@@ -1,8 +1,8 @@
 //! What the own guest does: frames, inputs, disk writes, its end. And what may leave to the clients.
 
 use super::{
-    ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, GoodbyeReason, GuestEnd, Input, Instant, Liveness, Message,
-    Mode, Mutant, Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits, mutants,
+    ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, EpochMode, GoodbyeReason, GuestEnd, Input, Instant, Liveness,
+    Message, Mutant, Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits, mutants, proxy,
 };
 
 impl Primary {
@@ -13,7 +13,7 @@ impl Primary {
         self.act_on_verdicts(now, actions);
     }
 
-    pub(super) fn input_consumed(&mut self, delivery: Delivery, actions: &mut Vec<Action>) {
+    pub(super) fn input_consumed(&mut self, now: Instant, delivery: Delivery, actions: &mut Vec<Action>) {
         self.counters.inputs += 1;
         if !self.mirroring() {
             return;
@@ -26,6 +26,10 @@ impl Primary {
         };
         actions.push(Action::Send(Message::Input(input)));
         self.hold_input(actions);
+        // A guest that does not run confirms at a load only.
+        if self.epoch_mode == EpochMode::Buffered && self.inputs_unconfirmed() >= limits::INPUTS_UNCONFIRMED_MAX / 2 {
+            self.trigger(now, Trigger::Limit, actions);
+        }
     }
 
     pub(super) fn guest_wrote(&mut self, now: Instant, offset: u64, data: Bytes, actions: &mut Vec<Action>) {
@@ -127,8 +131,8 @@ impl Primary {
     }
 
     /// Output is compared: the secondary has a VM that follows.
-    pub(super) fn protected(&self) -> bool {
-        self.comparator.mode() == Mode::Comparing
+    pub(crate) fn protected(&self) -> bool {
+        self.comparator.mode() == proxy::Mode::Comparing
             && matches!(
                 self.state,
                 State::Protected { .. }

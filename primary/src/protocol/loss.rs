@@ -3,8 +3,8 @@
 //! The decisions are in [`checkpoint::failover::Contest`].
 
 use super::{
-    Action, Generation, Instant, Mode, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger,
-    WitnessAnswer, failover, mutants,
+    Action, Generation, Instant, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger,
+    WitnessAnswer, failover, mutants, proxy,
 };
 
 impl Primary {
@@ -71,7 +71,7 @@ impl Primary {
                 if mutants::on(Mutant::ReuseEpoch) {
                     self.epoch = taken.tag.epoch;
                 }
-                if self.comparator.mode() == Mode::Comparing {
+                if self.comparator.mode() == proxy::Mode::Comparing {
                     self.comparator.abandon();
                 }
                 self.changed.reopen();

@@ -21,6 +21,7 @@ mod end;
 mod epochs;
 mod guest;
 mod loss;
+mod mode;
 mod peer;
 mod sync;
 
@@ -34,12 +35,13 @@ use checkpoint::mutants::{self, Mutant};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Welcome};
-use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
-use proxy::{Comparator, ComparatorLimits, Mode, NetworkPicture, Reason, Verdict};
+use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Role, Tag};
+use proxy::{self, Comparator, ComparatorLimits, NetworkPicture, Reason, Verdict};
 use storage::ChangedBlocks;
 
 use crate::event::{Action, Event, GuestEnd, Outcome, Shipment};
 
+pub use mode::Mode;
 use sync::Known;
 pub use sync::SyncCounts;
 
@@ -87,6 +89,10 @@ impl FromStr for Resume {
 /// What the operator set.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// When a checkpoint is taken, and who runs between two.
+    pub mode: Mode,
+    /// The time between two checkpoints of buffered output.
+    pub checkpoint_every: Duration,
     /// When the VM resumes after the stop for a checkpoint.
     pub resume: Resume,
     /// Whether a witness is configured; without one the primary goes on alone unasked.
@@ -187,6 +193,8 @@ struct Taken {
     trigger: Trigger,
     asked: Instant,
     tag: Tag,
+    /// Of the epoch that has begun.
+    next: EpochMode,
     /// Number of the last input before the stop.
     input: InputNumber,
     /// The VM runs again, in the next epoch.
@@ -220,6 +228,10 @@ pub struct Primary {
     contest: Contest,
     /// The epoch that the guest runs in.
     epoch: Epoch,
+    /// Whether the secondary's guest runs it too.
+    epoch_mode: EpochMode,
+    /// When the guest began to run it.
+    began: Instant,
     committed: Epoch,
     liveness: Option<Liveness>,
     peer: Option<String>,
@@ -277,6 +289,8 @@ impl Primary {
             state: State::Alone,
             contest: Contest::owner(options.witness, generation),
             epoch: last_epoch.next(),
+            epoch_mode: EpochMode::default(),
+            began: now,
             committed: last_epoch,
             liveness: None,
             peer: None,
@@ -359,7 +373,7 @@ impl Primary {
             Event::GuestSent(frame) => self.guest_sent(now, frame, actions),
             Event::GuestStopped(end) => self.guest_stopped(now, end, actions),
             Event::GuestWrote { offset, data } => self.guest_wrote(now, offset, data, actions),
-            Event::InputConsumed(delivery) => self.input_consumed(delivery, actions),
+            Event::InputConsumed(delivery) => self.input_consumed(now, delivery, actions),
             Event::LinkClosed(cause) => self.link_lost(now, failover::Event::Lost, &cause, actions),
             Event::Paused => self.paused(actions),
             Event::PeerSent(message) => self.peer_sent(now, message, actions),
@@ -377,7 +391,7 @@ impl Primary {
         let liveness = self.liveness.as_ref().map(Liveness::deadline);
         let state = match self.state {
             State::Protected { since, .. } if !self.peer_loaded => Some(since + LOAD_MAX),
-            State::Protected { since, .. } if self.ending.is_none() => Some(since + self.options.epoch_age_max),
+            State::Protected { since, .. } if self.ending.is_none() => Some(self.checkpoint_due(since).0),
             State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) => Some(taken.deadline()),
             _ => self.contest.deadline(),
         };
@@ -502,8 +516,10 @@ impl Primary {
                 if since + LOAD_MAX <= now {
                     self.misbehaved(now, "it did not load a checkpoint in time", actions);
                 }
-            } else if since + self.options.epoch_age_max <= now {
-                self.trigger(now, Trigger::Age, actions);
+            } else if let (due, trigger) = self.checkpoint_due(since)
+                && due <= now
+            {
+                self.trigger(now, trigger, actions);
             } else if self.comparator.deadline().is_some_and(|deadline| deadline <= now) {
                 self.comparator.timeout(now, &mut self.verdicts);
                 self.act_on_verdicts(now, actions);

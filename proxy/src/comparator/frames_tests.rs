@@ -1,6 +1,6 @@
 //! The comparator case by case: kinds of frames, openings and ends of connections, going alone.
 
-use checkpoint::{Duration, Epoch};
+use checkpoint::{Duration, Epoch, EpochMode};
 
 use super::tests::{connected, difference, is_held};
 use crate::comparator::{Comparator, ComparatorLimits, Mode};
@@ -267,7 +267,7 @@ fn case_p21_output_leaves_at_most_once_through_an_abandoned_epoch() {
     let mut bench = connected();
     bench.primary(udp(1, b"a"));
     bench.primary(udp(1, b"b"));
-    let epoch = bench.comparator.stop();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
     bench.primary(udp(1, b"c"));
     assert_eq!(released(&bench.secondary_in(epoch.0, udp(1, b"a"))).len(), 1);
     bench.comparator.abandon();
@@ -288,7 +288,7 @@ fn case_p21_output_leaves_at_most_once_through_an_abandoned_epoch() {
 fn an_abandoned_epoch_is_covered_by_the_next_commit() {
     let mut bench = connected();
     bench.primary(udp(1, b"a"));
-    bench.comparator.stop();
+    bench.comparator.stop(EpochMode::Lockstep);
     bench.primary(udp(1, b"b"));
     bench.comparator.abandon();
     bench.primary(udp(1, b"c"));
@@ -305,8 +305,8 @@ fn protection_begins_with_what_left_before() {
     let mut verdicts = Vec::new();
     comparator.primary_output(bench.now, Tcp::data(1000, 500, b"abcd").frame(), &mut verdicts);
     assert_eq!(released(&verdicts).len(), 1, "nobody could take over yet");
-    assert_eq!(comparator.stop(), Epoch(4));
-    comparator.protect(Epoch(5));
+    assert_eq!(comparator.stop(EpochMode::Lockstep), Epoch(4));
+    comparator.protect(Epoch(5), EpochMode::Lockstep);
     bench.comparator = comparator;
     assert_eq!(
         released(&bench.primary(Tcp::data(1000, 500, b"abcd").frame())).len(),
@@ -350,7 +350,7 @@ fn frames_without_room_in_the_flow_table_keep_their_order_over_a_commit() {
     };
     let mut bench = Bench::with(limits);
     (0..4).for_each(|port| drop(bench.primary(udp(port, b"x"))));
-    let epoch = bench.comparator.stop();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
     let verdicts = bench.primary(udp(9, b"first"));
     assert_eq!(divergence(&verdicts).unwrap().epoch, epoch.next());
     assert_eq!(released(&bench.commit(epoch)).len(), 4);

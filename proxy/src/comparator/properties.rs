@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
-use checkpoint::{Duration, Epoch};
+use checkpoint::{Duration, Epoch, EpochMode};
 use proptest::prelude::*;
 
 use crate::comparator::ComparatorLimits;
@@ -44,7 +44,8 @@ enum Event {
         flow: usize,
         ahead: i64,
     },
-    Stop,
+    /// The next epoch is run in this mode.
+    Stop(EpochMode),
     Commit,
     Abandon,
     Stale,
@@ -67,7 +68,7 @@ fn event() -> impl Strategy<Value = Event> {
         ),
         4 => (any::<bool>(), 0u8..4).prop_map(|(primary, byte)| Event::Datagram { primary, byte }),
         1 => (0..FLOWS, 0i64..20).prop_map(|(flow, ahead)| Event::Flip { flow, ahead }),
-        2 => Just(Event::Stop),
+        2 => prop_oneof![2 => Just(EpochMode::Lockstep), 1 => Just(EpochMode::Buffered)].prop_map(Event::Stop),
         2 => Just(Event::Commit),
         1 => Just(Event::Abandon),
         1 => Just(Event::Stale),
@@ -114,6 +115,8 @@ struct World {
     equal: Vec<u8>,
     /// How many datagrams at the front are of an epoch that is not committed.
     stopped: Option<Epoch>,
+    /// Of the running epoch, and of the one stopped before it.
+    modes: [EpochMode; 2],
     committed_datagrams: usize,
     divergences: BTreeSet<Epoch>,
     last_committed: Epoch,
@@ -129,14 +132,22 @@ impl World {
             datagrams: VecDeque::new(),
             equal: Vec::new(),
             stopped: None,
+            modes: [EpochMode::Lockstep; 2],
             committed_datagrams: 0,
             divergences: BTreeSet::new(),
             last_committed: Epoch(0),
         }
     }
 
+    /// Tells whether the secondary's guest runs now.
+    fn follows(&self) -> bool {
+        self.modes[usize::from(self.stopped.is_some())] == EpochMode::Lockstep
+    }
+
     fn apply(&mut self, event: &Event) {
         match *event {
+            Event::Segment { primary: false, .. } | Event::Datagram { primary: false, .. } | Event::Stale
+                if !self.follows() => {}
             Event::Segment { .. } => self.segment(event),
             Event::Datagram { primary: true, byte } => {
                 self.datagrams.push_back(udp(9, &[byte]));
@@ -152,8 +163,9 @@ impl World {
                 let at = self.flows[flow].secondary.newest + ahead;
                 self.flows[flow].flips.insert(at);
             }
-            Event::Stop if self.stopped.is_none() => {
-                self.stopped = Some(self.bench.comparator.stop());
+            Event::Stop(next) if self.stopped.is_none() => {
+                self.stopped = Some(self.bench.comparator.stop(next));
+                self.modes = [next, self.modes[0]];
                 self.committed_datagrams = self.datagrams.len();
                 for flow in &mut self.flows {
                     flow.at_stop = flow.primary;
@@ -164,6 +176,9 @@ impl World {
             Event::Abandon if self.stopped.is_some() => {
                 self.bench.comparator.abandon();
                 self.stopped = None;
+                if self.modes[1] == EpochMode::Buffered {
+                    self.modes[0] = EpochMode::Buffered;
+                }
             }
             Event::Stale => {
                 let epoch = Epoch(self.bench.comparator.comparing().0 - 1);
@@ -182,7 +197,7 @@ impl World {
                 let verdicts = self.bench.wait(Duration::from_millis(millis));
                 self.judge(&verdicts);
             }
-            Event::Stop | Event::Abandon => {}
+            Event::Stop(_) | Event::Abandon => {}
         }
     }
 
@@ -367,7 +382,7 @@ proptest! {
             world.apply(event);
         }
         // Nothing is lost: two more checkpoints let everything leave.
-        for event in [Event::Commit, Event::Stop, Event::Commit] {
+        for event in [Event::Commit, Event::Stop(EpochMode::Lockstep), Event::Commit] {
             world.apply(&event);
         }
         prop_assert!(world.flows.iter().all(|flow| flow.held.is_empty()));

@@ -1,7 +1,7 @@
 //! The comparator case by case: streams, acknowledgements, epochs and limits.
 
 use bytes::Bytes;
-use checkpoint::{Duration, Epoch, Role};
+use checkpoint::{Duration, Epoch, EpochMode, Role};
 
 use crate::comparator::ComparatorLimits;
 use crate::testkit::*;
@@ -287,7 +287,7 @@ fn case_p12_a_divergence_is_told_once_and_nothing_leaves_from_there_on() {
     bench.primary(Tcp::data(1007, 500, b"tail").frame());
     assert!(is_held(&bench.secondary(Tcp::data(1007, 500, b"tail").frame())));
     assert!(is_held(&bench.wait(Duration::from_millis(1000))), "once for an epoch");
-    assert_eq!(bench.comparator.stop(), Epoch(2));
+    assert_eq!(bench.comparator.stop(EpochMode::Lockstep), Epoch(2));
     bench.primary(Tcp::data(1011, 500, b"next").frame());
     let frames = released(&bench.commit(Epoch(2)));
     assert_eq!(
@@ -305,7 +305,7 @@ fn case_p12_a_divergence_is_told_once_and_nothing_leaves_from_there_on() {
 fn a_divergence_of_an_epoch_that_is_being_checkpointed_triggers_nothing() {
     let mut bench = connected();
     bench.primary(Tcp::data(1000, 500, b"aaaa").frame());
-    let epoch = bench.comparator.stop();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
     assert!(is_held(
         &bench.secondary_in(epoch.0, Tcp::data(1000, 500, b"aabb").frame())
     ));
@@ -316,7 +316,7 @@ fn a_divergence_of_an_epoch_that_is_being_checkpointed_triggers_nothing() {
 fn output_of_a_stopped_epoch_still_matches_while_it_is_sent() {
     let mut bench = connected();
     bench.primary(udp(1, b"a"));
-    let epoch = bench.comparator.stop();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
     bench.primary(udp(1, b"b"));
     assert_eq!(released(&bench.secondary_in(epoch.0, udp(1, b"a"))), vec![udp(1, b"a")]);
     assert!(is_held(&bench.secondary_in(epoch.0, udp(1, b"b"))), "of another epoch");
@@ -331,7 +331,7 @@ fn output_of_a_stopped_epoch_still_matches_while_it_is_sent() {
 #[test]
 fn output_that_overtakes_its_commit_waits_for_it() {
     let mut bench = connected();
-    let epoch = bench.comparator.stop();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
     bench.primary(udp(1, b"a"));
     assert!(is_held(&bench.secondary_in(epoch.next().0, udp(1, b"a"))));
     assert_eq!(released(&bench.commit(epoch)), vec![udp(1, b"a")]);
@@ -393,7 +393,7 @@ fn output_of_the_secondary_alone_ends_in_a_checkpoint_too() {
 #[test]
 fn the_bound_counts_from_the_load() {
     let mut bench = Bench::new();
-    let epoch = bench.comparator.stop();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
     bench.primary(udp(1, b"a"));
     assert_eq!(
         bench.comparator.deadline(),

@@ -1,7 +1,7 @@
 //! A checkpoint from its end mark to the resumption: verify, commit, load.
 
 use super::{
-    Action, EndMark, Epoch, Flight, InputNumber, Instant, Message, Mutant, Secondary, Standing, Tag, failover, mutants,
+    Action, EndMark, Epoch, EpochMode, Flight, InputNumber, Instant, Message, Mutant, Secondary, Standing, Tag, failover, mutants,
 };
 
 impl Secondary {
@@ -71,6 +71,7 @@ impl Secondary {
         assert_eq!(mark.tag, tag, "one checkpoint is loaded at a time");
         self.flight = Flight::Staging;
         self.running = tag.epoch.next();
+        self.mode = mark.next;
         let network = self.staged_network.take();
         if !mutants::on(Mutant::KeepOwnNetwork) {
             self.network = network.expect("a checkpoint is committed only with its network state");
@@ -90,7 +91,9 @@ impl Secondary {
         let started = core::mem::take(&mut self.first);
         if self.standing() == Standing::Following {
             self.quiet = false;
-            actions.push(Action::ResumeVm);
+            if self.mode == EpochMode::Lockstep {
+                actions.push(Action::ResumeVm);
+            }
             self.confirm(actions);
             actions.push(Action::Send(Message::Loaded(tag)));
             if started {

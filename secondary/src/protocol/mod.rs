@@ -17,6 +17,9 @@
 //! The primary may hold a lease until the takeover limit has passed since it was last heard; before that, only an end
 //! of the connection that its kernel made tells that it releases nothing more.
 //!
+//! In a buffered epoch the VM stands in the state that it has loaded, and what is in front of its guest waits with it: a
+//! takeover only lets it run.
+//!
 //! A checkpoint is all or nothing: until its end mark has arrived, verified and been checked, nothing
 //! touches the VM, its memory or its disk; from then on a takeover is in the new state. It never reads
 //! a clock, never blocks, and holds bulk data by reference only.
@@ -37,7 +40,7 @@ use checkpoint::mutants::{self, Mutant};
 use checkpoint::pair::{Delivery, RecordUpdate, Report};
 use checkpoint::staging::{StagingError, Totals};
 use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output};
-use checkpoint::{Duration, Epoch, Generation, InputNumber, Instant, Role, Tag};
+use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Role, Tag};
 use proxy::NetworkPicture;
 
 use crate::event::{Action, Event, LinkEnd, Outcome, TakenOver};
@@ -114,6 +117,8 @@ pub struct Secondary {
     contest: Contest,
     /// The epoch that the own guest runs in.
     running: Epoch,
+    /// Whether it does run, or stands in the state that the epoch began with.
+    mode: EpochMode,
     committed: Epoch,
     /// Last epoch whose disk writes are in the image.
     durable: Epoch,
@@ -148,6 +153,7 @@ impl Secondary {
         Self {
             contest: Contest::follower(options.witness, options.generation),
             running: Epoch(0),
+            mode: EpochMode::default(),
             committed: Epoch(0),
             durable: Epoch(0),
             first: true,
@@ -277,6 +283,12 @@ impl Secondary {
     #[must_use]
     pub fn committed(&self) -> Epoch {
         self.committed
+    }
+
+    /// Returns whether the own guest runs in the epoch of the tag, once a checkpoint is loaded.
+    #[must_use]
+    pub fn epoch_mode(&self) -> EpochMode {
+        self.mode
     }
 
     /// Tells whether no checkpoint of this pairing has been loaded yet.

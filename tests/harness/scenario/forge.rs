@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch};
-use checkpoint::{Epoch, Generation, InputNumber, Instant, Tag};
+use checkpoint::{Epoch, EpochMode, Generation, InputNumber, Instant, Tag};
 
 use super::frames::Frames;
 
@@ -48,6 +48,7 @@ pub(super) fn message(frames: &mut Frames, words: &[&str]) -> Result<Message, St
             writes_digest: 0,
             sections: 1,
             input: InputNumber(after(last, "input=")?),
+            next: EpochMode::default(),
             entropy: [1; 32],
         }),
         ["Heartbeat", "echo=never"] => Message::Heartbeat(Heartbeat {

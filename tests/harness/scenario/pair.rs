@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Epoch, Generation};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
-use primary::protocol::{Primary, Resume, Start};
+use primary::protocol::{Mode, Primary, Resume, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome};
 
 use super::frames::Frames;
@@ -49,6 +49,8 @@ pub(super) struct Options {
     pub(super) witness: bool,
     pub(super) epoch_age_max: Duration,
     pub(super) resume: Resume,
+    pub(super) mode: Mode,
+    pub(super) checkpoint_every: Duration,
 }
 
 impl Pair {
@@ -65,6 +67,8 @@ impl Pair {
                 witness: true,
                 epoch_age_max: checkpoint::limits::EPOCH_AGE_MAX,
                 resume: Resume::default(),
+                mode: Mode::default(),
+                checkpoint_every: checkpoint::limits::CHECKPOINT_EVERY,
             },
             witness: tempfile::tempdir().expect("a directory for the witness"),
             shows_heartbeats: false,
@@ -295,6 +299,8 @@ impl Pair {
     /// A host becomes primary.
     pub(super) fn lead(&mut self, host: usize, start: Start) {
         let options = primary::protocol::Options {
+            mode: self.options.mode,
+            checkpoint_every: self.options.checkpoint_every,
             resume: self.options.resume,
             witness: self.options.witness,
             takeover_limit: checkpoint::limits::TAKEOVER_LIMIT_DEFAULT,

@@ -2,7 +2,7 @@
 
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::wire::{Begin, DiskWrite, Held, Message};
-use checkpoint::{Duration, Instant, Tag};
+use checkpoint::{Duration, EpochMode, Instant, Tag};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, GuestEnd, Outcome as PrimaryOutcome};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, Outcome as SecondaryOutcome};
 
@@ -177,8 +177,12 @@ impl Shown<'_> {
             Message::NetworkState(state) => format!("{name} {}", state.tag),
             Message::End(mark) => {
                 let base = mark.base.map_or_else(|| "none".to_owned(), |base| base.to_string());
+                let next = match mark.next {
+                    EpochMode::Lockstep => "",
+                    EpochMode::Buffered => " next=buffered",
+                };
                 format!(
-                    "{name} {}: base={base} pages={} writes={} input={}",
+                    "{name} {}: base={base} pages={} writes={} input={}{next}",
                     mark.tag, mark.pages, mark.writes, mark.input.0
                 )
             }

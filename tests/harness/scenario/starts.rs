@@ -25,7 +25,13 @@ impl Pair {
                 Some(("witness", "no")) => self.options.witness = false,
                 Some(("age", span)) => self.options.epoch_age_max = span_of(&format!("+{span}"))?,
                 Some(("resume", policy)) => self.options.resume = policy.parse()?,
-                _ => return Err(format!("'{option}' is no option: witness=no, age=10s, resume=copy")),
+                Some(("mode", mode)) => self.options.mode = mode.parse()?,
+                Some(("every", span)) => self.options.checkpoint_every = span_of(&format!("+{span}"))?,
+                _ => {
+                    return Err(format!(
+                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms"
+                    ));
+                }
             }
         }
         Ok(())

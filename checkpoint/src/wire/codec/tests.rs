@@ -86,10 +86,11 @@ fn marks() -> impl Strategy<Value = EndMark> {
         sums,
         any::<u32>(),
         any::<u64>(),
+        prop_oneof![Just(EpochMode::Lockstep), Just(EpochMode::Buffered)],
         any::<[u8; 32]>(),
     )
         .prop_map(
-            |(tag, base, (pages, pages_digest, writes, writes_digest), sections, input, entropy)| EndMark {
+            |(tag, base, (pages, pages_digest, writes, writes_digest), sections, input, next, entropy)| EndMark {
                 tag,
                 base: base.map(Epoch),
                 pages,
@@ -98,6 +99,7 @@ fn marks() -> impl Strategy<Value = EndMark> {
                 writes_digest,
                 sections,
                 input: InputNumber(input),
+                next,
                 entropy,
             },
         )
