@@ -388,7 +388,9 @@ mod tests {
     }
 
     fn mark() -> EndMark {
-        totals(&checkpoint()).unwrap().mark(InputNumber(5), EpochMode::default(), [1; 32])
+        totals(&checkpoint())
+            .unwrap()
+            .mark(InputNumber(5), EpochMode::default(), [1; 32])
     }
 
     #[test]

@@ -387,7 +387,10 @@ mod tests {
             );
         }
         let error = parse_text("qqq = 1").unwrap_err().to_string();
-        assert!(error.contains("the keys are checkpoint-every, cmdline, control,"), "{error}");
+        assert!(
+            error.contains("the keys are checkpoint-every, cmdline, control,"),
+            "{error}"
+        );
     }
 
     #[test]

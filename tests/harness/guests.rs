@@ -106,7 +106,11 @@ impl World {
     fn guest_acts(&mut self, node: usize, act: impl FnOnce(&mut ToyVm, u64, &mut Vec<Effect>)) {
         if let Role::Secondary(secondary) = &self.nodes[node].role {
             let mode = secondary.epoch_mode();
-            assert_eq!(mode, EpochMode::Lockstep, "rule 2: a guest runs in a state that it only holds");
+            assert_eq!(
+                mode,
+                EpochMode::Lockstep,
+                "rule 2: a guest runs in a state that it only holds"
+            );
         }
         let noise = self.random.draw();
         let mut effects = core::mem::take(&mut self.effects);

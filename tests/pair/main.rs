@@ -5,7 +5,7 @@
 //!   ends      orderly ends                                   garbage  hostile bytes on every port
 //!   starts    starts that must fail, and say why             journal  commits interrupted half-way
 //!   flows     connections whose numbers are translated       idle     what a pair costs that does nothing
-//!   resync    a broken pair is made whole by difference
+//!   resync    a broken pair is made whole by difference          modes    buffered output
 //! ```
 //!
 //! `stage` has the hosts, `load` the clients. Every test asserts on facts that the roles and the clients tell,
@@ -18,6 +18,7 @@ mod garbage;
 mod idle;
 mod journal;
 mod load;
+mod modes;
 mod program;
 mod resync;
 mod split;

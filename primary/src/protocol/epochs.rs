@@ -1,8 +1,8 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
 use super::{
-    Action, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken,
-    Totals, Trigger, failover, mutants,
+    Action, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken, Totals, Trigger,
+    failover, mutants,
 };
 
 impl Primary {
@@ -130,7 +130,11 @@ impl Primary {
             .network_state(&network)
             .expect("the network's state is counted once");
         actions.push(Action::Send(Message::NetworkState(network)));
-        actions.push(Action::Send(Message::End(totals.mark(taken.input, taken.next, shipment.entropy))));
+        actions.push(Action::Send(Message::End(totals.mark(
+            taken.input,
+            taken.next,
+            shipment.entropy,
+        ))));
         self.memory_known.sent(tag);
         self.disk_known.sent(tag);
         self.counters.pages += shipment.pages;

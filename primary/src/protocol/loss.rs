@@ -3,8 +3,8 @@
 //! The decisions are in [`checkpoint::failover::Contest`].
 
 use super::{
-    Action, Generation, Instant, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger,
-    WitnessAnswer, failover, mutants, proxy,
+    Action, Generation, Instant, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger, WitnessAnswer,
+    failover, mutants, proxy,
 };
 
 impl Primary {

@@ -1,7 +1,8 @@
 //! A checkpoint from its end mark to the resumption: verify, commit, load.
 
 use super::{
-    Action, EndMark, Epoch, EpochMode, Flight, InputNumber, Instant, Message, Mutant, Secondary, Standing, Tag, failover, mutants,
+    Action, EndMark, Epoch, EpochMode, Flight, InputNumber, Instant, Message, Mutant, Secondary, Standing, Tag,
+    failover, mutants,
 };
 
 impl Secondary {
