@@ -1,12 +1,14 @@
-//! Memory that is written on purpose: the dirtier's working set and `/touch`.
+//! Memory that is written on purpose: the dirtier's working set, `/touch` and `/write`.
 //!
 //! The [`Arena`] is all memory outside the heap. The dirtier goes through the first part of it at a set rate,
 //! in small portions, so that the network is served in between; it never catches up more than a tenth of a
-//! second. A touch writes a stretch of the arena once. Neither reads a clock: the server passes the time.
+//! second. A touch writes a stretch of the arena once,
+//! with its own content or with a pattern. Neither reads a clock: the server passes the time.
 
 use alloc::vec::Vec;
 
 use crate::content;
+use crate::pattern;
 use crate::settings::{Dirty, Order, Pattern};
 
 /// Bytes of a page.
@@ -20,7 +22,6 @@ const PAGES_PER_PORTION: u64 = 256;
 const SECOND: u64 = 1_000_000_000;
 const CATCH_UP_MAX: u64 = SECOND / 10;
 const TICK: u64 = 1_000_000;
-const TEXT: &[u8; 64] = b"The quick brown fox jumps over the lazy dog, and then once more.";
 
 /// The memory that is there to be written, in up to a few pieces.
 #[derive(Debug, Default)]
@@ -59,6 +60,8 @@ pub struct Touch {
     next: usize,
     end: usize,
     rounds: u64,
+    /// What is written; none: content that no page had before.
+    pattern: Option<(Pattern, u64)>,
 }
 
 impl Touch {
@@ -72,12 +75,32 @@ impl Touch {
             return Err(available);
         }
         if self.is_done() {
-            self.next = 0;
-            self.end = 0;
-            self.rounds += 1;
+            self.begin(None);
         }
         self.end = self.end.max(mib * PAGES_PER_MIB);
         Ok(())
+    }
+
+    /// Starts to write a pattern into the first `pages` pages of the arena. The same `noise` gives the same content;
+    /// nothing is written while a touch is in progress.
+    ///
+    /// # Errors
+    /// The number of pages there are, if that is less; none while a touch is in progress.
+    pub fn start_pattern(&mut self, arena: &Arena, pages: usize, what: Pattern, noise: u64) -> Result<(), usize> {
+        let available = if self.is_done() { arena.pages() } else { 0 };
+        if pages > available {
+            return Err(available);
+        }
+        self.begin(Some((what, noise)));
+        self.end = pages;
+        Ok(())
+    }
+
+    fn begin(&mut self, pattern: Option<(Pattern, u64)>) {
+        self.next = 0;
+        self.end = 0;
+        self.rounds += 1;
+        self.pattern = pattern;
     }
 
     /// Whether nothing is left to write.
@@ -97,8 +120,13 @@ impl Touch {
             }
             if let Some(page) = arena.page(self.next) {
                 let start = (self.next as u64).wrapping_add(self.rounds << 32).wrapping_mul(512);
-                for (at, word) in page.iter_mut().enumerate() {
-                    *word = content::word(start.wrapping_add(at as u64));
+                match self.pattern {
+                    Some((pattern, noise)) => pattern::fill(page, pattern, content::word(start ^ noise)),
+                    None => {
+                        for (at, word) in page.iter_mut().enumerate() {
+                            *word = content::word(start.wrapping_add(at as u64));
+                        }
+                    }
                 }
             }
             self.next += 1;
@@ -219,35 +247,10 @@ impl Job {
         };
         self.next = (index + 1) % self.pages;
         let noise = self.noise;
-        let Some(page) = arena.page(index) else { return };
-        match self.dirty.pattern {
-            Pattern::Zero => page.fill(0),
-            Pattern::Sparse => page[usize::try_from(noise >> 40).unwrap_or(0) % page.len()] ^= noise | 1,
-            Pattern::Text => fill_with_text(page, noise),
-            Pattern::Random => {
-                for (at, word) in page.iter_mut().enumerate() {
-                    *word = content::word(noise.wrapping_add(at as u64)) ^ noise;
-                }
-            }
+        if let Some(page) = arena.page(index) {
+            pattern::fill(page, self.dirty.pattern, noise);
         }
     }
-}
-
-fn fill_with_text(page: &mut Page, noise: u64) {
-    for (at, word) in page.iter_mut().enumerate() {
-        let from = (at % 8) * 8;
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(&TEXT[from..from + 8]);
-        *word = u64::from_le_bytes(bytes);
-    }
-    // A line number, so that no two pages are the same.
-    let mut number = noise >> 32;
-    let mut digits = [b'0'; 8];
-    for digit in &mut digits {
-        *digit += u8::try_from(number % 10).unwrap_or(0);
-        number /= 10;
-    }
-    page[0] = u64::from_le_bytes(digits);
 }
 
 #[cfg(test)]
@@ -331,6 +334,25 @@ mod tests {
         touch.start(&arena, 2).unwrap();
         while touch.run(&mut arena) {}
         assert_eq!(touched(&mut arena), 512);
+    }
+
+    #[test]
+    fn a_pattern_is_written_once_and_anew_each_time() {
+        let mut arena = arena(&[3, 600]);
+        let mut touch = Touch::default();
+        assert_eq!(touch.start_pattern(&arena, 604, Pattern::Sparse, 0), Err(603));
+        touch.start_pattern(&arena, 600, Pattern::Sparse, 0).unwrap();
+        assert_eq!(
+            touch.start_pattern(&arena, 1, Pattern::Sparse, 0),
+            Err(0),
+            "one at a time"
+        );
+        while touch.run(&mut arena) {}
+        assert_eq!(touched(&mut arena), 600);
+        let first = *arena.page(7).unwrap();
+        touch.start_pattern(&arena, 600, Pattern::Random, 0).unwrap();
+        while touch.run(&mut arena) {}
+        assert_ne!(*arena.page(7).unwrap(), first);
     }
 
     #[test]

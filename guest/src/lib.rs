@@ -29,6 +29,8 @@ pub mod kv;
 #[cfg(feature = "services")]
 mod outgoing;
 #[cfg(feature = "services")]
+mod pattern;
+#[cfg(feature = "services")]
 pub mod random;
 #[cfg(feature = "services")]
 mod redis;

@@ -6,7 +6,7 @@
 //! | `ip6` | IPv6 address/prefix, or `none` | `fd77::10/64` |
 //! | `gw`, `gw6` | default gateway, or `none` | none |
 //! | `nondeterminism` | permille of HTTP answers that carry time and noise, 0 to 1000 | 0 |
-//! | `dirty` | `MiB,pages per second,zero\|sparse\|text\|random[,sequential\|random]`, or `off` | off |
+//! | `dirty` | `MiB,pages per second,zero\|sparse\|run\|runs\|text\|random[,sequential\|random]`, or `off` | off |
 //! | `touch` | MiB of memory to write once at start | 0 |
 //! | `tcp_rx`, `tcp_tx` | bytes of each TCP socket's buffers, 4096 to 1048576 | 16384, 65536 |
 //! | `isn_skew` | 1: initial sequence numbers differ between hosts | 0 |
@@ -26,13 +26,17 @@ pub struct Network<A> {
     pub prefix: u8,
 }
 
-/// What the dirtier writes into a page.
+/// What is written into a page on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
     /// Only zeroes.
     Zero,
     /// One changed word; the rest of the page stays.
     Sparse,
+    /// One changed run of 64 bytes.
+    Run,
+    /// Eight changed runs of 8 bytes.
+    Runs,
     /// Printable, compressible text.
     Text,
     /// Incompressible bytes.
@@ -144,7 +148,9 @@ impl fmt::Display for SettingsError<'_> {
 impl core::error::Error for SettingsError<'_> {}
 
 const KEYS: &str = "ip ip6 gw gw6 nondeterminism dirty touch tcp_rx tcp_tx isn_skew";
-const EXPECTED_DIRTY: &str = "MiB,pages per second,zero|sparse|text|random[,sequential|random] or off";
+/// How a dirtier is set, for messages.
+pub(crate) const EXPECTED_DIRTY: &str =
+    "MiB,pages per second,zero|sparse|run|runs|text|random[,sequential|random] or off";
 const EXPECTED_PERMILLE: &str = "a permille from 0 to 1000";
 
 impl Settings {
@@ -195,13 +201,7 @@ pub fn dirty(value: &str) -> Option<Option<Dirty>> {
     let mut parts = value.split(',');
     let working_set_mib = parts.next()?.parse().ok().filter(|mib| *mib > 0)?;
     let pages_per_second = parts.next()?.parse().ok().filter(|rate| *rate > 0)?;
-    let pattern = match parts.next()? {
-        "zero" => Pattern::Zero,
-        "sparse" => Pattern::Sparse,
-        "text" => Pattern::Text,
-        "random" => Pattern::Random,
-        _ => return None,
-    };
+    let pattern = pattern(parts.next()?)?;
     let order = match parts.next() {
         None | Some("sequential") => Order::Sequential,
         Some("random") => Order::Random,
@@ -216,6 +216,20 @@ pub fn dirty(value: &str) -> Option<Option<Dirty>> {
         pattern,
         order,
     }))
+}
+
+/// Reads the name of a pattern.
+#[must_use]
+pub fn pattern(name: &str) -> Option<Pattern> {
+    Some(match name {
+        "zero" => Pattern::Zero,
+        "sparse" => Pattern::Sparse,
+        "run" => Pattern::Run,
+        "runs" => Pattern::Runs,
+        "text" => Pattern::Text,
+        "random" => Pattern::Random,
+        _ => return None,
+    })
 }
 
 fn network<A: FromStr>(value: &str, longest: u8) -> Option<Option<Network<A>>> {

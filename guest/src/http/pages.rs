@@ -10,6 +10,7 @@
 //! | `/set?dirty=MiB,rate,pattern[,order]` or `off` | the memory dirtier |
 //! | `/set?connect=IP:PORT,N` | opens N connections, sends a line on each, expects it back |
 //! | `/touch/N` | writes N MiB of memory once, then answers |
+//! | `/write/N,pattern[,differ]` | writes a pattern into N pages once, then answers; with `differ`, another on each host |
 //! | `/poweroff`, `/reset` | ends or restarts the guest |
 
 use alloc::format;
@@ -80,9 +81,10 @@ pub(super) fn answer(world: &mut World, now: Moment, target: &str) -> Answer {
         "/reset" => power(world, Power::Reset),
         _ => match path.strip_prefix("/file/") {
             Some(bytes) => file(bytes),
-            None => match path.strip_prefix("/touch/") {
-                Some(mib) => touch(world, mib),
-                None => Answer::text("404 Not Found", "there is no such page\n".into()),
+            None => match (path.strip_prefix("/touch/"), path.strip_prefix("/write/")) {
+                (Some(mib), _) => touch(world, mib),
+                (None, Some(what)) => write(world, now, what),
+                (None, None) => Answer::text("404 Not Found", "there is no such page\n".into()),
             },
         },
     }
@@ -108,12 +110,34 @@ fn touch(world: &mut World, mib: &str) -> Answer {
         return bad("the size to touch is a number of MiB\n".into());
     };
     match world.touch.start(&world.arena, mib) {
-        Ok(()) => Answer {
-            status: OK,
-            kind: "text/plain",
-            body: Body::WhenTouched,
-        },
+        Ok(()) => when_touched(),
         Err(available) => bad(format!("only {available} MiB can be touched on this machine\n")),
+    }
+}
+
+fn write(world: &mut World, now: Moment, what: &str) -> Answer {
+    let mut words = what.split(',');
+    let pages = words.next().and_then(|pages| pages.parse().ok());
+    let pattern = words.next().and_then(settings::pattern);
+    let noise = match words.next() {
+        None => Some(0),
+        Some("differ") => Some(now.tsc),
+        Some(_) => None,
+    };
+    let (Some(pages), Some(pattern), Some(noise), None) = (pages, pattern, noise, words.next()) else {
+        return bad("expected /write/pages,zero|sparse|run|runs|text|random[,differ]\n".into());
+    };
+    match world.touch.start_pattern(&world.arena, pages, pattern, noise) {
+        Ok(()) => when_touched(),
+        Err(available) => bad(format!("only {available} pages can be written now\n")),
+    }
+}
+
+fn when_touched() -> Answer {
+    Answer {
+        status: OK,
+        kind: "text/plain",
+        body: Body::WhenTouched,
     }
 }
 
@@ -131,7 +155,7 @@ fn set(world: &mut World, now: Moment, query: &str) -> Answer {
             .map(|share| world.settings.nondeterminism = share)
             .ok_or_else(|| "expected a permille from 0 to 1000\n".into()),
         "dirty" => settings::dirty(value)
-            .ok_or_else(|| "expected MiB,pages per second,zero|sparse|text|random[,sequential|random] or off\n".into())
+            .ok_or_else(|| format!("expected {}\n", settings::EXPECTED_DIRTY))
             .and_then(|dirty| {
                 let outcome = world.dirtier.set(dirty, &world.arena, now.ns);
                 outcome.map_err(|available| format!("the working set can have {available} MiB on this machine\n"))
