@@ -5,6 +5,7 @@
 //! ```text
 //!   {"command":"status"}                                    {"ok":{"pair":"shop", …}}
 //!   {"command":"checkpoint"}                          ──►   {"ok":"checkpoint 12 committed"}
+//!   {"command":"history"}                                   {"ok":[{"epoch":12, …}, …]}
 //!   {"command":"takeover","old_primary_is_off":true}        {"error":"the pair is protected: …"}
 //!   {"command":"stop"}
 //! ```
@@ -30,7 +31,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::status::Status;
+use crate::status::{CheckpointTrace, Status};
 
 /// Longest request, in bytes.
 const REQUEST_BYTES_MAX: usize = 4 * 1024;
@@ -53,6 +54,8 @@ pub enum Command {
     Status,
     /// Take a checkpoint now and tell when it is committed.
     Checkpoint,
+    /// What did the last checkpoints cost?
+    History,
     /// Go on without the primary.
     Takeover {
         /// The operator has made sure that the old primary does not run.
@@ -67,6 +70,8 @@ pub enum Command {
 pub enum Answer {
     /// To `status`.
     Status(Box<Status>),
+    /// To `history`: the oldest first.
+    History(Vec<CheckpointTrace>),
     /// To the others: what was done.
     Done(String),
 }
@@ -211,6 +216,14 @@ pub fn ask_status(path: &Path) -> Result<Status, ControlError> {
     serde_json::from_value(ask(path, &Command::Status)?).map_err(|_| ControlError::Reply(path.to_owned()))
 }
 
+/// Asks the primary that serves `path` what the last checkpoints cost; the oldest first.
+///
+/// # Errors
+/// As [`ask_status`]; and if the role is no primary.
+pub fn ask_history(path: &Path) -> Result<Vec<CheckpointTrace>, ControlError> {
+    serde_json::from_value(ask(path, &Command::History)?).map_err(|_| ControlError::Reply(path.to_owned()))
+}
+
 fn exchange(mut stream: &StdStream, command: &Command) -> io::Result<Vec<u8>> {
     let deadline = Instant::now() + REPLY_LIMIT + CLIENT_LIMIT;
     stream.set_write_timeout(Some(CLIENT_LIMIT))?;
@@ -312,6 +325,7 @@ async fn serve_one(mut stream: UnixStream, requests: &mpsc::Sender<ControlReques
             Err(error) => json!({ "error": format!("not a request that this release knows: {error}") }),
             Ok(command) => match forward(command, requests).await {
                 Ok(Answer::Status(status)) => json!({ "ok": status }),
+                Ok(Answer::History(traces)) => json!({ "ok": traces }),
                 Ok(Answer::Done(text)) => json!({ "ok": text }),
                 Err(reason) => json!({ "error": reason }),
             },
@@ -383,6 +397,10 @@ mod tests {
                         old_primary_is_off: true,
                     } => Ok(Answer::Done("took over".into())),
                     Command::Takeover { .. } => Err("is the old primary off?".into()),
+                    Command::History => Ok(Answer::History(vec![CheckpointTrace {
+                        epoch: 3,
+                        ..CheckpointTrace::default()
+                    }])),
                     Command::Checkpoint | Command::Stop => continue,
                 };
                 let _ = request.reply.send(answer);
@@ -402,6 +420,11 @@ mod tests {
             move || ask_status(&path)
         });
         assert_eq!(status.await.unwrap().unwrap().pid, 7);
+        let history = tokio::task::spawn_blocking({
+            let path = path.clone();
+            move || ask_history(&path)
+        });
+        assert_eq!(history.await.unwrap().unwrap()[0].epoch, 3);
         let done = asked(
             &path,
             Command::Takeover {

@@ -134,6 +134,59 @@ pub struct LastCheckpoint {
     pub commit_us: u64,
 }
 
+/// What one committed checkpoint cost the primary. All times are in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointTrace {
+    /// The epoch that it ended.
+    pub epoch: u64,
+    /// Pages that were dirty at the stop.
+    pub pages: u64,
+    /// Bytes of pages sent.
+    pub bytes: u64,
+    /// Pages and bytes by codec; codecs without a page are left out.
+    pub codecs: Vec<CodecTrace>,
+    /// How long the guest stood.
+    pub pause_us: f64,
+    /// What it stood for.
+    pub parts: PauseParts,
+    /// How long its pages were encoded and queued.
+    pub encode_us: f64,
+    /// From the stop to the commit.
+    pub commit_us: f64,
+}
+
+/// What the guest stood for, in microseconds. Together it is the pause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PauseParts {
+    /// Until processor and devices were at rest.
+    pub halt_us: f64,
+    /// Until the protocol had ended the epoch and ordered the checkpoint.
+    pub order_us: f64,
+    /// Until the dirty pages were known.
+    pub harvest_us: f64,
+    /// Until the shipment before had left the room that pages are copied to.
+    pub room_us: f64,
+    /// Until the pages were copied; those beyond that room were encoded and queued.
+    pub copy_us: f64,
+    /// Until processor and devices were saved.
+    pub save_us: f64,
+    /// Until the protocol had the guest go on.
+    pub handover_us: f64,
+    /// Until it went on.
+    pub resume_us: f64,
+}
+
+/// What one codec did for a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodecTrace {
+    /// Its name.
+    pub codec: String,
+    /// Pages.
+    pub pages: u64,
+    /// The bytes that they became.
+    pub bytes: u64,
+}
+
 /// What an initial sync sent while the guest ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastSync {

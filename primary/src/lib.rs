@@ -15,6 +15,7 @@ pub mod protocol;
 pub mod run;
 mod ship;
 mod status;
+mod trace;
 mod vm;
 
 pub use run::{Outside, Setup, run};

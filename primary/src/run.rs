@@ -28,6 +28,7 @@ use tracing::{info, warn};
 
 use crate::event::{Action, Event, GuestEnd, Outcome};
 use crate::protocol::{Options, Primary, Start};
+use crate::trace::Traces;
 use crate::vm::{self, Command, DiskCommand, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
@@ -108,7 +109,8 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
     if let Start::TakenOver { .. } = setup.start {
         give_back_image(setup.vm.ram())?;
     }
-    let vm = vm::spawn(setup.vm, Arc::clone(&setup.image), events.clone())?;
+    let traces = Traces::default();
+    let vm = vm::spawn(setup.vm, Arc::clone(&setup.image), traces.clone(), events.clone())?;
     let disk = vm::spawn_disk(Arc::clone(&setup.image), setup.record, folded, events.clone())?;
     let (dialled, answers) = mpsc::channel(1);
     let mut actions = Vec::new();
@@ -149,6 +151,8 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         rates: Rates::default(),
         sampled: (clock::now(), crate::protocol::Counters::default()),
         outcome: None,
+        traced: Epoch(0),
+        traces,
         asked: Vec::new(),
     };
     if let Some(met) = setup.met {
@@ -270,6 +274,9 @@ struct Role {
     rates: Rates,
     sampled: (Instant, crate::protocol::Counters),
     outcome: Option<Outcome>,
+    traces: Traces,
+    /// The last committed epoch that they know of.
+    traced: Epoch,
     /// Who asked for a checkpoint, and the epoch that it ends.
     asked: Vec<(Epoch, oneshot::Sender<Result<Answer, String>>)>,
 }
@@ -351,6 +358,10 @@ impl Role {
             self.carry_out(action);
         }
         self.actions = actions;
+        if self.traced != self.protocol.committed() {
+            self.traced = self.protocol.committed();
+            self.traces.committed(self.traced);
+        }
         self.answer_asked();
         // A protected pair takes checkpoints all the time: that is no news.
         let state = match self.protocol.state_name() {
@@ -546,6 +557,7 @@ impl Role {
     fn answer(&mut self, request: ControlRequest) {
         let reply = match request.command {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
+            Question::History => Ok(Answer::History(self.traces.list())),
             Question::Checkpoint if self.is_protected() => {
                 // The one under way, or the next: either covers all that the guest has done until now.
                 self.asked.push((self.protocol.committed().next(), request.reply));
@@ -618,6 +630,7 @@ impl Role {
                 released_late: self.released_late,
                 alarms: self.alarms.list(),
                 since: now.since(self.since),
+                last: self.traces.last(),
             },
         )
     }

@@ -4,11 +4,12 @@
 //! sees only their number and digest. No decision is made here.
 
 use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use bytes::Bytes;
 use checkpoint::Epoch;
 use checkpoint::limits::{BODY_BYTES_MAX, PAGE_BYTES};
-use checkpoint::pages::{BASE_BYTES_DEFAULT, BaseCache, BatchEncoder, Chooser, Page, is_zero};
+use checkpoint::pages::{BASE_BYTES_DEFAULT, BaseCache, BatchEncoder, Chooser, CodecStats, Page, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
 use link::describe;
@@ -20,6 +21,7 @@ use storage::{FileImage, Image};
 use tokio::sync::mpsc as events;
 
 use crate::event::{Event, Shipment};
+use crate::trace::Traces;
 
 /// Encoded bytes after which a batch is sent.
 const BATCH_BYTES: usize = 256 * 1024;
@@ -34,6 +36,8 @@ pub(crate) struct Kit {
     encoder: BatchEncoder,
     cache: BaseCache,
     chooser: Chooser,
+    /// What the encoder had done before this checkpoint.
+    before: CodecStats,
 }
 
 impl Kit {
@@ -44,6 +48,7 @@ impl Kit {
             encoder: BatchEncoder::new(BATCH_BYTES, None),
             cache: BaseCache::new(BASE_BYTES_DEFAULT),
             chooser: Chooser::default(),
+            before: CodecStats::default(),
         }
     }
 
@@ -54,6 +59,12 @@ impl Kit {
             None => self.cache.abandon(),
         }
         self.encoder.rebase(self.cache.committed());
+        self.before = *self.encoder.stats();
+    }
+
+    /// Returns what was encoded for this checkpoint.
+    fn stats(&self) -> CodecStats {
+        self.encoder.stats().since(&self.before)
     }
 
     /// Forgets what a secondary holds: there will be another, or the same with another state.
@@ -133,13 +144,13 @@ pub(crate) struct Courier {
 
 impl Courier {
     /// Starts the thread.
-    pub(crate) fn spawn(image: Arc<FileImage>, events: events::Sender<Event>) -> std::io::Result<Self> {
+    pub(crate) fn spawn(image: Arc<FileImage>, traces: Traces, events: events::Sender<Event>) -> std::io::Result<Self> {
         let (give_back, returned) = mpsc::channel();
         // Received by the first checkpoint.
         let _ = give_back.send(Kit::new());
         let thread = Worker::spawn("courier", move |inbox: Inbox<Parcel>| {
             while let Some(parcel) = inbox.next() {
-                let (kit, sent) = parcel.send(&image);
+                let (kit, sent) = parcel.send(&image, &traces);
                 // Either channel is closed when the role has ended.
                 let _ = give_back.send(kit);
                 let event = match sent {
@@ -165,8 +176,15 @@ impl Courier {
 }
 
 impl Parcel {
-    fn send(mut self, image: &FileImage) -> (Kit, Result<Shipment, ShipError>) {
+    fn send(mut self, image: &FileImage, traces: &Traces) -> (Kit, Result<Shipment, ShipError>) {
+        let start = Instant::now();
         let sent = self.queue(image);
+        traces.sent(
+            self.out.totals.tag(),
+            start.elapsed(),
+            &self.kit.stats(),
+            self.out.bytes,
+        );
         (self.kit, sent.map(|()| self.out.shipment(self.entropy)))
     }
 

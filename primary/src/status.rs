@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use checkpoint::pair::Trigger;
 use checkpoint::{Duration, Instant};
-use link::status::{Checkpoints, LastCheckpoint, LastSync, Mode, Peer, Queues, Rates, State, Status};
+use link::status::{CheckpointTrace, Checkpoints, LastCheckpoint, LastSync, Mode, Peer, Queues, Rates, State, Status};
 
 use crate::protocol::Primary;
 
@@ -18,6 +18,7 @@ pub(crate) struct Shell<'a> {
     pub(crate) released_late: u64,
     pub(crate) alarms: &'a [String],
     pub(crate) since: Duration,
+    pub(crate) last: Option<CheckpointTrace>,
 }
 
 pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Status {
@@ -56,11 +57,11 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             age: count(Trigger::Age),
             admin: count(Trigger::Admin),
         },
-        last_checkpoint: counters.last_checkpoint.map(|_| LastCheckpoint {
-            pages: counters.last_shipment.0,
-            bytes: counters.last_shipment.1,
-            pause_us: counters.last_pause.0 / 1_000,
-            commit_us: counters.last_pause.0 / 1_000,
+        last_checkpoint: shell.last.as_ref().map(|last| LastCheckpoint {
+            pages: last.pages,
+            bytes: last.bytes,
+            pause_us: whole(last.pause_us),
+            commit_us: whole(last.commit_us),
         }),
         last_sync: (counters.sync.pages_total > 0).then_some(LastSync {
             pages: counters.sync.pages,
@@ -87,4 +88,13 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
         since_ms: shell.since.as_millis(),
         pid: std::process::id(),
     }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a float that is too large, or none, becomes the nearest number"
+)]
+fn whole(micros: f64) -> u64 {
+    micros as u64
 }

@@ -19,6 +19,7 @@ use tokio::sync::mpsc as events;
 
 use crate::event::{Event, Shipment};
 use crate::ship::{Courier, Kit, Outbox, Parcel, ShipError, read_block, send};
+use crate::trace::{Stopwatch, Traces};
 
 /// What the VM's thread is told.
 pub(crate) enum Command {
@@ -47,18 +48,21 @@ pub(crate) type VmThread = Worker<Command, Box<dyn Vm>>;
 pub(crate) fn spawn(
     vm: Box<dyn Vm>,
     image: Arc<FileImage>,
+    traces: Traces,
     events: events::Sender<Event>,
 ) -> std::io::Result<VmThread> {
     let ram = vm.ram();
     let keeper = Keeper {
         vm,
         ram,
-        courier: Courier::spawn(image, events.clone())?,
+        courier: Courier::spawn(image, traces.clone(), events.clone())?,
         kit: None,
         shipped: None,
         events,
         unacknowledged: None,
         syncing: false,
+        traces,
+        watch: None,
     };
     Worker::spawn("vm", move |inbox| keeper.run(&inbox))
 }
@@ -76,14 +80,17 @@ struct Keeper {
     unacknowledged: Option<PageSet>,
     /// The next checkpoint is the first of its pairing.
     syncing: bool,
+    traces: Traces,
+    /// Runs while the VM stands.
+    watch: Option<Stopwatch>,
 }
 
 impl Keeper {
     fn run(mut self, inbox: &Inbox<Command>) -> Box<dyn Vm> {
         while let Some(order) = inbox.next() {
             let event = match order {
-                Command::Pause => self.vm.pause().map(|()| Some(Event::Paused)).map_err(ShipError::from),
-                Command::Resume => self.vm.resume().map(|()| None).map_err(ShipError::from),
+                Command::Pause => self.pause().map(|()| Some(Event::Paused)),
+                Command::Resume => self.resume().map(|()| None),
                 Command::Reseed => {
                     let mut seed = [0; 32];
                     link::entropy::fill(&mut seed);
@@ -125,6 +132,28 @@ impl Keeper {
         self.vm
     }
 
+    fn pause(&mut self) -> Result<(), ShipError> {
+        let mut watch = Stopwatch::start();
+        self.vm.pause()?;
+        watch.parts.halt_us = watch.lap();
+        self.watch = Some(watch);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), ShipError> {
+        let watch = self.watch.take();
+        let ordered = watch.map(|mut watch| {
+            watch.parts.handover_us = watch.lap();
+            watch
+        });
+        self.vm.resume()?;
+        if let Some(mut watch) = ordered {
+            watch.parts.resume_us = watch.lap();
+            self.traces.resumed(&watch);
+        }
+        Ok(())
+    }
+
     fn report(&self, event: Event) {
         // A closed channel means that the role has ended; the next receive ends this thread.
         let _ = self.events.blocking_send(event);
@@ -155,10 +184,15 @@ impl Keeper {
 
     /// Copies what a checkpoint ships, and lets the courier ship it.
     fn ship(&mut self, tag: Tag, blocks: Vec<u64>, totals: Totals, bulk: BulkSender) -> Result<(), ShipError> {
+        let mut watch = self.watch.take().unwrap_or_else(Stopwatch::start);
+        watch.parts.order_us = watch.lap();
         let mut out = Outbox::new(totals, bulk);
         let dirty = self.vm.take_dirty()?;
+        watch.parts.harvest_us = watch.lap();
         let mut kit = self.kit();
         kit.begin(self.shipped.replace(tag.epoch));
+        watch.parts.room_us = watch.lap();
+        let dirty_pages = dirty.len();
         let beyond = kit.copy(&self.ram, &dirty);
         let first = core::mem::take(&mut self.syncing);
         match &mut self.unacknowledged {
@@ -172,7 +206,11 @@ impl Keeper {
             self.kit = Some(kit);
             return Err(error);
         }
+        watch.parts.copy_us = watch.lap();
         let sections = self.vm.save()?.0.into_iter();
+        watch.parts.save_us = watch.lap();
+        self.traces.begin(tag, &watch, dirty_pages);
+        self.watch = Some(watch);
         let mut entropy = [0; 32];
         link::entropy::fill(&mut entropy);
         // Told first: a small parcel may be shipped before this thread goes on.

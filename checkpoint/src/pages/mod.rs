@@ -142,6 +142,17 @@ impl CodecStats {
         total.of(Codec::Zero)
     }
 
+    /// Returns what was encoded after `earlier`, which the same encoder told before.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Self {
+        let mut since = *self;
+        for (amount, before) in since.0.iter_mut().zip(earlier.0) {
+            amount.pages = amount.pages.saturating_sub(before.pages);
+            amount.bytes = amount.bytes.saturating_sub(before.bytes);
+        }
+        since
+    }
+
     /// Adds what another encoder did.
     pub fn add(&mut self, other: &Self) {
         for codec in Codec::ALL {
