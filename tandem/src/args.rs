@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::Bench;
 use crate::demo::DemoOptions;
 use crate::options::{PairOptions, VmOptions};
 
@@ -41,6 +42,9 @@ pub enum Command {
     Run(VmOptions),
     /// Show a pair on this machine: clients at work, a host killed, nothing lost
     Demo(DemoOptions),
+    /// Measure on this machine what protection costs
+    #[command(subcommand)]
+    Bench(Bench),
     /// Show how a role is
     Status(StatusOptions),
     /// Make the secondary go on without the primary, where no witness decides

@@ -11,6 +11,7 @@ use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Cli, Command};
+use crate::bench;
 use crate::demo;
 use crate::operator;
 use crate::role::{self, Ending};
@@ -56,6 +57,7 @@ fn run(command: Command) -> Result<u8> {
             Ok(ended(role::run_alone(settings)?))
         }
         Command::Demo(options) => Ok(if demo::run(&options)? { 0 } else { FAILED }),
+        Command::Bench(bench) => Ok(bench::run(&bench).map(|()| 0)?),
         Command::Status(options) => Ok(operator::status(&options).map(|()| 0)?),
         Command::Takeover(options) => Ok(operator::takeover(&options).map(|()| 0)?),
         Command::Checkpoint(options) => Ok(operator::checkpoint(&options).map(|()| 0)?),

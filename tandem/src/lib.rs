@@ -4,13 +4,15 @@
 //!   main ─► cli ─┬─ args, options, settings, units     what is wanted
 //!                ├─ role, bundle                       a role, run with it
 //!                ├─ operator                           questions to a running role
-//!                └─ demo ─┬─ lab                       two hosts and a client on one machine
-//!                         └─ clients                   what the client does
+//!                ├─ demo ─┐  ┌─ stage                   roles as real processes
+//!                └─ bench ┴──┼─ lab                     two hosts and a client on one machine
+//!                            └─ clients                 what the client does
 //! ```
 
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod bench;
 pub mod bundle;
 pub mod cli;
 pub mod clients;
@@ -20,4 +22,5 @@ pub mod operator;
 pub mod options;
 pub mod role;
 pub mod settings;
+mod stage;
 pub mod units;

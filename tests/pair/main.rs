@@ -6,12 +6,14 @@
 //!   starts    starts that must fail, and say why             journal  commits interrupted half-way
 //!   flows     connections whose numbers are translated       idle     what a pair costs that does nothing
 //!   resync    a broken pair is made whole by difference          modes    buffered output
+//!   bench     the benchmarks come to their end
 //! ```
 //!
 //! `stage` has the hosts, `load` the clients. Every test asserts on facts that the roles and the clients tell,
 //! never on how long something took. Needs /dev/kvm and root; without them a test says so and does nothing, or
 //! fails if TANDEM_REQUIRE_KVM is set.
 
+mod bench;
 mod ends;
 mod flows;
 mod garbage;

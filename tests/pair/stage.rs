@@ -79,8 +79,7 @@ struct Role {
 impl Stage {
     /// Makes a stage; without KVM or root it says so and returns nothing.
     pub(crate) fn new(setup: Setup) -> Option<Self> {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = turn();
         if let Err(lack) = machine::host_check() {
             return skip(&lack.to_string());
         }
@@ -385,7 +384,13 @@ pub(crate) fn await_fact<T>(what: &str, mut find: impl FnMut() -> Option<T>) -> 
 }
 
 /// Says loudly that a test does nothing, or fails if it must not.
-fn skip<T>(lack: &str) -> Option<T> {
+/// Waits until nobody else has the machine.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn skip<T>(lack: &str) -> Option<T> {
     assert!(
         std::env::var_os("TANDEM_REQUIRE_KVM").is_none(),
         "TANDEM_REQUIRE_KVM is set, and this machine can't run the test: {lack}"

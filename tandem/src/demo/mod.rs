@@ -1,21 +1,16 @@
 //! The demo: a pair on this machine, clients at work, a host killed, and the account of what was lost.
 //!
 //! ```text
-//!   run ─► for each round ─► round ─┬─ process   `tandem primary`, `secondary`, `run` as real processes
-//!                                   ├─ crate::lab, crate::clients
-//!                                   └─ report    numbers of the round ─► totals, JSON
-//!          story   what happens, with times        tidy   nothing is left behind, whatever happens
+//!   run ─► for each round ─► round ─┬─ crate::stage     a pair as real processes; nothing is left behind
+//!                                   ├─ crate::clients
+//!                                   └─ report            numbers of the round ─► totals, JSON
+//!          story   what happens, with times
 //! ```
-//!
-//! The processes are this program itself, started as an operator would, and asked by their control
-//! sockets. The demo has no other way into them.
 
-mod process;
 mod random;
 mod report;
 mod round;
 mod story;
-mod tidy;
 
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -24,10 +19,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use random::Random;
 
+use crate::stage::tidy::{Owner, Tidy};
+use crate::stage::touchable_mib;
 use crate::units::{ByteSize, Span};
 use report::Report;
 use story::Story;
-use tidy::Tidy;
 
 /// What `demo` is told.
 #[derive(Args, Clone, Debug)]
@@ -70,16 +66,10 @@ pub enum Victim {
     Secondary,
 }
 
-/// Memory that the bundled guest needs for itself, from its size: its heap, image and page tables.
-const GUEST_HEAP_MIB: std::ops::RangeInclusive<u64> = 52..=128;
-const GUEST_REST_MIB: u64 = 8;
-
 impl DemoOptions {
     fn touch_mib(&self) -> u64 {
-        let memory = self.memory.0 >> 20;
-        let own = (memory / 4).clamp(*GUEST_HEAP_MIB.start(), *GUEST_HEAP_MIB.end()) + GUEST_REST_MIB;
         self.touch
-            .map_or_else(|| memory.saturating_sub(own), |size| size.0 >> 20)
+            .map_or_else(|| touchable_mib(self.memory), |size| size.0 >> 20)
     }
 
     fn seed(&self) -> u64 {
@@ -99,7 +89,7 @@ impl DemoOptions {
 /// not come up, an interruption. What was counted until then is lost; nothing else is left.
 pub fn run(options: &DemoOptions) -> Result<bool> {
     machine::host_check().context("this machine can't run the demo")?;
-    let tidy = Tidy::start()?;
+    let tidy = Tidy::start(Owner::Demo, None)?;
     let story = Story::new(!options.json);
     let seed = options.seed();
     let mut random = Random::new(seed);

@@ -1,33 +1,23 @@
 //! One round of the demo: a pair comes up, is loaded, loses a host or its link, and is audited.
 
-use std::fs::{self, File};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use link::control::{Command, ask, ask_status};
-use link::status::{State, Status};
+use link::control::ask_status;
+use link::status::State;
 
-use super::process::Process;
 use super::random::Random;
 use super::report::Round;
 use super::story::Story;
-use super::tidy::Tidy;
 use super::{DemoOptions, Victim};
-use crate::clients::{Clients, Counter, Gap, Load, Report as ClientReport, Target, http_get, stored_count};
-use crate::lab::{Host, Lab, TAP};
+use crate::clients::{Clients, Counter, Gap, Load, Report as ClientReport, Target, stored_count};
+use crate::lab::Host;
+use crate::stage::Stage;
+use crate::stage::tidy::Tidy;
 
-const MAC: &str = "02:74:61:6e:64:6d";
-const PAIR: &str = "demo";
-const IMAGE_BYTES: u64 = 64 << 20;
-const PORT: u16 = 7100;
-/// A pair with a large memory on a slow machine takes its time.
-const PROTECTED_LIMIT: Duration = Duration::from_secs(120);
-const BOOT_LIMIT: Duration = Duration::from_secs(30);
 const TAKEOVER_LIMIT: Duration = Duration::from_secs(20);
-const ADMIN_LIMIT: Duration = Duration::from_secs(60);
 const AUDIT_LIMIT: Duration = Duration::from_secs(10);
 /// The kill comes at a random moment within this span after the clients have begun.
 const BEFORE_KILL: (Duration, Duration) = (Duration::from_millis(800), Duration::from_millis(2_800));
@@ -39,7 +29,8 @@ const WATCH_PERIOD: Duration = Duration::from_millis(2);
 
 /// Runs a round and returns its numbers. If it can't be carried out, the roles' last words are in the error.
 pub(super) fn run(options: &DemoOptions, story: &Story, tidy: &Tidy, random: &mut Random) -> Result<Round> {
-    let mut stage = Stage::start(options, tidy)?;
+    let mut stage = Stage::new(tidy.folder("round")?, options.memory.to_string())?;
+    stage.start_pair(&["--takeover-limit", &options.takeover_limit.to_string()])?;
     let outcome = play(&mut stage, options, story, tidy, random);
     outcome.map_err(|error| {
         if tidy.is_interrupted() {
@@ -54,7 +45,7 @@ fn play(stage: &mut Stage, options: &DemoOptions, story: &Story, tidy: &Tidy, ra
     let mut round = Round::default();
     stage.protect(story, tidy, &mut round)?;
     stage.prepare(options, story, tidy)?;
-    let clients = Clients::start(stage.lab.client(), Target::bundled(), Load::default(), "demo:")
+    let clients = Clients::start(stage.lab().client(), Target::bundled(), Load::default(), "demo:")
         .context("can't start the clients")?;
     story.tell("clients at work: HTTP, increments, echo, UDP, ping");
     tidy.sleep(random.span(BEFORE_KILL.0, BEFORE_KILL.1))?;
@@ -102,68 +93,8 @@ fn play(stage: &mut Stage, options: &DemoOptions, story: &Story, tidy: &Tidy, ra
     Ok(round)
 }
 
-/// The lab and the pair in it.
-struct Stage {
-    /// Dropped before the lab, so that no process outlives it.
-    roles: Vec<(Host, Process)>,
-    lab: Lab,
-    folder: std::path::PathBuf,
-    memory: String,
-}
-
+/// The steps of a round.
 impl Stage {
-    fn start(options: &DemoOptions, tidy: &Tidy) -> Result<Self> {
-        let lab = Lab::new().context("can't build the lab for the demo")?;
-        let folder = tidy.folder()?;
-        fs::create_dir_all(folder.join("witness")).context("can't make the witness's folder")?;
-        for host in [Host::A, Host::B] {
-            let image = File::create(image(&folder, host)).context("can't make an image")?;
-            image.set_len(IMAGE_BYTES).context("can't make an image")?;
-        }
-        Ok(Self {
-            roles: Vec::new(),
-            lab,
-            folder,
-            memory: options.memory.to_string(),
-        })
-        .and_then(|stage| stage.with_roles(options))
-    }
-
-    fn with_roles(mut self, options: &DemoOptions) -> Result<Self> {
-        for (host, role) in [(Host::B, "secondary"), (Host::A, "primary")] {
-            let address = |host: Host| SocketAddr::from((host.replication_address(), PORT)).to_string();
-            let mut arguments = self.vm_arguments(role, host);
-            arguments.extend(words([
-                "--pair",
-                PAIR,
-                "--takeover-limit",
-                &options.takeover_limit.to_string(),
-            ]));
-            arguments.extend(words(["--listen", &address(host), "--peer", &address(host.other())]));
-            arguments.extend(words([
-                "--witness",
-                &format!("dir:{}", self.folder.join("witness").display()),
-            ]));
-            let process = Process::start(&self.lab, host, role, &self.folder, &arguments)?;
-            self.roles.push((host, process));
-        }
-        Ok(self)
-    }
-
-    fn vm_arguments(&self, command: &str, host: Host) -> Vec<String> {
-        let image = image(&self.folder, host).display().to_string();
-        // The VM that boots from the survivor's image is the same machine to the clients.
-        let vm = ["--image", &image, "--memory", &self.memory, "--tap", TAP, "--mac", MAC];
-        [words([command, "--name", host.name()]), words(vm)].concat()
-    }
-
-    fn role(&mut self, host: Host) -> Result<&mut Process> {
-        let found = self.roles.iter_mut().find(|(at, _)| *at == host);
-        found
-            .map(|(_, process)| process)
-            .context("a role that was ended is not asked")
-    }
-
     /// Waits until the pair is protected.
     fn protect(&mut self, story: &Story, tidy: &Tidy, round: &mut Round) -> Result<()> {
         let start = Instant::now();
@@ -174,18 +105,6 @@ impl Stage {
         Ok(())
     }
 
-    /// Returns the primary's status once both sides say that they are protected.
-    fn await_protected(&mut self, tidy: &Tidy) -> Result<Status> {
-        tidy.wait("protection", PROTECTED_LIMIT, || {
-            let secondary = self.role(Host::B)?.status()?;
-            let primary = self.role(Host::A)?.status()?;
-            let protected = |status: &Status| status.state.is_protected();
-            Ok(primary
-                .filter(protected)
-                .filter(|_| secondary.as_ref().is_some_and(protected)))
-        })
-    }
-
     /// Has the guest use its memory, and lets some of its answers differ between the hosts.
     fn prepare(&mut self, options: &DemoOptions, story: &Story, tidy: &Tidy) -> Result<()> {
         self.await_guest(tidy)?;
@@ -194,7 +113,9 @@ impl Stage {
             self.admin(&format!("/touch/{touched}"))?;
             story.tell(&format!("the guest has written {touched} MiB of its memory"));
         }
-        self.commit(story)?;
+        let start = Instant::now();
+        self.commit()?;
+        story.tell(&format!("a checkpoint of it all took {:.0} ms", ms(start.elapsed())));
         if options.nondeterminism > 0 {
             self.admin(&format!("/set?nondeterminism={}", options.nondeterminism))?;
             story.tell(&format!(
@@ -205,48 +126,11 @@ impl Stage {
         self.await_protected(tidy).map(drop)
     }
 
-    /// Has all that the guest has written until now taken over by the secondary.
-    fn commit(&mut self, story: &Story) -> Result<()> {
-        let start = Instant::now();
-        ask(self.role(Host::A)?.control(), &Command::Checkpoint).context("the primary takes no checkpoint")?;
-        story.tell(&format!("a checkpoint of it all took {:.0} ms", ms(start.elapsed())));
-        Ok(())
-    }
-
-    fn await_guest(&mut self, tidy: &Tidy) -> Result<()> {
-        tidy.wait("an answer of the guest", BOOT_LIMIT, || {
-            for (_, process) in &mut self.roles {
-                process.check()?;
-            }
-            let asked = self
-                .lab
-                .client()
-                .run(|| http_get(Target::bundled().http_address(), "/", Duration::from_secs(1)));
-            Ok(asked.is_ok().then_some(()))
-        })
-    }
-
-    fn admin(&self, path: &str) -> Result<()> {
-        let (path, asked) = (path.to_owned(), path.to_owned());
-        let answer = self
-            .lab
-            .client()
-            .run(move || http_get(Target::bundled().http_address(), &asked, ADMIN_LIMIT));
-        let answer = answer.with_context(|| format!("the guest does not answer {path}"))?;
-        if answer.status != 200 {
-            bail!(
-                "the guest refuses {path}: {}",
-                String::from_utf8_lossy(&answer.body).trim_end()
-            );
-        }
-        Ok(())
-    }
-
     /// Does the harm, and returns the moment.
     fn strike(&mut self, options: &DemoOptions, story: &Story) -> Result<Instant> {
         let moment = if options.cut {
             let moment = Instant::now();
-            self.lab.cut_replication()?;
+            self.lab().cut_replication()?;
             moment
         } else {
             self.role(victim(options))?.kill()?
@@ -295,21 +179,13 @@ impl Stage {
         round: &mut Round,
     ) -> Result<()> {
         self.count_stored(counters, round)?;
-        let at = self
-            .roles
-            .iter()
-            .position(|(host, _)| *host == survivor)
-            .context("the survivor is there")?;
-        let (_, process) = self.roles.swap_remove(at);
-        let ended = process.end(tidy)?;
+        let ended = self.take(survivor)?.end(tidy)?;
         if !ended.success() {
             bail!("the survivor was asked to end, and ended with {ended}");
         }
         // The other one is dead, or stopped for good.
-        self.roles.clear();
-        let arguments = self.vm_arguments("run", survivor);
-        let fresh = Process::start(&self.lab, survivor, "fresh", &self.folder, &arguments)?;
-        self.roles.push((survivor, fresh));
+        self.clear();
+        self.start_alone(survivor)?;
         self.await_guest(tidy)?;
         self.count_stored(counters, round)?;
         story.tell(&format!(
@@ -317,8 +193,7 @@ impl Stage {
             round.writes.saturating_sub(round.lost_writes),
             round.writes
         ));
-        let (_, fresh) = self.roles.swap_remove(0);
-        fresh.end(tidy).map(drop)
+        self.take(survivor)?.end(tidy).map(drop)
     }
 
     fn count_stored(&self, counters: &[Counter], round: &mut Round) -> Result<()> {
@@ -326,7 +201,10 @@ impl Stage {
         for counter in counters {
             let key = counter.key.clone();
             let address = Target::bundled().store_address();
-            let stored = self.lab.client().run(move || stored_count(address, &key, AUDIT_LIMIT));
+            let stored = self
+                .lab()
+                .client()
+                .run(move || stored_count(address, &key, AUDIT_LIMIT));
             let stored = stored.with_context(|| format!("can't read {} back", counter.key))?;
             lost += counter.acknowledged.saturating_sub(stored);
             // More than was ever asked for: something was done twice.
@@ -334,14 +212,6 @@ impl Stage {
         }
         round.lost_writes = round.lost_writes.max(lost);
         Ok(())
-    }
-
-    fn last_words(&self) -> String {
-        let logs = self
-            .roles
-            .iter()
-            .map(|(host, role)| format!("the log on {} ends:\n{}", host.name(), role.log_end()));
-        logs.collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -416,14 +286,6 @@ fn blow(options: &DemoOptions) -> &'static str {
         (false, Victim::Primary) => "primary is killed (SIGKILL)",
         (false, Victim::Secondary) => "secondary is killed (SIGKILL)",
     }
-}
-
-fn image(folder: &Path, host: Host) -> std::path::PathBuf {
-    folder.join(format!("{}.img", host.name()))
-}
-
-fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
-    words.map(str::to_owned).into()
 }
 
 fn ms(span: Duration) -> f64 {

@@ -18,7 +18,7 @@ const LOG_LINES_SHOWN: usize = 15;
 
 /// One running role. Dropping it kills it.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     name: String,
     child: Child,
     control: PathBuf,
@@ -27,7 +27,7 @@ pub(super) struct Process {
 
 impl Process {
     /// Starts this program with `arguments` on a host. Its log goes to a file in `folder`.
-    pub(super) fn start(lab: &Lab, host: Host, name: &str, folder: &Path, arguments: &[String]) -> Result<Self> {
+    pub(crate) fn start(lab: &Lab, host: Host, name: &str, folder: &Path, arguments: &[String]) -> Result<Self> {
         let control = folder.join(format!("{name}.sock"));
         let log = folder.join(format!("{name}.log"));
         let mut command = Command::new("/proc/self/exe");
@@ -51,7 +51,7 @@ impl Process {
     /// Returns what the role tells, or nothing while it does not answer.
     ///
     /// Fails if the process has ended.
-    pub(super) fn status(&mut self) -> Result<Option<Status>> {
+    pub(crate) fn status(&mut self) -> Result<Option<Status>> {
         if let Ok(status) = ask_status(&self.control) {
             return Ok(Some(status));
         }
@@ -60,7 +60,7 @@ impl Process {
     }
 
     /// Fails, with the end of its log, if the process has ended.
-    pub(super) fn check(&mut self) -> Result<()> {
+    pub(crate) fn check(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait().context("can't wait for a process")? {
             bail!(
                 "the {} ended too early ({status}); the end of its log:\n{}",
@@ -71,13 +71,18 @@ impl Process {
         Ok(())
     }
 
+    /// Returns the process's number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Returns the control socket, for threads that ask on their own.
-    pub(super) fn control(&self) -> &Path {
+    pub(crate) fn control(&self) -> &Path {
         &self.control
     }
 
     /// Kills the process as a power cut would, and returns the moment right before.
-    pub(super) fn kill(&mut self) -> Result<Instant> {
+    pub(crate) fn kill(&mut self) -> Result<Instant> {
         self.check()?;
         let moment = Instant::now();
         self.child
@@ -87,7 +92,7 @@ impl Process {
     }
 
     /// Asks the process to end, as Ctrl-C does, and waits for that.
-    pub(super) fn end(mut self, tidy: &Tidy) -> Result<ExitStatus> {
+    pub(crate) fn end(mut self, tidy: &Tidy) -> Result<ExitStatus> {
         self.check()?;
         let pid = i32::try_from(self.child.id())
             .ok()
@@ -100,7 +105,7 @@ impl Process {
     }
 
     /// Returns the last lines of its log.
-    pub(super) fn log_end(&self) -> String {
+    pub(crate) fn log_end(&self) -> String {
         let text = fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<_> = text.lines().collect();

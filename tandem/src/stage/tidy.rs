@@ -1,7 +1,7 @@
-//! Leaves nothing behind: no process and no file, whether the demo ends well, fails, is interrupted or panics.
+//! Leaves nothing behind: no process and no file, whether the program ends well, fails, is interrupted or panics.
 //!
 //! Files live in one temporary folder. Processes are children or, through the subreaper's rule of Linux,
-//! become children when their own parent dies; those of the demo die with it by themselves. Namespaces and
+//! become children when their own parent dies; those of a stage die with it by themselves. Namespaces and
 //! interfaces vanish with their last process.
 
 use std::fs::{self, File, OpenOptions};
@@ -17,7 +17,8 @@ use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_
 use tempfile::TempDir;
 use tokio::signal::unix::{SignalKind, signal};
 
-const PREFIX: &str = "tandem-demo-";
+/// Every name of a folder begins so.
+const PREFIXES: [&str; 2] = ["tandem-demo-", "tandem-bench-"];
 /// A folder that is this old, and not locked, is nobody's any more.
 const ABANDONED: Duration = Duration::from_secs(60);
 const NO_SYMLINK: i32 = (OFlags::NOFOLLOW.union(OFlags::DIRECTORY).union(OFlags::NONBLOCK))
@@ -27,23 +28,33 @@ const PERIOD: Duration = Duration::from_millis(5);
 /// Orphans that end by themselves, as sentinels do, get this long.
 const ORPHANS_LIMIT: Duration = Duration::from_millis(500);
 
-/// The demo's broom. Dropping it removes what there is.
+/// Who makes the folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// `tandem demo`.
+    Demo,
+    /// `tandem bench`.
+    Bench,
+}
+
+/// The broom. Dropping it removes what there is.
 #[derive(Debug)]
-pub(super) struct Tidy {
+pub(crate) struct Tidy {
     folder: TempDir,
-    /// Says to later demos that the folder is in use.
+    /// Says to later ones that the folder is in use.
     _lock: File,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Tidy {
-    /// Makes the folder, and begins to listen for Ctrl-C.
-    pub(super) fn start() -> Result<Self> {
-        sweep(&std::env::temp_dir());
+    /// Makes the folder in `parent`, or else where temporary files go, and begins to listen for Ctrl-C.
+    pub(crate) fn start(owner: Owner, parent: Option<&Path>) -> Result<Self> {
+        let parent = parent.map_or_else(std::env::temp_dir, Path::to_owned);
+        sweep(&parent);
         let folder = tempfile::Builder::new()
-            .prefix(PREFIX)
-            .tempdir()
-            .context("can't make a temporary folder: check that TMPDIR, or /tmp, is writable")?;
+            .prefix(PREFIXES[owner as usize])
+            .tempdir_in(&parent)
+            .with_context(|| format!("can't make a folder in {}: check that it is writable", parent.display()))?;
         let lock = File::open(folder.path()).context("can't open the temporary folder")?;
         flock(&lock, FlockOperation::NonBlockingLockExclusive).context("can't lock the temporary folder")?;
         set_child_subreaper(Some(getpid())).context("can't adopt orphaned processes")?;
@@ -57,20 +68,20 @@ impl Tidy {
         })
     }
 
-    /// Makes the folder for the files of a round.
-    pub(super) fn folder(&self) -> Result<PathBuf> {
+    /// Makes a folder for the files of a stage.
+    pub(crate) fn folder(&self, name: &str) -> Result<PathBuf> {
         // Not the locked one: who locks what is in there may lock its folder as well.
-        let folder = self.folder.path().join("round");
+        let folder = self.folder.path().join(name);
         fs::create_dir_all(&folder).context("can't make a temporary folder")?;
         Ok(folder)
     }
 
-    pub(super) fn is_interrupted(&self) -> bool {
+    pub(crate) fn is_interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }
 
     /// Waits until `ready` has something. Fails at the time limit, at Ctrl-C, or if `ready` does.
-    pub(super) fn wait<T>(
+    pub(crate) fn wait<T>(
         &self,
         what: &str,
         limit: Duration,
@@ -89,7 +100,7 @@ impl Tidy {
     }
 
     /// Sleeps, unless interrupted.
-    pub(super) fn sleep(&self, span: Duration) -> Result<()> {
+    pub(crate) fn sleep(&self, span: Duration) -> Result<()> {
         let end = Instant::now() + span;
         loop {
             if self.is_interrupted() {
@@ -103,8 +114,8 @@ impl Tidy {
         }
     }
 
-    /// Ends the processes and removes the files of a round. All that it started itself has been waited for.
-    pub(super) fn clear(&self) {
+    /// Ends the processes and removes the files of all stages. All that it started itself has been waited for.
+    pub(crate) fn clear(&self) {
         end_children();
         for entry in fs::read_dir(self.folder.path()).into_iter().flatten().flatten() {
             let path = entry.path();
@@ -124,11 +135,13 @@ impl Drop for Tidy {
     }
 }
 
-/// Removes what a demo left that was killed itself. One that lives holds its folder's lock.
+/// Removes what a demo or a benchmark left that was killed itself. One that lives holds its folder's lock.
 fn sweep(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = entry.path();
-        let ours = entry.file_name().to_string_lossy().starts_with(PREFIX);
+        let ours = PREFIXES
+            .iter()
+            .any(|prefix| entry.file_name().to_string_lossy().starts_with(prefix));
         let aged = |file: &File| file.metadata().and_then(|data| data.modified()).ok()?.elapsed().ok();
         let Ok(file) = OpenOptions::new().read(true).custom_flags(NO_SYMLINK).open(&path) else {
             continue;
@@ -143,8 +156,8 @@ fn sweep(parent: &Path) {
     }
 }
 
-/// Lets children end by themselves for a moment, then kills the rest. Only for the demo's own process:
-/// whatever its children are, the demo started them.
+/// Lets children end by themselves for a moment, then kills the rest. Only for the demo's or the
+/// benchmark's own process: whatever its children are, it started them.
 fn end_children() {
     let deadline = Instant::now() + ORPHANS_LIMIT;
     loop {
@@ -223,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_abandoned_folders_of_demos_are_swept() {
+    fn only_abandoned_folders_of_ours_are_swept() {
         let parent = TempDir::new().unwrap();
         let folder = |name: &str| {
             let path = parent.path().join(name);
@@ -234,7 +247,7 @@ mod tests {
             (path, file)
         };
         let (abandoned, _) = folder("tandem-demo-1");
-        let (locked, lock) = folder("tandem-demo-2");
+        let (locked, lock) = folder("tandem-bench-2");
         let (other, _) = folder("other");
         let (young, file) = folder("tandem-demo-3");
         file.set_modified(std::time::SystemTime::now()).unwrap();

@@ -1,0 +1,351 @@
+//! What was found, as JSON and as tables, and which targets were met. The JSON's names are an interface; scripts read it.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::checkpoint::{Case, CheckpointReport};
+use super::plot::{self, Line, Sheet};
+
+/// The report of one benchmark.
+pub(super) enum Report {
+    Checkpoint(CheckpointReport),
+}
+
+/// What was wished for, and what came out.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Target {
+    pub(super) what: String,
+    /// The bound, in `unit`.
+    pub(super) target: f64,
+    /// Whether the measured value may be at most the bound; else at least.
+    pub(super) at_most: bool,
+    pub(super) measured: f64,
+    pub(super) unit: &'static str,
+    pub(super) met: bool,
+}
+
+impl Target {
+    pub(super) fn at_most(what: &str, target: f64, measured: f64, unit: &'static str) -> Self {
+        Self {
+            what: what.to_owned(),
+            target,
+            at_most: true,
+            measured,
+            unit,
+            met: measured <= target,
+        }
+    }
+}
+
+impl Serialize for Report {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        /// The figures, with the targets beside them.
+        #[derive(Serialize)]
+        struct Whole<'a, T> {
+            benchmark: &'static str,
+            #[serde(flatten)]
+            figures: &'a T,
+            targets: Vec<Target>,
+        }
+        let targets = self.targets();
+        match self {
+            Self::Checkpoint(figures) => Whole {
+                benchmark: "checkpoint",
+                figures,
+                targets,
+            }
+            .serialize(serializer),
+        }
+    }
+}
+
+impl Report {
+    fn targets(&self) -> Vec<Target> {
+        match self {
+            Self::Checkpoint(report) => checkpoint_targets(report),
+        }
+    }
+
+    /// Returns the tables.
+    pub(super) fn text(&self) -> String {
+        let mut text = match self {
+            Self::Checkpoint(report) => checkpoint_text(report),
+        };
+        text.push_str("\nTargets\n");
+        for target in self.targets() {
+            let bound = if target.at_most { "at most" } else { "at least" };
+            let verdict = if target.met { "met" } else { "MISSED" };
+            line(
+                &mut text,
+                format_args!(
+                    "  {verdict:6}  {:10.3} {:10} {bound} {:8.2}  {}",
+                    target.measured, target.unit, target.target, target.what
+                ),
+            );
+        }
+        text
+    }
+
+    /// Writes figures and data into a folder.
+    pub(super) fn plot(&self, folder: &Path) -> Result<()> {
+        match self {
+            Self::Checkpoint(report) => checkpoint_plot(report, folder),
+        }
+    }
+}
+
+fn checkpoint_targets(report: &CheckpointReport) -> Vec<Target> {
+    let case = |content: &str, equal: bool, pages: Option<u64>| {
+        let mut found = report
+            .cases
+            .iter()
+            .filter(move |case| (case.content, case.equal) == (content, equal));
+        found.find(|case| pages.is_none_or(|pages| case.pages == pages))
+    };
+    let mut targets = Vec::new();
+    let mut add = |found: Option<&Case>, target: fn(&Case) -> Target| targets.extend(found.map(target));
+    add(case("sparse", false, Some(10_000)), |case| {
+        let what = "pause with 10000 pages written right before the trigger, sparse change ÷ floor, medians";
+        Target::at_most(what, 1.5, case.pause_to_floor, "x floor")
+    });
+    add(case("sparse", false, Some(0)), |case| {
+        Target::at_most("idle checkpoint's pause, p99", 2.0, case.pause_us.p99 / 1e3, "ms")
+    });
+    add(case("run", false, None), |case| {
+        let what = "bytes on the wire per page with one run of 64 bytes changed";
+        Target::at_most(what, 150.0, case.bytes_per_page, "bytes")
+    });
+    add(case("runs", false, None), |case| {
+        let what = "bytes on the wire per page with 8 runs of 8 bytes changed";
+        Target::at_most(what, 200.0, case.bytes_per_page, "bytes")
+    });
+    add(case("random", true, None), |case| {
+        Target::at_most(
+            "bytes on the wire per page that is equal on both sides",
+            40.0,
+            case.bytes_per_page,
+            "bytes",
+        )
+    });
+    let memory = &report.secondary_memory;
+    let guest = format!(
+        "extra memory of an idle secondary, guest of {} MiB with {} MiB written",
+        memory.guest_mib, memory.touched_mib
+    );
+    targets.push(Target::at_most(
+        &format!("{guest}: PSS"),
+        5.0,
+        memory.extra_pss_percent,
+        "% of guest",
+    ));
+    targets.push(Target::at_most(
+        &format!("{guest}: all that is held, memory files included"),
+        5.0,
+        memory.extra_held_percent,
+        "% of guest",
+    ));
+    targets
+}
+
+fn checkpoint_text(report: &CheckpointReport) -> String {
+    let mut text = String::new();
+    line(
+        &mut text,
+        format_args!(
+            "\nCheckpoints of a guest of {} MiB on {} processors. Times in µs; floor: the same guest, stopped with nothing around it.\n",
+            report.memory_mib, report.processors
+        ),
+    );
+    line(
+        &mut text,
+        format_args!(
+            "{:>6} {:8} {:>6} | {:>9} {:>9} | {:>9} {:>9} | {:>6} | {:>9} {:>9} | {:>9} | {:>8}",
+            "pages",
+            "content",
+            "rounds",
+            "pause p50",
+            "p99",
+            "floor p50",
+            "p99",
+            "ratio",
+            "commit",
+            "p99",
+            "byte/page",
+            "cpu/GiB"
+        ),
+    );
+    for case in &report.cases {
+        let content = if case.equal { "equal" } else { case.content };
+        line(
+            &mut text,
+            format_args!(
+                "{:6} {content:8} {:6} | {:9.0} {:9.0} | {:9.0} {:9.0} | {:6.2} | {:9.0} {:9.0} | {:9.1} | {:6.2} s",
+                case.pages,
+                case.rounds,
+                case.pause_us.p50,
+                case.pause_us.p99,
+                case.floor_us.p50,
+                case.floor_us.p99,
+                case.pause_to_floor,
+                case.commit_us.p50,
+                case.commit_us.p99,
+                case.bytes_per_page,
+                case.cpu_s_per_gib,
+            ),
+        );
+    }
+    text.push_str("\nWhat the guest stood for (medians in µs), the floor's beside it; codecs by bytes a page\n");
+    for case in &report.cases {
+        let (parts, floor) = (&case.parts, &case.floor_parts);
+        let codecs: Vec<_> = case
+            .codecs
+            .iter()
+            .map(|share| {
+                format!(
+                    "{} {}×{:.0}",
+                    share.codec,
+                    share.pages / case.rounds.max(1) as u64,
+                    share.bytes_per_page
+                )
+            })
+            .collect();
+        line(
+            &mut text,
+            format_args!(
+                "{:6} {:8} halt {:.0}|{:.0} order {:.0} harvest {:.0}|{:.0} room {:.0} copy {:.0}|{:.0} save {:.0}|{:.0} handover {:.0} resume {:.0}|{:.0}; encode {:.0}; {}",
+                case.pages,
+                if case.equal { "equal" } else { case.content },
+                parts.halt_us,
+                floor.halt_us,
+                parts.order_us,
+                parts.harvest_us,
+                floor.harvest_us,
+                parts.room_us,
+                parts.copy_us,
+                floor.copy_us,
+                parts.save_us,
+                floor.save_us,
+                parts.handover_us,
+                parts.resume_us,
+                floor.resume_us,
+                case.encode_us.p50,
+                codecs.join(", "),
+            ),
+        );
+    }
+    let memory = &report.secondary_memory;
+    let mib = |bytes: u64| bytes >> 20;
+    line(
+        &mut text,
+        format_args!(
+            "\nMemory in MiB (RSS, PSS, held), guest of {} MiB: secondary {} {} {}, primary {} {} {}, unprotected {} {} {}",
+            memory.guest_mib,
+            mib(memory.secondary.rss),
+            mib(memory.secondary.pss),
+            mib(memory.secondary.held),
+            mib(memory.primary.rss),
+            mib(memory.primary.pss),
+            mib(memory.primary.held),
+            mib(memory.unprotected.rss),
+            mib(memory.unprotected.pss),
+            mib(memory.unprotected.held),
+        ),
+    );
+    text
+}
+
+fn checkpoint_plot(report: &CheckpointReport, folder: &Path) -> Result<()> {
+    let mut sheet = Sheet::new(&[
+        "pages",
+        "content",
+        "equal",
+        "rounds",
+        "pause_p50_us",
+        "pause_p99_us",
+        "floor_p50_us",
+        "floor_p99_us",
+        "commit_p50_us",
+        "commit_p99_us",
+        "bytes_per_page",
+        "cpu_s_per_gib",
+    ]);
+    for case in &report.cases {
+        let figures = [
+            case.pause_us.p50,
+            case.pause_us.p99,
+            case.floor_us.p50,
+            case.floor_us.p99,
+            case.commit_us.p50,
+            case.commit_us.p99,
+            case.bytes_per_page,
+            case.cpu_s_per_gib,
+        ];
+        let words = [
+            case.pages.to_string(),
+            case.content.to_owned(),
+            case.equal.to_string(),
+            case.rounds.to_string(),
+        ];
+        sheet.row(
+            words
+                .into_iter()
+                .chain(figures.iter().map(|figure| format!("{figure:.3}"))),
+        );
+    }
+    sheet.write(&folder.join("checkpoint.csv"))?;
+    let mut contents: Vec<&str> = Vec::new();
+    for case in &report.cases {
+        if !case.equal && !contents.contains(&case.content) {
+            contents.push(case.content);
+        }
+    }
+    let line = |name: &str, content: &str, value: fn(&Case) -> f64| Line {
+        name: name.to_owned(),
+        points: report
+            .cases
+            .iter()
+            .filter(|case| case.content == content && !case.equal && case.pages > 0)
+            .map(|case| (case.pages as f64, value(case)))
+            .collect(),
+    };
+    for content in ["zero", "sparse", "text", "random"]
+        .into_iter()
+        .filter(|content| contents.contains(content))
+    {
+        let lines = [
+            line("pause, median", content, |case| case.pause_us.p50),
+            line("pause, p99", content, |case| case.pause_us.p99),
+            line("floor, median", content, |case| case.floor_us.p50),
+            line("commit, median", content, |case| case.commit_us.p50),
+        ];
+        let title = format!("A checkpoint of pages with {content} content, in µs by dirty pages");
+        plot::lines(&folder.join(format!("checkpoint-{content}.svg")), &title, &lines)?;
+    }
+    let bytes: Vec<_> = contents
+        .iter()
+        .map(|content| line(content, content, |case| case.bytes_per_page))
+        .filter(|line| line.points.len() > 1)
+        .collect();
+    plot::lines(
+        &folder.join("checkpoint-bytes.svg"),
+        "Bytes on the wire per page, by dirty pages",
+        &bytes,
+    )
+}
+
+pub(super) fn line(text: &mut String, words: std::fmt::Arguments<'_>) {
+    writeln!(text, "{words}").expect("a string takes everything");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_met_at_its_bound() {
+        assert!(Target::at_most("x", 1.5, 1.5, "x").met && !Target::at_most("x", 1.5, 1.51, "x").met);
+    }
+}
