@@ -30,7 +30,8 @@ pub(crate) fn take(boot: &BootInfo) -> Layout {
     if available < HEAP_LEAST {
         panic!("the machine has too little memory: give it 64 MiB");
     }
-    let heap_bytes = (available / 4).clamp(HEAP_MIN, HEAP_MAX).min(available);
+    // What follows it begins with a page too.
+    let heap_bytes = (available / 4).clamp(HEAP_MIN, HEAP_MAX).min(available) / PAGE_BYTES * PAGE_BYTES;
     HEAP.add(start, heap_bytes);
     let mut pieces = Vec::new();
     let high_end = address(boot.high_memory_end);
