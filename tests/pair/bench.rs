@@ -118,3 +118,33 @@ fn what_a_benchmark_needs_is_told_before_it_begins() {
         assert!(told.contains("check --plot"), "{told}");
     }
 }
+
+#[test]
+fn bench_protect_tells_what_can_be_true() {
+    let Some(report) = report("protect", &["protect.csv", "protect.svg"]) else {
+        return;
+    };
+    let scenarios = report["scenarios"].as_array().expect("scenarios");
+    assert!(scenarios.len() >= 8, "{}", scenarios.len());
+    for scenario in scenarios {
+        let modes = scenario["modes"].as_array().expect("modes");
+        assert_eq!(modes[0]["mode"], "lockstep");
+        for figures in [&scenario["two"], &scenario["bare"]].into_iter().chain(modes) {
+            assert!(number(&figures["rate"]) > 0.0, "{scenario}");
+            assert!((0.0..=1.1).contains(&number(&figures["load_busy"])), "{scenario}");
+            let threads = figures["threads_percent"].as_object().expect("threads");
+            assert!(threads.contains_key("vcpu"), "{scenario}");
+            if scenario["unit"] == "requests/s" {
+                let [p50, p99, p999] = ["p50", "p99", "p999"].map(|name| number(&figures["latency_us"][name]));
+                assert!(0.0 < p50 && p50 <= p99 && p99 <= p999, "{scenario}");
+            }
+        }
+        for mode in modes {
+            assert!(
+                number(&mode["to_two"]) > 0.0 && number(&mode["to_bare"]) > 0.0,
+                "{scenario}"
+            );
+        }
+    }
+    assert!(report["file_system"].is_string());
+}

@@ -230,7 +230,7 @@ fn measure_case(stage: &mut Stage, floor: &mut Floor, wanted: &Wanted, tidy: &Ti
         if round > 0 {
             // Once the guest answers again, the secondary has loaded.
             stage.admin("/")?;
-            used += Used::by(&pids)?.since(before).own;
+            used += Used::by(&pids)?.since(&before).own();
             stops.push(stop);
             traces.push(trace);
         }

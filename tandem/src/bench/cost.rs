@@ -1,6 +1,6 @@
 //! What processes use: processor time and memory, as Linux tells it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
@@ -11,17 +11,14 @@ use anyhow::{Context, Result};
 const BLOCK_BYTES: u64 = 512;
 const VCPU_THREAD: &str = "vcpu";
 
-/// Processor time of processes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Processor time of processes, in user and system mode, by the names of their threads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Used {
-    /// What their guests used.
-    pub(super) guests: Duration,
-    /// All the rest.
-    pub(super) own: Duration,
+    pub(super) threads: BTreeMap<String, Duration>,
 }
 
 impl Used {
-    /// Returns what the processes have used until now, in user and system mode.
+    /// Returns what the processes have used until now.
     pub(super) fn by(pids: &[u32]) -> Result<Self> {
         let mut used = Self::default();
         for pid in pids {
@@ -33,22 +30,24 @@ impl Used {
                 let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
                 let spent = read("schedstat").split(' ').next().and_then(|ns| ns.parse().ok());
                 let spent = Duration::from_nanos(spent.unwrap_or(0));
-                if read("comm").trim_end() == VCPU_THREAD {
-                    used.guests += spent;
-                } else {
-                    used.own += spent;
-                }
+                *used.threads.entry(read("comm").trim_end().to_owned()).or_default() += spent;
             }
         }
         Ok(used)
     }
 
     /// Returns what was used since `earlier`. A thread that has ended in between is not in it.
-    pub(super) fn since(self, earlier: Self) -> Self {
-        Self {
-            guests: self.guests.saturating_sub(earlier.guests),
-            own: self.own.saturating_sub(earlier.own),
+    pub(super) fn since(mut self, earlier: &Self) -> Self {
+        for (name, time) in &mut self.threads {
+            *time = time.saturating_sub(earlier.threads.get(name).copied().unwrap_or_default());
         }
+        self
+    }
+
+    /// Returns all but what their guests used.
+    pub(super) fn own(&self) -> Duration {
+        let own = self.threads.iter().filter(|(name, _)| *name != VCPU_THREAD);
+        own.map(|(_, time)| *time).sum()
     }
 }
 
@@ -127,11 +126,9 @@ mod tests {
             .unwrap();
         spin();
         is_ready.recv().unwrap();
-        let used = Used::by(&[pid]).unwrap().since(before);
-        assert!(
-            used.guests > Duration::from_millis(1) && used.own > Duration::from_millis(1),
-            "{used:?}"
-        );
+        let used = Used::by(&[pid]).unwrap().since(&before);
+        let long = Duration::from_millis(1);
+        assert!(used.threads[VCPU_THREAD] > long && used.own() > long, "{used:?}");
         drop(end);
         guest.join().unwrap();
         assert!(Used::by(&[u32::MAX]).is_err());

@@ -1,8 +1,10 @@
 //! The benchmarks: what protection costs, measured on real pairs on this machine.
 //!
 //! ```text
-//!   run ─── checkpoint    the pause, its floor, bytes, commits, processor time, memory
-//!             └─ floor    the same guest, stopped with nothing around it
+//!   run ─┬─ checkpoint   the pause, its floor, bytes, commits, processor time, memory
+//!        │    └─ floor   the same guest, stopped with nothing around it
+//!        └─ protect      clients at one VM, at two at once, at a pair
+//!             └─ load    many connections from one thread
 //!        cost   what processes use        report   targets, met or missed        plot   SVG and CSV
 //! ```
 //!
@@ -12,11 +14,13 @@
 mod checkpoint;
 mod cost;
 mod floor;
+mod load;
 mod plot;
+mod protect;
 mod report;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -31,6 +35,8 @@ use report::Report;
 pub enum Bench {
     /// What a checkpoint costs, by the number of dirty pages and their content, beside what the hardware costs at least
     Checkpoint(BenchOptions),
+    /// What clients get from a protected VM, beside what they get without protection
+    Protect(BenchOptions),
 }
 
 /// What a benchmark is told.
@@ -56,7 +62,7 @@ pub struct BenchOptions {
 /// Fails if it could not be carried out: a host that can't run VMs, missing rights or memory, a role that did not come up,
 /// an interruption. Nothing is left behind. A missed target is no error.
 pub fn run(bench: &Bench) -> Result<()> {
-    let Bench::Checkpoint(options) = bench;
+    let (Bench::Checkpoint(options) | Bench::Protect(options)) = bench;
     machine::host_check().context("this machine can't run the benchmark")?;
     if let Some(folder) = &options.plot {
         std::fs::create_dir_all(folder).with_context(|| format!("can't make {}: check --plot", folder.display()))?;
@@ -65,6 +71,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     let progress = Progress(Instant::now());
     let measured = match bench {
         Bench::Checkpoint(options) => checkpoint::run(options, &tidy, &progress).map(Report::Checkpoint),
+        Bench::Protect(options) => protect::run(options, &tidy, &progress).map(Report::Protect),
     };
     tidy.clear();
     let report = match measured {
@@ -148,6 +155,28 @@ fn percentile(sorted: &[f64], share: f64) -> f64 {
 
 fn ratio(value: f64, to: f64) -> f64 {
     if to > 0.0 { value / to } else { 0.0 }
+}
+
+/// Returns the kind of the file system that a folder is on.
+fn file_system(folder: &Path) -> Result<String> {
+    const TMPFS: i64 = 0x0102_1994;
+    const EXT: i64 = 0xef53;
+    const XFS: i64 = 0x5846_5342;
+    const BTRFS: i64 = 0x9123_683e;
+    const OVERLAY: i64 = 0x794c_7630;
+    let kind = rustix::fs::statfs(folder)
+        .context("can't ask for the file system")?
+        .f_type;
+    #[expect(clippy::useless_conversion, reason = "its type is another one elsewhere")]
+    let kind = i64::from(kind);
+    Ok(match kind {
+        TMPFS => "tmpfs".to_owned(),
+        EXT => "ext".to_owned(),
+        XFS => "xfs".to_owned(),
+        BTRFS => "btrfs".to_owned(),
+        OVERLAY => "overlay".to_owned(),
+        other => format!("{other:#x}"),
+    })
 }
 
 #[cfg(test)]

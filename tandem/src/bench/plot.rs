@@ -8,7 +8,8 @@ use anyhow::{Context, Result, anyhow};
 use plotters::chart::{ChartBuilder, SeriesLabelPosition};
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::{
-    BLACK, Circle, IntoDrawingArea, IntoLogRange, LineSeries, Palette, Palette99, PathElement, SVGBackend, WHITE,
+    BLACK, Circle, IntoDrawingArea, IntoLogRange, LineSeries, Palette, Palette99, PathElement, Rectangle, SVGBackend,
+    WHITE,
 };
 use plotters::style::Color;
 
@@ -75,6 +76,48 @@ where
     area.present().map_err(|error| refused(path, &error))
 }
 
+/// Writes a figure of bars, one for each name, and a line at `mark`.
+pub(super) fn bars(path: &Path, title: &str, mark: f64, bars: &[(String, f64)]) -> Result<()> {
+    let area = SVGBackend::new(path, SIZE).into_drawing_area();
+    area.fill(&WHITE).map_err(|error| refused(path, &error))?;
+    let high = bars.iter().map(|bar| bar.1).fold(mark, f64::max) * 1.1;
+    let names: Vec<_> = bars.iter().map(|bar| bar.0.as_str()).collect();
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, ("sans-serif", 18))
+        .margin(12)
+        .x_label_area_size(36)
+        .y_label_area_size(210)
+        .build_cartesian_2d(0.0..high, 0.0..bars.len().max(1) as f64)
+        .map_err(|error| refused(path, &error))?;
+    let name_at = |at: &f64| {
+        let found = names
+            .iter()
+            .zip(0_u32..)
+            .find(|(_, index)| (f64::from(*index) + 0.5 - at).abs() < 0.01);
+        found.map_or_else(String::new, |(name, _)| (*name).to_owned())
+    };
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .y_labels(2 * bars.len() + 1)
+        .y_label_formatter(&name_at)
+        .draw()
+        .map_err(|error| refused(path, &error))?;
+    let boxes = bars.iter().zip(0_u32..).map(|((_, value), index)| {
+        let bottom = f64::from(index);
+        Rectangle::new(
+            [(0.0, bottom + 0.15), (*value, bottom + 0.85)],
+            Palette99::pick(0).filled(),
+        )
+    });
+    chart.draw_series(boxes).map_err(|error| refused(path, &error))?;
+    let line = [(mark, 0.0), (mark, bars.len() as f64)];
+    chart
+        .draw_series(LineSeries::new(line, BLACK.stroke_width(2)))
+        .map_err(|error| refused(path, &error))?;
+    area.present().map_err(|error| refused(path, &error))
+}
+
 fn refused(path: &Path, error: &dyn Display) -> anyhow::Error {
     anyhow!("can't draw {}: {error}", path.display())
 }
@@ -131,6 +174,10 @@ mod tests {
             assert!(text.starts_with("<svg") && text.trim_end().ends_with("</svg>") && text.contains("A figure"));
             assert!(!text.contains("a < b"));
         }
+        let path = folder.path().join("bars.svg");
+        bars(&path, "Bars", 0.9, &[("one".to_owned(), 0.5), ("two".to_owned(), 1.5)]).unwrap();
+        let text = fs::read_to_string(path).unwrap();
+        assert!(text.contains("one") && text.contains("two"), "{text}");
         assert!(lines(&folder.path().join("no/where.svg"), "x", &[]).is_err());
     }
 

@@ -7,11 +7,15 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::checkpoint::{Case, CheckpointReport};
+use super::load::Kind;
 use super::plot::{self, Line, Sheet};
+use super::protect::{Figures, Latency, ProtectReport};
+use super::ratio;
 
 /// The report of one benchmark.
 pub(super) enum Report {
     Checkpoint(CheckpointReport),
+    Protect(ProtectReport),
 }
 
 /// What was wished for, and what came out.
@@ -38,6 +42,14 @@ impl Target {
             met: measured <= target,
         }
     }
+
+    pub(super) fn at_least(what: &str, target: f64, measured: f64, unit: &'static str) -> Self {
+        Self {
+            at_most: false,
+            met: measured >= target,
+            ..Self::at_most(what, target, measured, unit)
+        }
+    }
 }
 
 impl Serialize for Report {
@@ -58,6 +70,12 @@ impl Serialize for Report {
                 targets,
             }
             .serialize(serializer),
+            Self::Protect(figures) => Whole {
+                benchmark: "protect",
+                figures,
+                targets,
+            }
+            .serialize(serializer),
         }
     }
 }
@@ -66,6 +84,7 @@ impl Report {
     fn targets(&self) -> Vec<Target> {
         match self {
             Self::Checkpoint(report) => checkpoint_targets(report),
+            Self::Protect(report) => protect_targets(report),
         }
     }
 
@@ -73,6 +92,7 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let mut text = match self {
             Self::Checkpoint(report) => checkpoint_text(report),
+            Self::Protect(report) => protect_text(report),
         };
         text.push_str("\nTargets\n");
         for target in self.targets() {
@@ -93,6 +113,7 @@ impl Report {
     pub(super) fn plot(&self, folder: &Path) -> Result<()> {
         match self {
             Self::Checkpoint(report) => checkpoint_plot(report, folder),
+            Self::Protect(report) => protect_plot(report, folder),
         }
     }
 }
@@ -336,6 +357,147 @@ fn checkpoint_plot(report: &CheckpointReport, folder: &Path) -> Result<()> {
     )
 }
 
+fn protect_targets(report: &ProtectReport) -> Vec<Target> {
+    let mut targets = Vec::new();
+    for scenario in &report.scenarios {
+        let bound = match scenario.kind {
+            Kind::HttpSmall | Kind::Get => 0.9,
+            Kind::Increment => 0.7,
+            _ => continue,
+        };
+        let modes = scenario.modes.iter().filter(|mode| mode.mode == "lockstep");
+        targets.extend(modes.map(|mode| {
+            let what = format!(
+                "{} in lockstep on {} connections ÷ two unprotected copies at once, mean per copy ({:.2} of one bare VM)",
+                scenario.kind.name(),
+                scenario.connections,
+                mode.to_bare
+            );
+            Target::at_least(&what, bound, mode.to_two, "x two")
+        }));
+    }
+    targets
+}
+
+fn protect_text(report: &ProtectReport) -> String {
+    let mut text = String::new();
+    line(
+        &mut text,
+        format_args!(
+            "\nA guest of {} MiB on {} processors, images on {}; {} rounds in turns. The load's own thread was busy for at most {:.0} % of the time.\n\
+             Rates each second; latencies p50/p99/p99.9 in µs; two: mean of two unprotected copies at once, bare: one by itself.\n",
+            report.memory_mib,
+            report.processors,
+            report.file_system,
+            report.rounds,
+            report.load_busy_max * 100.0,
+        ),
+    );
+    for scenario in &report.scenarios {
+        line(
+            &mut text,
+            format_args!(
+                "{} on {} connections, {}",
+                scenario.kind.name(),
+                scenario.connections,
+                scenario.unit
+            ),
+        );
+        let mut add = |name: &str, figures: &Figures, more: String| {
+            let latency = figures.latency_us.map_or_else(String::new, |latency| {
+                format!("{:.0}/{:.0}/{:.0}", latency.p50, latency.p99, latency.p999)
+            });
+            let mut threads: Vec<_> = figures
+                .threads_percent
+                .iter()
+                .filter(|thread| *thread.1 >= 1.0)
+                .collect();
+            threads.sort_by(|one, other| other.1.total_cmp(one.1));
+            let threads: Vec<_> = threads
+                .iter()
+                .map(|(name, share)| format!("{name} {share:.0}"))
+                .collect();
+            line(
+                &mut text,
+                format_args!(
+                    "  {name:9} {:12.0}  {latency:22} {more} [%: {}]",
+                    figures.rate,
+                    threads.join(", ")
+                ),
+            );
+        };
+        add("two", &scenario.two, String::new());
+        add("bare", &scenario.bare, String::new());
+        for mode in &scenario.modes {
+            let latency = mode
+                .latency_to_two
+                .map_or_else(String::new, |Latency { p50, p99, p999 }| {
+                    format!(", latency x {p50:.1}/{p99:.1}/{p999:.1}")
+                });
+            let more = format!(
+                "= {:.2} of two, {:.2} of bare{latency}; {:.1} checkpoints/s, {} divergences, {} lost",
+                mode.to_two, mode.to_bare, mode.checkpoints_per_s, mode.divergences, mode.figures.lost
+            );
+            add(mode.mode, &mode.figures, more);
+        }
+    }
+    text
+}
+
+fn protect_plot(report: &ProtectReport, folder: &Path) -> Result<()> {
+    let mut sheet = Sheet::new(&[
+        "kind",
+        "connections",
+        "subject",
+        "unit",
+        "rate",
+        "to_two",
+        "to_bare",
+        "p50_us",
+        "p99_us",
+        "p999_us",
+        "lost",
+        "load_busy",
+    ]);
+    let mut bars = Vec::new();
+    for scenario in &report.scenarios {
+        let mut add = |subject: &str, figures: &Figures, to_two: f64, to_bare: f64| {
+            let latency = figures.latency_us.unwrap_or_default();
+            let words = [
+                scenario.kind.name().to_owned(),
+                scenario.connections.to_string(),
+                subject.to_owned(),
+                scenario.unit.to_owned(),
+            ];
+            let numbers = [figures.rate, to_two, to_bare, latency.p50, latency.p99, latency.p999];
+            let more = [figures.lost.to_string(), format!("{:.3}", figures.load_busy)];
+            let numbers = numbers.iter().map(|number| format!("{number:.3}"));
+            sheet.row(words.into_iter().chain(numbers).chain(more));
+        };
+        add("two", &scenario.two, 1.0, ratio(scenario.two.rate, scenario.bare.rate));
+        add(
+            "bare",
+            &scenario.bare,
+            ratio(scenario.bare.rate, scenario.two.rate),
+            1.0,
+        );
+        for mode in &scenario.modes {
+            add(mode.mode, &mode.figures, mode.to_two, mode.to_bare);
+            let name = format!("{} × {}, {}", scenario.kind.name(), scenario.connections, mode.mode);
+            bars.push((name, mode.to_two));
+        }
+    }
+    sheet.write(&folder.join("protect.csv"))?;
+    // The first is drawn at the bottom.
+    bars.reverse();
+    plot::bars(
+        &folder.join("protect.svg"),
+        "Throughput of a pair ÷ two unprotected copies at once (line: 0.9)",
+        0.9,
+        &bars,
+    )
+}
+
 pub(super) fn line(text: &mut String, words: std::fmt::Arguments<'_>) {
     writeln!(text, "{words}").expect("a string takes everything");
 }
@@ -347,5 +509,6 @@ mod tests {
     #[test]
     fn a_target_is_met_at_its_bound() {
         assert!(Target::at_most("x", 1.5, 1.5, "x").met && !Target::at_most("x", 1.5, 1.51, "x").met);
+        assert!(Target::at_least("x", 0.9, 0.9, "x").met && !Target::at_least("x", 0.9, 0.89, "x").met);
     }
 }
