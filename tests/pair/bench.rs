@@ -91,6 +91,13 @@ fn bench_checkpoint_tells_what_can_be_true() {
         );
         assert!(number(&case["cpu_s_per_gib"]) > 0.0, "{case}");
     }
+    let buffered = report["buffered"].as_array().expect("spans");
+    assert_eq!(buffered.len(), 3);
+    for one in buffered {
+        for name in ["checkpoints_per_s", "requests_per_s"] {
+            assert!(number(&one[name]) > 0.0, "{one}");
+        }
+    }
     let memory = &report["secondary_memory"];
     let touched = number(&memory["touched_mib"]);
     for role in ["secondary", "primary", "unprotected"] {
@@ -128,7 +135,10 @@ fn bench_protect_tells_what_can_be_true() {
     assert!(scenarios.len() >= 8, "{}", scenarios.len());
     for scenario in scenarios {
         let modes = scenario["modes"].as_array().expect("modes");
-        assert_eq!(modes[0]["mode"], "lockstep");
+        assert_eq!(
+            (&modes[0]["mode"], &modes[1]["mode"]),
+            (&"lockstep".into(), &"buffered".into())
+        );
         for figures in [&scenario["two"], &scenario["bare"]].into_iter().chain(modes) {
             assert!(number(&figures["rate"]) > 0.0, "{scenario}");
             assert!((0.0..=1.1).contains(&number(&figures["load_busy"])), "{scenario}");

@@ -15,9 +15,10 @@ use link::status::{CheckpointTrace, PauseParts};
 use machine::floor::Stop;
 use serde::Serialize;
 
+use super::buffered::{self, Buffered};
 use super::cost::{Memory, Used};
 use super::floor::Floor;
-use super::{BenchOptions, Progress, Spread, need_memory, ratio};
+use super::{BenchOptions, Progress, Spread, need_memory, ratio, with_logs};
 use crate::lab::Host;
 use crate::stage::tidy::Tidy;
 use crate::stage::{Stage, touchable_mib};
@@ -44,6 +45,7 @@ pub(super) struct CheckpointReport {
     pub(super) memory_mib: u64,
     pub(super) processors: usize,
     pub(super) cases: Vec<Case>,
+    pub(super) buffered: Vec<Buffered>,
     pub(super) secondary_memory: SecondaryMemory,
 }
 
@@ -128,16 +130,9 @@ pub(super) fn run(options: &BenchOptions, tidy: &Tidy, progress: &Progress) -> R
         memory_mib: MEMORY.0 >> 20,
         processors: std::thread::available_parallelism().map_or(0, usize::from),
         cases,
+        buffered: buffered::run(options.quick, tidy, progress)?,
         secondary_memory: weigh(guest, tidy, progress)?,
     })
-}
-
-fn with_logs(error: anyhow::Error, stage: &Stage, tidy: &Tidy) -> anyhow::Error {
-    if tidy.is_interrupted() {
-        error
-    } else {
-        error.context(stage.last_words())
-    }
 }
 
 fn wanted(quick: bool) -> Vec<Wanted> {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   run ─┬─ checkpoint   the pause, its floor, bytes, commits, processor time, memory
-//!        │    └─ floor   the same guest, stopped with nothing around it
+//!        │    ├─ floor      the same guest, stopped with nothing around it
+//!        │    └─ buffered   how often a pair in buffered mode gets to it
 //!        └─ protect      clients at one VM, at two at once, at a pair
 //!             └─ load    many connections from one thread
 //!        cost   what processes use        report   targets, met or missed        plot   SVG and CSV
@@ -11,6 +12,7 @@
 //! Everything that is compared is measured in the same run, in turns: other work on the machine, and its clock, drift by
 //! half from one minute to the next. Figures are read as ratios.
 
+mod buffered;
 mod checkpoint;
 mod cost;
 mod floor;
@@ -26,6 +28,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
+use crate::stage::Stage;
 use crate::stage::tidy::{Owner, Tidy};
 use crate::units::ByteSize;
 use report::Report;
@@ -122,6 +125,15 @@ fn need_memory(bytes: ByteSize) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Adds the ends of the roles' logs to what went wrong.
+fn with_logs(error: anyhow::Error, stage: &Stage, tidy: &Tidy) -> anyhow::Error {
+    if tidy.is_interrupted() {
+        error
+    } else {
+        error.context(stage.last_words())
+    }
 }
 
 /// Median and 99th percentile.

@@ -26,10 +26,13 @@ use crate::stage::tidy::Tidy;
 use crate::units::ByteSize;
 
 const MEMORY: ByteSize = ByteSize::mib(256);
-const NEEDED: ByteSize = ByteSize::mib(2_048);
+const NEEDED: ByteSize = ByteSize::mib(3_072);
 
 /// How a pair protects, and what it is told for that.
-const MODES: [(&str, &[&str]); 1] = [("lockstep", &[])];
+const MODES: [(&str, &[&str]); 2] = [
+    ("lockstep", &["--mode", "lockstep"]),
+    ("buffered", &["--mode", "buffered", "--checkpoint-every", "5ms"]),
+];
 
 /// What was found.
 #[derive(Debug, Serialize)]
@@ -127,7 +130,7 @@ struct Taken {
 /// Measures everything.
 pub(super) fn run(options: &BenchOptions, tidy: &Tidy, progress: &Progress) -> Result<ProtectReport> {
     need_memory(NEEDED)?;
-    progress.tell("two VMs and a pair start");
+    progress.tell("two VMs, and a pair for each mode, start");
     let folder = tidy.folder("copy-0")?;
     let file_system = file_system(&folder)?;
     if file_system == "tmpfs" {
@@ -389,6 +392,7 @@ mod tests {
             taken(&[100.0, 200.0, 100.0]),
             taken(&[200.0, 400.0, 200.0]),
             taken(&[90.0, 180.0, 10.0]),
+            taken(&[10.0, 20.0, 10.0]),
         ];
         let scenario = scenario(load, 3, &all);
         let mode = &scenario.modes[0];

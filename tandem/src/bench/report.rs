@@ -257,6 +257,24 @@ fn checkpoint_text(report: &CheckpointReport) -> String {
             ),
         );
     }
+    text.push_str("\nBuffered mode, 16 clients at work\n");
+    for one in &report.buffered {
+        line(
+            &mut text,
+            format_args!(
+                "  every {:2} ms: {:6.1} checkpoints/s, pause {:.0} µs (p99 {:.0}), commit {:.0} µs (p99 {:.0}), {:.0} pages, {:.0} requests/s, {:.0} % of a processor",
+                one.every_ms,
+                one.checkpoints_per_s,
+                one.pause_us.p50,
+                one.pause_us.p99,
+                one.commit_us.p50,
+                one.commit_us.p99,
+                one.pages.p50,
+                one.requests_per_s,
+                one.cpu_percent,
+            ),
+        );
+    }
     let memory = &report.secondary_memory;
     let mib = |bytes: u64| bytes >> 20;
     line(
