@@ -58,6 +58,8 @@ mutants! {
     CommitOverlay "commit-overlay"
     /// The first checkpoint is committed before the record says that the image is complete.
     CommitUnrecorded "commit-unrecorded"
+    /// A page that is shipped ahead is read before it counts as clean.
+    CopyBeforeClear "copy-before-clear"
     /// A segment whose beginning was equal counts as equal to its end.
     CompareBySegment "compare-by-segment"
     /// Two frames of the same length count as equal.
@@ -68,12 +70,16 @@ mutants! {
     ContendIncomplete "contend-incomplete"
     /// A connection that broke counts as one that the primary's kernel ended.
     ContendWithinLease "contend-within-lease"
+    /// A page is encoded as the difference from what was shipped of it last, committed or not.
+    DeltaFromShipped "delta-from-shipped"
     /// Sending the first checkpoint does not make the peer one that may contend.
     EntitleLate "entitle-late"
     /// A takeover makes the primary's uncommitted disk writes part of the disk.
     FoldBuffers "fold-buffers"
     /// The pages of an abandoned checkpoint count as clean.
     ForgetAbandonedPages "forget-abandoned-pages"
+    /// Pages that were shipped ahead in an epoch that was abandoned count as clean.
+    ForgetPagesAhead "forget-pages-ahead"
     /// The blocks written in an abandoned epoch do not count as changed.
     ForgetAbandonedWrites "forget-abandoned-writes"
     /// A side that takes over translates no connection any more.
@@ -84,6 +90,8 @@ mutants! {
     IgnoreFin "ignore-fin"
     /// Released frames carry no time after which they must not leave.
     IgnoreLease "ignore-lease"
+    /// What an earlier secondary has committed counts as committed by the next.
+    KeepBaseOfAnother "keep-base-of-another"
     /// A load does not take over the primary's translation offsets.
     KeepOwnNetwork "keep-own-network"
     /// What the guest sent in an execution that a checkpoint replaced is kept for the takeover.
@@ -98,6 +106,8 @@ mutants! {
     MatchAcrossEpochs "match-across-epochs"
     /// Disk writes between a trigger and the stop are not mirrored.
     MirrorStopsAtTrigger "mirror-stops-at-trigger"
+    /// Pages that were to be shipped ahead and were not read before the stop are read after it.
+    ReadAheadAfterStop "read-ahead-after-stop"
     /// Reads don't see a commit whose disk writes are still under way.
     ReadOldBase "read-old-base"
     /// Output leaves as covered by a checkpoint once that has been copied.
@@ -128,6 +138,8 @@ mutants! {
     StartSuperseded "start-superseded"
     /// The peer counts as lost after half the time that its lease relies on.
     SuspectTooSoon "suspect-too-soon"
+    /// A page that was shipped ahead is left out at the stop though it is dirty again.
+    TrustPagesAhead "trust-pages-ahead"
     /// A takeover after the commit point is in the state before it.
     TakeOverInOldState "take-over-in-old-state"
     /// A journal counts as complete whatever its digest says.

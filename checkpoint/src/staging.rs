@@ -147,6 +147,20 @@ impl Totals {
         Ok(())
     }
 
+    /// Goes on with the sums of the pages that were shipped ahead of the stop; they were counted apart, since disk
+    /// writes were counted here meanwhile.
+    ///
+    /// # Panics
+    /// Panics if they are of another epoch, or pages were counted here.
+    pub fn go_on_with_pages(&mut self, ahead: &Self) {
+        assert_eq!(
+            (self.tag, self.pages),
+            (ahead.tag, Sum::default()),
+            "pages shipped ahead come first"
+        );
+        self.pages = ahead.pages;
+    }
+
     /// Counts a disk write of this epoch, or of the next while this one is transferred.
     ///
     /// # Errors
@@ -400,6 +414,20 @@ mod tests {
             (mark().pages, mark().writes, mark().sections, mark().base),
             (6, 3, 1, Some(Epoch(6)))
         );
+    }
+
+    #[test]
+    fn pages_shipped_ahead_are_summed_apart_from_the_writes_of_that_time() {
+        let (mut ahead, mut rest) = (totals(&[]).unwrap(), totals(&[]).unwrap());
+        let good = checkpoint();
+        count(&mut ahead, &good[0]).unwrap();
+        count(&mut rest, &good[3]).unwrap();
+        count(&mut ahead, &good[1]).unwrap();
+        rest.go_on_with_pages(&ahead);
+        for at in [2, 4, 5, 6, 7] {
+            count(&mut rest, &good[at]).unwrap();
+        }
+        assert_eq!(rest, totals(&good).unwrap());
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub struct Status {
     pub last_checkpoint: Option<LastCheckpoint>,
     /// The initial sync of the last pairing, on the primary.
     pub last_sync: Option<LastSync>,
+    /// Pages shipped ahead of a stop since this process started.
+    pub pages_ahead: u64,
     /// How often the two guests' outputs differed.
     pub divergences: u64,
     /// What waits where.
@@ -124,8 +126,10 @@ pub struct Checkpoints {
 /// One committed checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastCheckpoint {
-    /// Pages it carried.
+    /// Pages it carried, those shipped ahead of the stop included.
     pub pages: u64,
+    /// Those that were shipped ahead of the stop.
+    pub pages_ahead: u64,
     /// Bytes it sent.
     pub bytes: u64,
     /// Time that the guest stood still.
@@ -141,7 +145,9 @@ pub struct CheckpointTrace {
     pub epoch: u64,
     /// Pages that were dirty at the stop.
     pub pages: u64,
-    /// Bytes of pages sent.
+    /// Pages shipped ahead of it; one that was dirty again is counted there, too.
+    pub pages_ahead: u64,
+    /// Bytes of pages sent, those shipped ahead included.
     pub bytes: u64,
     /// Pages and bytes by codec; codecs without a page are left out.
     pub codecs: Vec<CodecTrace>,
@@ -354,8 +360,9 @@ impl Status {
             return age;
         };
         format!(
-            "{age}: {} pages, {}, paused {}, committed after {}",
+            "{age}: {} pages ({} ahead), {}, paused {}, committed after {}",
             last.pages,
+            last.pages_ahead,
             size(last.bytes),
             span_us(last.pause_us),
             span_us(last.commit_us)
@@ -525,6 +532,7 @@ mod tests {
             },
             last_checkpoint: Some(LastCheckpoint {
                 pages: 10,
+                pages_ahead: 4,
                 bytes: 41_000,
                 pause_us: 900,
                 commit_us: 12_000,
@@ -581,7 +589,11 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("checkpoints  9 (1 sync, 8 mismatch)"), "{text}");
-        assert!(text.contains("last         412 ms ago: 10 pages, 40.0 KiB, paused 900 µs, committed after 12 ms"));
+        assert!(
+            text.contains(
+                "last         412 ms ago: 10 pages (4 ahead), 40.0 KiB, paused 900 µs, committed after 12 ms"
+            )
+        );
         assert!(
             text.contains("sync         by difference: 12 of 16384 pages, 3 of 1024 blocks"),
             "{text}"

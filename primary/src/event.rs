@@ -4,7 +4,7 @@ use bytes::Bytes;
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, GoodbyeReason, Message, Welcome};
-use checkpoint::{Generation, Instant, Tag};
+use checkpoint::{Duration, Generation, Instant, Tag};
 
 /// Something happened.
 ///
@@ -22,6 +22,8 @@ pub enum Event {
     Copied {
         /// The epoch.
         tag: Tag,
+        /// Pages that were dirty at the stop.
+        pages: u64,
         /// Fresh seed for the entropy device of the next epoch; the end mark has the same.
         entropy: [u8; 32],
     },
@@ -44,6 +46,8 @@ pub enum Event {
     InputConsumed(Delivery),
     /// The connections to the secondary are gone; every complete message before has been delivered.
     LinkClosed(String),
+    /// The dirty pages have been looked at; if some are shipped ahead, `ShippedAhead` follows.
+    Looked(Look),
     /// Memory, or its difference, is queued on the data connection.
     MemorySynced(Shipment),
     /// The VM is stopped and its devices are quiet.
@@ -52,6 +56,8 @@ pub enum Event {
     PeerSent(Message),
     /// That record is durable.
     RecordStored(RecordUpdate),
+    /// Pages are queued on the data connection ahead of the stop; less than was said if a stop came first.
+    ShippedAhead(AheadShipment),
     /// The operator asks for an orderly end.
     StopAsked,
     /// The deadline has passed.
@@ -71,6 +77,32 @@ pub enum GuestEnd {
     Reset,
     /// It panicked or its CPU can't go on; the text says why.
     Crashed(String),
+}
+
+/// What a look at the dirty pages found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// The epoch that the guest ran in.
+    pub tag: Tag,
+    /// Pages that were dirty, and stay so.
+    pub dirty: u64,
+    /// Pages that are shipped ahead: they count as clean from now on.
+    pub ahead: u64,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// What the shell queued ahead of a stop, in one round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AheadShipment {
+    /// The epoch whose checkpoint it is part of.
+    pub tag: Tag,
+    /// Pages queued.
+    pub pages: u64,
+    /// Their encoded bytes.
+    pub bytes: u64,
+    /// How long it took.
+    pub took: Duration,
 }
 
 /// What the shell queued for a checkpoint or for the memory part of the initial sync.
@@ -103,7 +135,7 @@ pub enum Action {
     End(Outcome),
     /// Stop (or go on) reading frames from the clients.
     HoldInput(bool),
-    /// The dirty pages of the abandoned sync or checkpoint belong to the next one.
+    /// The dirty pages of the abandoned sync or checkpoint, those shipped ahead included, belong to the next one.
     KeepDirty,
     /// Stop the VM; answered by `Paused`.
     PauseVm,
@@ -138,6 +170,15 @@ pub enum Action {
     SeedEntropy(Option<[u8; 32]>),
     /// Write the record beside the image, durably; answered by `RecordStored`.
     StoreRecord(RecordUpdate),
+    /// Look at the dirty pages while the VM runs, answered by `Looked`. Up to so many of those that have gone quiet count as clean from
+    /// then on, are read after that, and are queued as part of the checkpoint that will end this epoch, unless they are dirty again
+    /// at its stop: answered by `ShippedAhead`. What was not read when the VM stops is part of what is copied then.
+    ShipAhead {
+        /// The running epoch.
+        tag: Tag,
+        /// How many.
+        pages: u64,
+    },
     /// Queue memory while the VM runs; answered by `MemorySynced`.
     SyncMemory {
         /// The sums of the checkpoint that the sync is part of.

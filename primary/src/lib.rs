@@ -1,7 +1,7 @@
 //! The primary role: a pure protocol core and the shell that runs it.
 //!
 //! ```text
-//!   device workers ─┐                              ┌─► VM thread: pause, copy, resume; courier: ship
+//!   device workers ─┐                              ┌─► VM thread: pause, look, copy, resume; courier: ship
 //!   TAP ────────────┤                              ├─► disk thread: compare, record
 //!   peer ───────────┼──► Event ─► Primary::step ─► Action
 //!   witness ────────┤        (protocol.rs)         ├─► TAP, guest's port
@@ -10,9 +10,11 @@
 
 #![forbid(unsafe_code)]
 
+pub mod encoding;
 pub mod event;
 pub mod protocol;
 pub mod run;
+pub mod scout;
 mod ship;
 mod status;
 mod trace;

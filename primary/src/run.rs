@@ -413,6 +413,15 @@ impl Role {
                     });
                 }
             }
+            Action::ShipAhead { tag, pages } => {
+                if let Some((link, _)) = &self.link {
+                    self.vm.send(Command::ShipAhead {
+                        tag,
+                        pages,
+                        bulk: link.bulk(),
+                    });
+                }
+            }
             Action::SendBlocks { tag, blocks } => {
                 if let Some((link, _)) = &self.link {
                     self.disk.send(DiskCommand::Send {

@@ -1,201 +1,314 @@
-//! The thread that ships a checkpoint while the VM runs on: it encodes the copied pages and queues them.
+//! The thread that ships while the VM runs: pages ahead of a stop, and what was copied at one.
 //!
-//! Pages go from the copy, or from guest memory, through the encoder into the data connection's queue; the protocol
-//! sees only their number and digest. No decision is made here.
+//! ```text
+//!   VM's thread: clears bits ─► Unread ─► courier reads a few, encodes, queues      (ahead)
+//!                   stop: takes the unread back, copies all that is to be shipped ─► Parcel ─► courier
+//! ```
+//!
+//! A page that is to be shipped ahead must be read before the next stop ends, or not at all: what the guest writes after it is
+//! of another epoch. So the courier reads under a lock, a few pages at a time, and a stop takes back what is not read.
+//! The protocol sees only numbers and digests. No decision is made here.
 
-use std::sync::{Arc, mpsc};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
 use bytes::Bytes;
-use checkpoint::Epoch;
-use checkpoint::limits::{BODY_BYTES_MAX, PAGE_BYTES};
-use checkpoint::pages::{BASE_BYTES_DEFAULT, BaseCache, BatchEncoder, Chooser, CodecStats, Page, is_zero};
+use checkpoint::Tag;
+use checkpoint::limits::PAGE_BYTES;
+use checkpoint::pages::{BASE_BYTES_DEFAULT, BATCH_BYTES, BatchEncoder, Chooser, Page, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
-use link::describe;
 use link::peer::BulkSender;
 use link::worker::{Inbox, Worker};
+use link::{clock, describe};
 use machine::{GuestRam, MemoryError, PageSet, VmError};
 use storage::verify::block_range;
 use storage::{FileImage, Image};
 use tokio::sync::mpsc as events;
 
-use crate::event::{Event, Shipment};
+use crate::encoding::Encoding;
+use crate::event::{AheadShipment, Event, Shipment};
 use crate::trace::Traces;
 
-/// Encoded bytes after which a batch is sent.
-const BATCH_BYTES: usize = 256 * 1024;
-const _: () = assert!(BATCH_BYTES + 2 * PAGE_BYTES < BODY_BYTES_MAX);
 /// Pages copied at a stop. What is dirty beyond them is shipped while the VM stands, so that the copy is bounded.
 const COPIED_PAGES_MAX: usize = 64 * 1024;
+/// Pages read at a time when pages are shipped ahead: a stop waits for so many copies at most.
+const READ_AT_ONCE: usize = 16;
 
-/// What is copied at a stop, and what is known for encoding it. It is with the VM's thread or with the courier.
-pub(crate) struct Kit {
+/// Copies of pages; its room is used again and again.
+#[derive(Default)]
+pub(crate) struct Copies {
     numbers: Vec<u64>,
     content: Vec<u8>,
-    encoder: BatchEncoder,
-    cache: BaseCache,
-    chooser: Chooser,
-    /// What the encoder had done before this checkpoint.
-    before: CodecStats,
 }
 
-impl Kit {
-    fn new() -> Self {
-        Self {
-            numbers: Vec::new(),
-            content: Vec::new(),
-            encoder: BatchEncoder::new(BATCH_BYTES, None),
-            cache: BaseCache::new(BASE_BYTES_DEFAULT),
-            chooser: Chooser::default(),
-            before: CodecStats::default(),
-        }
-    }
-
-    /// Begins another checkpoint. `committed` is the epoch of the one before, if it was acknowledged.
-    pub(crate) fn begin(&mut self, committed: Option<Epoch>) {
-        match committed {
-            Some(epoch) => self.cache.commit(epoch),
-            None => self.cache.abandon(),
-        }
-        self.encoder.rebase(self.cache.committed());
-        self.before = *self.encoder.stats();
-    }
-
-    /// Returns what was encoded for this checkpoint.
-    fn stats(&self) -> CodecStats {
-        self.encoder.stats().since(&self.before)
-    }
-
-    /// Forgets what a secondary holds: there will be another, or the same with another state.
-    pub(crate) fn forget(&mut self) {
-        self.cache.clear();
-    }
-
+impl Copies {
     /// Copies pages until the bound, and returns those beyond it.
-    pub(crate) fn copy(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<Vec<u64>, MemoryError> {
+    pub(crate) fn take(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<Vec<u64>, MemoryError> {
         let mut pages = pages.iter();
+        self.read(ram, pages.by_ref().take(COPIED_PAGES_MAX))?;
+        Ok(pages.collect())
+    }
+
+    fn read(&mut self, ram: &GuestRam, pages: impl Iterator<Item = u64>) -> Result<(), MemoryError> {
         self.numbers.clear();
-        self.numbers.extend(pages.by_ref().take(COPIED_PAGES_MAX));
+        self.numbers.extend(pages);
         self.content.resize(self.numbers.len() * PAGE_BYTES, 0);
         for (page, content) in self.numbers.iter().zip(self.content.as_chunks_mut().0) {
             ram.read_page(*page, content)?;
         }
-        Ok(pages.collect())
+        Ok(())
     }
 
-    /// Encodes a page, and sends the batch that it fills.
-    fn push(&mut self, out: &mut Outbox, page: u64, content: &Page) -> Result<(), LinkGone> {
-        let reference = self.cache.base(page);
-        let pushed = self.encoder.push(page, content, reference, &mut self.chooser);
-        self.cache.shipped(page, content, pushed.codec);
-        if pushed.full {
-            out.batch(&mut self.encoder)
-        } else {
-            Ok(())
-        }
+    fn iter(&self) -> impl Iterator<Item = (u64, &Page)> {
+        self.numbers.iter().copied().zip(self.content.as_chunks().0)
+    }
+}
+
+/// Pages to be shipped ahead: they count as clean already, and are not read yet. Shared by the VM's thread and the courier.
+#[derive(Clone, Default)]
+pub(crate) struct Unread(Arc<Mutex<VecDeque<u64>>>);
+
+impl Unread {
+    pub(crate) fn add(&self, pages: &PageSet) {
+        self.lock().extend(pages.iter());
     }
 
-    fn finish(&mut self, out: &mut Outbox) -> Result<(), LinkGone> {
-        if self.encoder.is_empty() {
-            Ok(())
-        } else {
-            out.batch(&mut self.encoder)
-        }
+    /// Takes them back. Nothing of them is read afterwards: the VM stands, or they are dirty again.
+    pub(crate) fn take_back(&self) -> VecDeque<u64> {
+        core::mem::take(&mut *self.lock())
     }
 
-    /// Ships pages out of memory: the VM stands.
-    pub(crate) fn ship(&mut self, out: &mut Outbox, ram: &GuestRam, pages: &[u64]) -> Result<(), ShipError> {
-        let mut content = [0; PAGE_BYTES];
-        for &page in pages {
-            ram.read_page(page, &mut content)?;
-            self.push(out, page, &content)?;
-        }
-        Ok(self.finish(out)?)
+    /// Reads some of them, so that they stay as they are now whatever the guest does; false if there were none.
+    fn read(&self, ram: &GuestRam, few: &mut Copies) -> Result<bool, MemoryError> {
+        let mut unread = self.lock();
+        let count = unread.len().min(READ_AT_ONCE);
+        few.read(ram, unread.drain(..count))?;
+        Ok(count > 0)
     }
 
-    fn ship_copied(&mut self, out: &mut Outbox) -> Result<(), LinkGone> {
-        let (numbers, content) = (core::mem::take(&mut self.numbers), core::mem::take(&mut self.content));
-        let sent = numbers
-            .iter()
-            .zip(content.as_chunks().0)
-            .try_for_each(|(page, content)| self.push(out, *page, content));
-        (self.numbers, self.content) = (numbers, content);
-        sent?;
-        self.finish(out)
+    fn lock(&self) -> MutexGuard<'_, VecDeque<u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Everything that a checkpoint ships, independent of the running VM.
 pub(crate) struct Parcel {
-    pub(crate) out: Outbox,
-    pub(crate) kit: Kit,
+    pub(crate) totals: Totals,
+    pub(crate) bulk: BulkSender,
+    pub(crate) copies: Copies,
+    /// Pages that were not copied: the VM stands until they have been read, which is told as `Copied`.
+    pub(crate) beyond: Vec<u64>,
+    /// All pages of both kinds.
+    pub(crate) pages: u64,
     /// Disk blocks of a first checkpoint: the VM stands until it is acknowledged.
     pub(crate) blocks: Vec<u64>,
     pub(crate) sections: Vec<Section>,
     pub(crate) entropy: [u8; 32],
 }
 
-/// The thread, and the kit that comes back from it.
+/// What the courier is told.
+enum Errand {
+    Abandon,
+    Ahead { tag: Tag, bulk: BulkSender },
+    Forget,
+    Ship(Box<Parcel>),
+}
+
+/// The thread's handle, and the room for copies that comes back from it.
 pub(crate) struct Courier {
-    thread: Worker<Parcel>,
-    returned: mpsc::Receiver<Kit>,
+    thread: Worker<Errand>,
+    unread: Unread,
+    returned: mpsc::Receiver<Copies>,
 }
 
 impl Courier {
     /// Starts the thread.
-    pub(crate) fn spawn(image: Arc<FileImage>, traces: Traces, events: events::Sender<Event>) -> std::io::Result<Self> {
+    pub(crate) fn spawn(
+        image: Arc<FileImage>,
+        ram: GuestRam,
+        traces: Traces,
+        events: events::Sender<Event>,
+    ) -> std::io::Result<Self> {
+        let unread = Unread::default();
         let (give_back, returned) = mpsc::channel();
         // Received by the first checkpoint.
-        let _ = give_back.send(Kit::new());
-        let thread = Worker::spawn("courier", move |inbox: Inbox<Parcel>| {
-            while let Some(parcel) = inbox.next() {
-                let (kit, sent) = parcel.send(&image, &traces);
-                // Either channel is closed when the role has ended.
-                let _ = give_back.send(kit);
-                let event = match sent {
-                    Ok(shipment) => Event::CheckpointSent(shipment),
-                    Err(ShipError::Link) => continue,
-                    Err(ShipError::Vm(reason)) => Event::VmFailed(reason),
-                };
-                let _ = events.blocking_send(event);
-            }
-        })?;
-        Ok(Self { thread, returned })
+        let _ = give_back.send(Copies::default());
+        let carrier = Carrier {
+            image,
+            ram,
+            traces,
+            events,
+            unread: unread.clone(),
+            few: Copies::default(),
+            give_back,
+            encoding: Encoding::new(BASE_BYTES_DEFAULT),
+        };
+        let thread = Worker::spawn("courier", move |inbox| carrier.run(&inbox))?;
+        Ok(Self {
+            thread,
+            unread,
+            returned,
+        })
     }
 
-    /// Returns the kit for the next checkpoint, once the shipment before has left it.
-    pub(crate) fn kit(&self) -> Kit {
-        self.returned.recv().unwrap_or_else(|_gone| Kit::new())
+    /// Returns the room for copies, once the shipment before has left it.
+    pub(crate) fn room(&self) -> Copies {
+        self.returned.recv().unwrap_or_default()
+    }
+
+    /// Ships pages that count as clean from before this call on; answered by `ShippedAhead`.
+    pub(crate) fn ship_ahead(&self, tag: Tag, pages: &PageSet, bulk: BulkSender) {
+        self.unread.add(pages);
+        self.thread.send(Errand::Ahead { tag, bulk });
+    }
+
+    /// Takes back the pages that are still to be shipped ahead: none is read after this.
+    pub(crate) fn stop_ahead(&self) -> VecDeque<u64> {
+        self.unread.take_back()
     }
 
     /// Ships; answered by `CheckpointSent`.
     pub(crate) fn send(&self, parcel: Parcel) {
-        self.thread.send(parcel);
+        self.thread.send(Errand::Ship(Box::new(parcel)));
+    }
+
+    /// The checkpoint that is being shipped will not be acknowledged.
+    pub(crate) fn abandon(&self) {
+        self.unread.take_back();
+        self.thread.send(Errand::Abandon);
+    }
+
+    /// There will be another secondary.
+    pub(crate) fn forget(&self) {
+        self.thread.send(Errand::Forget);
     }
 }
 
-impl Parcel {
-    fn send(mut self, image: &FileImage, traces: &Traces) -> (Kit, Result<Shipment, ShipError>) {
-        let start = Instant::now();
-        let sent = self.queue(image);
-        traces.sent(
-            self.out.totals.tag(),
-            start.elapsed(),
-            &self.kit.stats(),
-            self.out.bytes,
-        );
-        (self.kit, sent.map(|()| self.out.shipment(self.entropy)))
+/// The courier itself.
+struct Carrier {
+    image: Arc<FileImage>,
+    ram: GuestRam,
+    traces: Traces,
+    events: events::Sender<Event>,
+    unread: Unread,
+    few: Copies,
+    give_back: mpsc::Sender<Copies>,
+    encoding: Encoding,
+}
+
+impl Carrier {
+    fn run(mut self, inbox: &Inbox<Errand>) {
+        while let Some(errand) = inbox.next() {
+            let event = match errand {
+                Errand::Abandon => {
+                    self.encoding.abandon();
+                    continue;
+                }
+                Errand::Forget => {
+                    self.encoding.forget();
+                    continue;
+                }
+                Errand::Ahead { tag, bulk } => self.ship_ahead(tag, bulk),
+                Errand::Ship(mut parcel) => {
+                    let sent = self.ship(&mut parcel);
+                    // Closed when the role has ended.
+                    let _ = self.give_back.send(parcel.copies);
+                    sent.map(Event::CheckpointSent)
+                }
+            };
+            match event {
+                Ok(event) => self.report(event),
+                Err(ShipError::Link) => {}
+                Err(ShipError::Vm(reason)) => self.report(Event::VmFailed(reason)),
+            }
+        }
     }
 
-    fn queue(&mut self, image: &FileImage) -> Result<(), ShipError> {
-        self.kit.ship_copied(&mut self.out)?;
-        for &block in &self.blocks {
-            let (offset, data) = read_block(image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
-            self.out.write(offset, data)?;
+    fn report(&self, event: Event) {
+        // A closed channel means that the role has ended; the next receive ends this thread.
+        let _ = self.events.blocking_send(event);
+    }
+
+    /// Ships the pages that are unread, until there are none: they are shipped, or a stop has taken them back.
+    fn ship_ahead(&mut self, tag: Tag, bulk: BulkSender) -> Result<Event, ShipError> {
+        let began = clock::now();
+        self.encoding.begin(tag);
+        let mut out = Outbox::new(self.encoding.take_ahead(), bulk);
+        let mut few = core::mem::take(&mut self.few);
+        while self.unread.read(&self.ram, &mut few)? {
+            self.push(&mut out, few.iter())?;
         }
-        self.out.devices(core::mem::take(&mut self.sections))?;
+        self.finish(&mut out)?;
+        self.few = few;
+        let (pages, bytes) = (out.pages, out.bytes);
+        self.encoding.keep_ahead(out.totals);
+        let took = clock::now().since(began);
+        Ok(Event::ShippedAhead(AheadShipment {
+            tag,
+            pages,
+            bytes,
+            took,
+        }))
+    }
+
+    fn ship(&mut self, parcel: &mut Parcel) -> Result<Shipment, ShipError> {
+        let began = Instant::now();
+        let tag = parcel.totals.tag();
+        self.encoding.begin(tag);
+        let shipped_ahead = self.encoding.stats().total();
+        let mut totals = parcel.totals.clone();
+        let ahead = self.encoding.take_ahead();
+        if ahead.pages_counted() > 0 {
+            totals.go_on_with_pages(&ahead);
+        }
+        let mut out = Outbox::new(totals, parcel.bulk.clone());
+        if !parcel.beyond.is_empty() {
+            self.ship_beyond(&mut out, &parcel.beyond)?;
+            self.report(Event::Copied {
+                tag,
+                pages: parcel.pages,
+                entropy: parcel.entropy,
+            });
+        }
+        self.push(&mut out, parcel.copies.iter())?;
+        self.finish(&mut out)?;
+        for &block in &parcel.blocks {
+            let (offset, data) = read_block(&*self.image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
+            out.write(offset, data)?;
+        }
+        out.devices(core::mem::take(&mut parcel.sections))?;
+        self.traces
+            .sent(tag, began.elapsed(), &self.encoding.stats(), shipped_ahead, out.bytes);
+        Ok(out.shipment(parcel.entropy))
+    }
+
+    /// Ships pages out of memory: the VM stands.
+    fn ship_beyond(&mut self, out: &mut Outbox, pages: &[u64]) -> Result<(), ShipError> {
+        let mut content = [0; PAGE_BYTES];
+        for &page in pages {
+            self.ram.read_page(page, &mut content)?;
+            self.push(out, [(page, &content)].into_iter())?;
+        }
+        Ok(self.finish(out)?)
+    }
+
+    /// Encodes pages, and sends the batches that they fill.
+    fn push<'a>(&mut self, out: &mut Outbox, pages: impl Iterator<Item = (u64, &'a Page)>) -> Result<(), LinkGone> {
+        for (page, content) in pages {
+            if self.encoding.push(page, content) {
+                self.finish(out)?;
+            }
+        }
         Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Outbox) -> Result<(), LinkGone> {
+        match self.encoding.finish(&mut out.totals) {
+            Some(batch) => out.send_pages(batch),
+            None => Ok(()),
+        }
     }
 }
 
@@ -277,7 +390,12 @@ impl Outbox {
             encoded,
         };
         self.totals.pages(&batch).expect("the batch has the tag of the sums");
-        self.pages += u64::from(count);
+        self.send_pages(batch)
+    }
+
+    /// Sends a batch that is counted already.
+    fn send_pages(&mut self, batch: PageBatch) -> Result<(), LinkGone> {
+        self.pages += u64::from(batch.count);
         self.bytes += batch.encoded.len() as u64;
         send(&self.bulk, Message::Pages(batch))
     }

@@ -58,7 +58,8 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             admin: count(Trigger::Admin),
         },
         last_checkpoint: shell.last.as_ref().map(|last| LastCheckpoint {
-            pages: last.pages,
+            pages: last.pages + last.pages_ahead,
+            pages_ahead: last.pages_ahead,
             bytes: last.bytes,
             pause_us: whole(last.pause_us),
             commit_us: whole(last.commit_us),
@@ -70,6 +71,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             blocks: counters.sync.blocks,
             blocks_total: counters.sync.blocks_total,
         }),
+        pages_ahead: counters.pages_ahead,
         divergences: counters.divergences,
         queues: Queues {
             held_frames: held.frames as u64,

@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use checkpoint::pages::{Codec, CodecStats};
+use checkpoint::pages::{Amount, Codec, CodecStats};
 use checkpoint::{Epoch, Tag};
 use link::status::{CheckpointTrace, CodecTrace, PauseParts};
 
@@ -90,11 +90,12 @@ impl Traces {
         }
     }
 
-    /// All of a checkpoint's pages are encoded and queued.
-    pub(crate) fn sent(&self, tag: Tag, took: Duration, stats: &CodecStats, bytes: u64) {
+    /// All of a checkpoint's pages are encoded and queued: some ahead of its stop, and after it so many `bytes`.
+    pub(crate) fn sent(&self, tag: Tag, took: Duration, stats: &CodecStats, ahead: Amount, bytes: u64) {
         self.with(tag, |entry| {
             entry.trace.encode_us = micros(took);
-            entry.trace.bytes = bytes;
+            entry.trace.pages_ahead = ahead.pages;
+            entry.trace.bytes = ahead.bytes + bytes;
             let codecs = Codec::ALL.map(|codec| (codec, stats.of(codec)));
             entry.trace.codecs = codecs
                 .into_iter()
@@ -167,7 +168,13 @@ mod tests {
         let mut watch = Stopwatch::start();
         watch.parts.halt_us = watch.lap();
         traces.begin(tag(epoch), &watch, 7);
-        traces.sent(tag(epoch), Duration::from_micros(5), &CodecStats::default(), 9);
+        traces.sent(
+            tag(epoch),
+            Duration::from_micros(5),
+            &CodecStats::default(),
+            Amount { pages: 3, bytes: 2 },
+            9,
+        );
         watch.parts.resume_us = watch.lap();
         traces.resumed(&watch);
     }
@@ -181,7 +188,10 @@ mod tests {
         traces.committed(Epoch(2));
         let told = traces.list();
         assert_eq!(told.len(), 1);
-        assert_eq!((told[0].epoch, told[0].pages, told[0].bytes), (2, 7, 9));
+        assert_eq!(
+            (told[0].epoch, told[0].pages, told[0].pages_ahead, told[0].bytes),
+            (2, 7, 3, 11)
+        );
         assert!(told[0].commit_us >= told[0].pause_us && told[0].pause_us > 0.0);
         assert_eq!(traces.last().as_ref(), told.first());
     }

@@ -5,20 +5,21 @@
 
 use std::sync::{Arc, mpsc};
 
+use checkpoint::Tag;
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message, Section};
-use checkpoint::{Epoch, Tag};
-use link::describe;
 use link::peer::BulkSender;
 use link::record::RecordPlace;
 use link::worker::{Inbox, Worker};
+use link::{clock, describe};
 use machine::{GuestRam, PageSet, Vm};
 use storage::verify::{BlockHash, HashKey, block_count};
 use storage::{FileImage, Image as _};
 use tokio::sync::mpsc as events;
 
-use crate::event::{Event, Shipment};
-use crate::ship::{Courier, Kit, Outbox, Parcel, ShipError, read_block, send};
+use crate::event::{Event, Look, Shipment};
+use crate::scout::Scout;
+use crate::ship::{Courier, Outbox, Parcel, ShipError, read_block, send};
 use crate::trace::{Stopwatch, Traces};
 
 /// What the VM's thread is told.
@@ -32,6 +33,11 @@ pub(crate) enum Command {
         tag: Tag,
         blocks: Vec<u64>,
         totals: Totals,
+        bulk: BulkSender,
+    },
+    ShipAhead {
+        tag: Tag,
+        pages: u64,
         bulk: BulkSender,
     },
     Sync {
@@ -53,16 +59,15 @@ pub(crate) fn spawn(
 ) -> std::io::Result<VmThread> {
     let ram = vm.ram();
     let keeper = Keeper {
-        vm,
-        ram,
-        courier: Courier::spawn(image, traces.clone(), events.clone())?,
-        kit: None,
-        shipped: None,
+        courier: Courier::spawn(image, vm.ram(), traces.clone(), events.clone())?,
+        scout: Scout::new(ram.pages()),
         events,
-        unacknowledged: None,
-        syncing: false,
+        open: None,
+        unacknowledged: PageSet::new(ram.pages()),
         traces,
         watch: None,
+        vm,
+        ram,
     };
     Worker::spawn("vm", move |inbox| keeper.run(&inbox))
 }
@@ -71,15 +76,12 @@ struct Keeper {
     vm: Box<dyn Vm>,
     ram: GuestRam,
     courier: Courier,
-    /// Not with the courier.
-    kit: Option<Kit>,
-    /// The last checkpoint shipped, unless it was abandoned.
-    shipped: Option<Epoch>,
+    scout: Scout,
     events: events::Sender<Event>,
-    /// Dirty pages of the checkpoint that is not acknowledged yet, with those of the sync before it.
-    unacknowledged: Option<PageSet>,
-    /// The next checkpoint is the first of its pairing.
-    syncing: bool,
+    /// The epoch that `unacknowledged` belongs to, unless it was abandoned.
+    open: Option<Tag>,
+    /// Pages of the checkpoint that is not acknowledged yet, shipped ahead or at the stop, with those of the sync before it.
+    unacknowledged: PageSet,
     traces: Traces,
     /// Runs while the VM stands.
     watch: Option<Stopwatch>,
@@ -102,10 +104,7 @@ impl Keeper {
                     Ok(None)
                 }
                 Command::KeepDirty => {
-                    self.shipped = None;
-                    if let Some(pages) = self.unacknowledged.take() {
-                        self.vm.put_back_dirty(&pages);
-                    }
+                    self.keep_dirty();
                     Ok(None)
                 }
                 Command::Ship {
@@ -114,6 +113,7 @@ impl Keeper {
                     totals,
                     bulk,
                 } => self.ship(tag, blocks, totals, bulk).map(|()| None),
+                Command::ShipAhead { tag, pages, bulk } => self.ship_ahead(tag, pages, bulk).map(Some),
                 Command::Sync {
                     totals,
                     difference,
@@ -159,65 +159,96 @@ impl Keeper {
         let _ = self.events.blocking_send(event);
     }
 
+    /// Nothing became of what was taken or cleared since the last acknowledgement.
+    fn keep_dirty(&mut self) {
+        self.courier.abandon();
+        self.vm.put_back_dirty(&self.unacknowledged);
+        self.unacknowledged.clear();
+        self.open = None;
+    }
+
     /// Ships memory while the VM runs: what it dirties meanwhile is left to the first checkpoint.
     fn sync(&mut self, totals: Totals, difference: bool, bulk: &BulkSender) -> Result<Shipment, ShipError> {
+        let tag = totals.tag();
         let dirty = self.vm.take_dirty()?;
-        let mut kit = self.kit();
-        kit.forget();
-        self.kit = Some(kit);
-        self.shipped = None;
+        self.scout.stopped();
+        self.courier.forget();
         let mut out = Outbox::new(totals, bulk.clone());
         let sent = if difference {
             out.pages(&self.ram, dirty.iter(), false)
         } else {
             out.pages(&self.ram, self.ram.populated()?.iter(), true)
         };
-        self.unacknowledged = difference.then_some(dirty);
-        self.syncing = true;
+        // Those of a whole sync need no mark: a secondary that lacks it holds nothing that a difference could build on.
+        let unacknowledged = self.unacknowledged_in(tag);
+        if difference {
+            unacknowledged.union(&dirty);
+        }
         sent?;
         Ok(out.shipment([0; 32]))
     }
 
-    fn kit(&mut self) -> Kit {
-        self.kit.take().unwrap_or_else(|| self.courier.kit())
+    /// Looks at the dirty pages, and lets the courier ship those that have gone quiet: their bits are cleared first,
+    /// then they are read.
+    fn ship_ahead(&mut self, tag: Tag, most: u64, bulk: BulkSender) -> Result<Event, ShipError> {
+        let began = clock::now();
+        let dirty = self.vm.dirty_now()?;
+        let cold = self.scout.look(&dirty, most);
+        let ahead = cold.len();
+        if ahead > 0 {
+            self.vm.clear_dirty(&cold)?;
+            self.unacknowledged_in(tag).union(&cold);
+            self.courier.ship_ahead(tag, &cold, bulk);
+        }
+        Ok(Event::Looked(Look {
+            tag,
+            dirty: dirty.len() - ahead,
+            ahead,
+            took: clock::now().since(began),
+        }))
+    }
+
+    /// Returns the pages that were taken or cleared in this epoch, as part of its checkpoint: the one before is acknowledged,
+    /// or was abandoned and its pages are dirty again.
+    fn unacknowledged_in(&mut self, tag: Tag) -> &mut PageSet {
+        if self.open != Some(tag) {
+            self.open = Some(tag);
+            self.unacknowledged.clear();
+        }
+        &mut self.unacknowledged
     }
 
     /// Copies what a checkpoint ships, and lets the courier ship it.
     fn ship(&mut self, tag: Tag, blocks: Vec<u64>, totals: Totals, bulk: BulkSender) -> Result<(), ShipError> {
         let mut watch = self.watch.take().unwrap_or_else(Stopwatch::start);
         watch.parts.order_us = watch.lap();
-        let mut out = Outbox::new(totals, bulk);
-        let dirty = self.vm.take_dirty()?;
+        let mut dirty = self.vm.take_dirty()?;
+        self.scout.stopped();
+        // Clean by their bits, and not shipped: the VM stands, so they are what they were.
+        dirty.extend(self.courier.stop_ahead());
+        self.unacknowledged_in(tag).union(&dirty);
         watch.parts.harvest_us = watch.lap();
-        let mut kit = self.kit();
-        kit.begin(self.shipped.replace(tag.epoch));
+        let mut copies = self.courier.room();
         watch.parts.room_us = watch.lap();
-        let dirty_pages = dirty.len();
-        let beyond = kit.copy(&self.ram, &dirty);
-        let first = core::mem::take(&mut self.syncing);
-        match &mut self.unacknowledged {
-            Some(pages) if first => pages.union(&dirty),
-            pages => *pages = Some(dirty),
-        }
-        if let Err(error) = beyond
-            .map_err(ShipError::from)
-            .and_then(|pages| kit.ship(&mut out, &self.ram, &pages))
-        {
-            self.kit = Some(kit);
-            return Err(error);
-        }
+        let beyond = copies.take(&self.ram, &dirty)?;
         watch.parts.copy_us = watch.lap();
+        let pages = dirty.len();
         let sections = self.vm.save()?.0.into_iter();
         watch.parts.save_us = watch.lap();
-        self.traces.begin(tag, &watch, dirty_pages);
+        self.traces.begin(tag, &watch, pages);
         self.watch = Some(watch);
         let mut entropy = [0; 32];
         link::entropy::fill(&mut entropy);
-        // Told first: a small parcel may be shipped before this thread goes on.
-        self.report(Event::Copied { tag, entropy });
+        if beyond.is_empty() {
+            // Told first: a small parcel may be shipped before this thread goes on.
+            self.report(Event::Copied { tag, pages, entropy });
+        }
         self.courier.send(Parcel {
-            out,
-            kit,
+            totals,
+            bulk,
+            copies,
+            beyond,
+            pages,
             blocks,
             sections: sections
                 .map(|section| Section {

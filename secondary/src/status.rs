@@ -50,6 +50,7 @@ pub(crate) fn status(protocol: &Secondary, now: Instant, shell: &Shell<'_>) -> S
             bytes: counters.last_shipment.1,
             pause_us: counters.last_pause.0 / 1_000,
             commit_us: counters.last_pause.0 / 1_000,
+            ..LastCheckpoint::default()
         }),
         queues: Queues {
             link_queued_bytes: shell.link_queued_bytes,

@@ -102,6 +102,10 @@ pub struct PairOptions {
     /// How long an output may wait for its equal before a checkpoint is taken [default: 200ms]
     #[arg(long, value_name = "SPAN")]
     pub unmatched_limit: Option<Span>,
+    /// Bytes a second that may be sent of pages that have gone quiet, while the VM runs, so that a stop has less to copy;
+    /// 0 leaves all of them to the stop [default: 128M]
+    #[arg(long, value_name = "SIZE")]
+    pub ahead_rate: Option<ByteSize>,
     /// When the VM runs on after a stop for a checkpoint: after the `copy` of what is shipped, or after the secondary's
     /// `acknowledgement`, which needs no memory for the copy [default: copy]
     #[arg(long, value_name = "POLICY")]
@@ -159,7 +163,8 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
+    "ahead-rate",
     "checkpoint-every",
     "cmdline",
     "control",
@@ -202,6 +207,7 @@ impl PairOptions {
             checkpoint_every: self.checkpoint_every.or(file.checkpoint_every),
             epoch_max_age: self.epoch_max_age.or(file.epoch_max_age),
             unmatched_limit: self.unmatched_limit.or(file.unmatched_limit),
+            ahead_rate: self.ahead_rate.or(file.ahead_rate),
             resume_after: self.resume_after.or(file.resume_after),
             vm: self.vm.or(file.vm),
         })
@@ -209,6 +215,7 @@ impl PairOptions {
 
     fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
         match key {
+            "ahead-rate" => self.ahead_rate = Some(parsed(value)?),
             "checkpoint-every" => self.checkpoint_every = Some(parsed(value)?),
             "cmdline" => self.vm.cmdline = Some(value.to_owned()),
             "control" => self.vm.control = Some(value.into()),

@@ -25,6 +25,7 @@ use machine::tap::Tap;
 use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
 use primary::event::Outcome as PrimaryOutcome;
+use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Resume, Start};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
@@ -137,6 +138,7 @@ struct RoleSettings {
     checkpoint_every: Duration,
     epoch_age_max: Duration,
     unmatched_max: Duration,
+    ahead: Option<Budget>,
     resume: Resume,
 }
 
@@ -154,6 +156,10 @@ impl From<Settings> for RoleSettings {
             checkpoint_every: settings.checkpoint_every.into(),
             epoch_age_max: settings.epoch_max_age.into(),
             unmatched_max: settings.unmatched_limit.into(),
+            ahead: (settings.ahead_rate > 0).then(|| Budget {
+                bytes_per_second: settings.ahead_rate,
+                ..Budget::default()
+            }),
             resume: settings.resume,
         }
     }
@@ -173,6 +179,7 @@ impl From<RunSettings> for RoleSettings {
             checkpoint_every: limits::CHECKPOINT_EVERY,
             epoch_age_max: limits::EPOCH_AGE_MAX,
             unmatched_max: limits::UNMATCHED_MAX,
+            ahead: None,
             resume: Resume::default(),
         }
     }
@@ -416,6 +423,7 @@ impl Host {
                 takeover_limit: self.settings.takeover_limit,
                 epoch_age_max: self.settings.epoch_age_max,
                 unmatched_max: self.settings.unmatched_max,
+                ahead: self.settings.ahead,
                 memory_bytes: self.settings.vm.memory,
                 disk_bytes: self.image.size(),
                 mac: self.settings.vm.mac.0,

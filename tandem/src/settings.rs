@@ -12,6 +12,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use guest::settings::Settings as GuestSettings;
+use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Resume};
 
 use crate::options::{ConfigError, LogOptions, PairOptions, VmOptions};
@@ -59,6 +60,8 @@ pub struct Settings {
     pub epoch_max_age: Duration,
     /// How long an output may wait for its equal.
     pub unmatched_limit: Duration,
+    /// Bytes a second that may be sent ahead of a stop; 0 for none.
+    pub ahead_rate: u64,
     /// When the VM runs on after a stop for a checkpoint.
     pub resume: Resume,
 }
@@ -176,6 +179,9 @@ impl Settings {
                 UNMATCHED_LIMIT_DEFAULT,
                 &UNMATCHED_LIMIT,
             )?,
+            ahead_rate: options
+                .ahead_rate
+                .map_or_else(|| Budget::default().bytes_per_second, |rate| rate.0),
             resume: options.resume_after.unwrap_or_default(),
             pair,
             node,
@@ -429,6 +435,7 @@ mod tests {
         assert_eq!(settings.mode, Mode::Lockstep);
         assert_eq!(settings.checkpoint_every, Duration::from_millis(5));
         assert_eq!(settings.unmatched_limit, Duration::from_millis(200));
+        assert_eq!(settings.ahead_rate, 128 << 20);
         assert_eq!(settings.vm.memory, 256 << 20);
         assert_eq!(settings.vm.control, Path::new("/run/tandem/shop-a.sock"));
         assert_eq!(settings.peer, Some("10.0.0.2:7100".parse().unwrap()));

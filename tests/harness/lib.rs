@@ -23,6 +23,7 @@ pub mod random;
 pub mod run;
 pub mod scenario;
 mod shells;
+mod shipping;
 pub mod streams;
 pub mod tcp;
 pub mod toy_vm;

@@ -4,14 +4,11 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use checkpoint::limits::PAGE_BYTES;
-use checkpoint::pages::{BatchEncoder, Chooser, decode_batch};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Held, Message, PageBatch, Section};
 use checkpoint::{Epoch, Generation, Instant, Role as PairRole, Tag};
-use machine::PageSet;
-use primary::event::Shipment;
+use primary::event::{Look, Shipment};
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
 use storage::sim::{SimDisk, SimImage};
@@ -19,7 +16,8 @@ use storage::{CommitJob, Image, Record, Recovery, Replica};
 
 use crate::checkers::Snapshot;
 use crate::random::Random;
-use crate::toy_vm::{DISK_BYTES, PAGES, Registers, SECTOR_BYTES, ToyVm, sectors};
+use crate::shipping::{Errand, Parcel, Shipping, Stage};
+use crate::toy_vm::{DISK_BYTES, Registers, SECTOR_BYTES, ToyVm, index, sectors};
 
 /// What a host does.
 pub enum Role {
@@ -82,16 +80,15 @@ pub struct Node {
     /// The secondary's layers over it.
     pub replica: Option<Replica<SimImage>>,
     journal: Arc<SimImage>,
-    /// What a checkpoint ships, copied at its stop.
-    pub(crate) parcel: Option<Parcel>,
+    /// Its pages on their way to the other.
+    pub(crate) shipping: Shipping,
     committed: Vec<Arc<Vec<u8>>>,
     /// What it was after the last load.
     loaded: Option<Vec<Arc<Vec<u8>>>>,
-    stage: Vec<PageBatch>,
+    stage: Stage,
+    /// The epoch that the committed pages are, once one was loaded in this pairing.
+    base: Option<Epoch>,
     devices: Option<DeviceState>,
-    unacknowledged: PageSet,
-    /// The next checkpoint is the first of its pairing.
-    syncing: bool,
     /// The checkpoint of an earlier pairing whose memory it still has.
     kept: Option<Tag>,
     recovery: Recovery,
@@ -108,14 +105,6 @@ pub(crate) enum DiskFault {
     Flushes,
     Full,
     Writes,
-}
-
-/// A checkpoint on its way from the copy to the link.
-pub(crate) struct Parcel {
-    /// The link that it goes to.
-    pub(crate) link: usize,
-    pub(crate) messages: VecDeque<Message>,
-    pub(crate) shipment: Shipment,
 }
 
 /// Returns the checkpoint that a disk is, by its record and its journal.
@@ -169,13 +158,12 @@ impl Node {
             disk,
             replica: None,
             journal,
-            parcel: None,
+            shipping: Shipping::default(),
             committed: ToyVm::default().memory.pages,
             loaded: None,
-            stage: Vec::new(),
+            stage: Stage::default(),
+            base: None,
             devices: None,
-            unacknowledged: PageSet::new(PAGES),
-            syncing: false,
             kept: None,
             recovery: Recovery::Fresh,
             failing: BTreeSet::new(),
@@ -245,12 +233,10 @@ impl Node {
         self.serving = false;
         self.inbox.clear();
         self.link = None;
-        self.parcel = None;
+        self.shipping = Shipping::default();
         self.replica = None;
-        self.stage.clear();
+        self.stage.take();
         self.devices = None;
-        self.unacknowledged.clear();
-        self.syncing = false;
         self.replica = None;
         self.record = self.stored_record();
         self.recovery = storage::recover(&*self.image, &*self.journal).map_err(|error| error.to_string())?;
@@ -423,39 +409,22 @@ impl Node {
     // Primary's shell.
 
     /// Ships memory, or what is dirty of it.
-    pub fn sync_memory(&mut self, mut totals: Totals, difference: bool) -> (Vec<Message>, Shipment) {
-        let dirty = self.vm.memory.harvest();
-        let mut messages = Vec::new();
-        let pages: Vec<u64> = if difference {
-            dirty.iter().collect()
-        } else {
-            (0..PAGES).collect()
-        };
-        self.batch(&mut totals, &pages, &mut messages);
-        self.unacknowledged = if difference { dirty } else { PageSet::new(PAGES) };
-        self.syncing = true;
-        (
-            messages,
-            Shipment {
-                totals,
-                pages: pages.len() as u64,
-                bytes: 0,
-                entropy: [0; 32],
-            },
-        )
+    pub fn sync_memory(&mut self, totals: Totals, difference: bool) -> (Vec<Message>, Shipment) {
+        self.shipping.sync(&mut self.vm.memory, totals, difference)
     }
 
-    /// Copies what a checkpoint ships; returns the seed of the next epoch.
-    pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, entropy: u64) -> [u8; 32] {
+    /// Looks at the dirty pages, of which some are shipped ahead; nothing without a link.
+    pub(crate) fn look(&mut self, tag: Tag, most: u64) -> Option<Look> {
+        let link = self.link?;
+        Some(self.shipping.look(&mut self.vm.memory, tag, most, link))
+    }
+
+    /// Copies what a checkpoint ships; returns how many pages, and the seed of the next epoch.
+    pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, entropy: u64) -> (u64, [u8; 32]) {
         let tag = totals.tag();
-        let dirty = self.vm.memory.harvest();
-        let mut messages = Vec::new();
-        self.batch(&mut totals, &dirty.iter().collect::<Vec<_>>(), &mut messages);
-        let pages = dirty.len();
-        if !core::mem::take(&mut self.syncing) {
-            self.unacknowledged.clear();
-        }
-        self.unacknowledged.union(&dirty);
+        let copied = self.shipping.stop(&mut self.vm.memory, tag);
+        let pages = copied.len() as u64;
+        let mut rest = VecDeque::new();
         for &block in blocks {
             let (offset, length) = storage::verify::block_range(self.image.size(), block);
             let mut data = vec![0; length];
@@ -466,7 +435,7 @@ impl Node {
                 data: data.into(),
             };
             totals.write(&write).expect("of this epoch");
-            messages.push(Message::Write(write));
+            rest.push_back(Message::Write(write));
         }
         let registers = Section {
             name: "toy".to_owned(),
@@ -478,48 +447,27 @@ impl Node {
             sections: vec![registers],
         };
         totals.device_state(&devices).expect("once");
-        messages.push(Message::DeviceState(devices));
+        rest.push_back(Message::DeviceState(devices));
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&entropy.to_le_bytes());
-        let shipment = Shipment {
-            totals,
-            pages,
-            bytes: 0,
-            entropy: seed,
-        };
-        self.parcel = self.link.map(|link| Parcel {
-            link,
-            messages: messages.into(),
-            shipment,
-        });
-        seed
+        if let Some(link) = self.link {
+            let parcel = Parcel {
+                link,
+                totals,
+                pages: copied,
+                rest,
+                begun: false,
+                sent: 0,
+                entropy: seed,
+            };
+            self.shipping.errands.push_back(Errand::Parcel(Box::new(parcel)));
+        }
+        (pages, seed)
     }
 
     /// The dirty pages of the abandoned checkpoint belong to the next one.
     pub fn keep_dirty(&mut self) {
-        self.vm.memory.put_back(&self.unacknowledged);
-        self.unacknowledged.clear();
-    }
-
-    fn batch(&self, totals: &mut Totals, pages: &[u64], messages: &mut Vec<Message>) {
-        let mut encoder = BatchEncoder::new(256 * 1024, None);
-        let mut chooser = Chooser::default();
-        for few in pages.chunks(8) {
-            for &page in few {
-                let content = &self.vm.memory.pages[usize::try_from(page).expect("small")];
-                let content = content.as_slice().try_into().expect("a page");
-                let pushed = encoder.push(page, content, None, &mut chooser);
-                assert!(!pushed.full, "eight pages fit");
-            }
-            let (count, encoded) = encoder.finish();
-            let batch = PageBatch {
-                tag: totals.tag(),
-                count,
-                encoded,
-            };
-            totals.pages(&batch).expect("of this epoch");
-            messages.push(Message::Pages(batch));
-        }
+        self.shipping.keep_dirty(&mut self.vm.memory);
     }
 
     // Secondary's shell.
@@ -532,27 +480,31 @@ impl Node {
         }
         self.kept = None;
         self.loaded = None;
-        self.stage.clear();
+        self.base = None;
+        self.stage.take();
         self.drop_own_writes();
     }
 
     /// Applies pages to the committed image.
     pub fn apply(&mut self, batch: &PageBatch) {
-        let (committed, memory) = (&mut self.committed, &mut self.vm.memory);
-        decode_batch(&batch.encoded, PAGES, |page, content: &[u8; PAGE_BYTES]| {
-            let at = usize::try_from(page).expect("small");
-            committed[at] = Arc::new(content.to_vec());
+        self.stage_pages(batch);
+        self.apply_stage();
+    }
+
+    fn apply_stage(&mut self) {
+        for (page, content) in self.stage.take() {
+            let at = index(page);
+            self.committed[at] = content;
             // As a private mapping does: a page that the guest has not written is the committed one.
-            if !memory.is_written(page) {
-                memory.pages[at] = Arc::clone(&committed[at]);
+            if !self.vm.memory.is_written(page) {
+                self.vm.memory.pages[at] = Arc::clone(&self.committed[at]);
             }
-        })
-        .expect("the simulated wire keeps bytes whole");
+        }
     }
 
     /// Keeps pages for the load.
-    pub fn stage_pages(&mut self, batch: PageBatch) {
-        self.stage.push(batch);
+    pub fn stage_pages(&mut self, batch: &PageBatch) {
+        self.stage.put(batch, self.base, &self.committed);
     }
 
     /// Keeps device state for the load.
@@ -569,7 +521,7 @@ impl Node {
             self.loaded.as_ref().is_none_or(|loaded| *loaded == self.committed),
             "rule 3: pages of a checkpoint that was not committed are in the image"
         );
-        self.stage.clear();
+        self.stage.take();
         self.devices = None;
         if let Some(replica) = &mut self.replica {
             replica.abandon();
@@ -596,11 +548,10 @@ impl Node {
     }
 
     /// Makes the staged checkpoint the guest's state.
-    pub fn load(&mut self) {
+    pub fn load(&mut self, tag: Tag) {
         self.running = false;
-        for batch in core::mem::take(&mut self.stage) {
-            self.apply(&batch);
-        }
+        self.apply_stage();
+        self.base = Some(tag.epoch);
         self.drop_own_writes();
         self.loaded = Some(self.committed.clone());
         let devices = self.devices.take().expect("checked");
@@ -610,7 +561,7 @@ impl Node {
     /// As the shell does: private copies are dropped where something was written, by whomever.
     fn drop_own_writes(&mut self) {
         for page in self.vm.memory.harvest().iter() {
-            let page = usize::try_from(page).expect("small");
+            let page = index(page);
             self.vm.memory.pages[page] = Arc::clone(&self.committed[page]);
         }
     }

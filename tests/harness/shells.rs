@@ -6,6 +6,7 @@ use checkpoint::pair::{Delivery, Report};
 use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Instant};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, Outcome as PrimaryOutcome};
+use primary::protocol::pace::Budget;
 use primary::protocol::{Options as PrimaryOptions, Primary, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome as SecondaryOutcome};
 
@@ -27,6 +28,10 @@ impl World {
             takeover_limit: TAKEOVER_LIMIT,
             epoch_age_max: Duration::from_millis(1_000),
             unmatched_max: Duration::from_millis(200),
+            ahead: Some(Budget {
+                every: Duration::from_millis(15),
+                ..Budget::default()
+            }),
             memory_bytes: PAGES * PAGE_BYTES as u64,
             disk_bytes: DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],
@@ -78,6 +83,7 @@ impl World {
                     self.checkers.stopped(tag, snapshot);
                     self.order(node, VmOrder::Ship(totals, blocks));
                 }
+                PrimaryAction::ShipAhead { tag, pages } => self.order(node, VmOrder::ShipAhead(tag, pages)),
                 PrimaryAction::SendBlocks { tag, blocks } => self.disk_order(node, DiskOrder::Send { tag, blocks }),
                 PrimaryAction::SendControl(message) => self.send(node, true, message),
                 PrimaryAction::StoreRecord(record) => self.disk_order(node, DiskOrder::Store(record)),

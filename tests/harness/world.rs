@@ -23,6 +23,7 @@ use crate::network::{Link, Wire, Witness};
 use crate::node::{DiskFault, Node, Role};
 use crate::operator::OPERATOR_LOOKS_EVERY;
 use crate::random::Random;
+use crate::shipping::Step;
 use crate::toy_vm::Effect;
 use crate::trace::{Line, Trace};
 
@@ -42,6 +43,7 @@ pub(crate) enum VmOrder {
     Pause,
     Resume,
     Ship(Totals, Vec<u64>),
+    ShipAhead(Tag, u64),
     StageDevices(DeviceState),
     StagePages(PageBatch),
     Sync(Totals, bool),
@@ -463,11 +465,11 @@ impl World {
             VmOrder::DropStage => host.drop_stage(),
             VmOrder::KeepDirty => host.keep_dirty(),
             VmOrder::StageDevices(state) => host.stage_devices(state),
-            VmOrder::StagePages(batch) => host.stage_pages(batch),
+            VmOrder::StagePages(batch) => host.stage_pages(&batch),
             VmOrder::Resume => self.guest_resumes(node),
             VmOrder::Check(tag, result) => self.step_secondary(node, SecondaryEvent::Checked(tag, result)),
             VmOrder::Load(tag) => {
-                host.load();
+                host.load(tag);
                 self.step_secondary(node, SecondaryEvent::Loaded(tag));
             }
             VmOrder::Pause => {
@@ -480,9 +482,17 @@ impl World {
             }
             VmOrder::Ship(totals, blocks) => {
                 let (tag, life) = (totals.tag(), host.life);
-                let entropy = host.copy(&blocks, totals, self.random.draw());
-                self.step_primary(node, PrimaryEvent::Copied { tag, entropy });
+                let (pages, entropy) = host.copy(&blocks, totals, self.random.draw());
+                self.step_primary(node, PrimaryEvent::Copied { tag, pages, entropy });
                 self.soon(Happening::Courier(node, life));
+            }
+            VmOrder::ShipAhead(tag, most) => {
+                let life = host.life;
+                let Some(look) = host.look(tag, most) else { return };
+                if look.ahead > 0 {
+                    self.soon(Happening::Courier(node, life));
+                }
+                self.step_primary(node, PrimaryEvent::Looked(look));
             }
             VmOrder::Sync(totals, difference) => {
                 let (messages, shipment) = host.sync_memory(totals, difference);
@@ -497,21 +507,23 @@ impl World {
         }
     }
 
-    /// Ships one piece of what was copied at a stop; the guest may run on meanwhile.
+    /// Takes the courier's next step, ahead of a stop or with what was copied at one; the guest may run meanwhile.
     fn courier(&mut self, node: usize, life: u64) {
         let host = &mut self.nodes[node];
-        let Some(parcel) = &mut host.parcel else { return };
-        if host.link != Some(parcel.link) {
-            host.parcel = None;
-            return;
+        while let Some(errand) = host.shipping.errands.front()
+            && host.link != Some(errand.link())
+        {
+            host.shipping.errands.pop_front();
         }
-        if let Some(message) = parcel.messages.pop_front() {
-            self.send(node, false, message);
+        match host.shipping.step(&mut host.vm.memory) {
+            Some(Step::Send(message)) => self.send(node, false, message),
+            Some(Step::ShippedAhead(done)) => self.step_primary(node, PrimaryEvent::ShippedAhead(done)),
+            Some(Step::Sent(shipment)) => self.step_primary(node, PrimaryEvent::CheckpointSent(shipment)),
+            None => {}
+        }
+        if !self.nodes[node].shipping.errands.is_empty() {
             let delay = self.random.below(20_000);
-            return self.later(delay, Happening::Courier(node, life));
-        }
-        if let Some(parcel) = host.parcel.take() {
-            self.step_primary(node, PrimaryEvent::CheckpointSent(parcel.shipment));
+            self.later(delay, Happening::Courier(node, life));
         }
     }
 }

@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 use super::{Codec, Page, ZERO_PAGE};
 use crate::epoch::Epoch;
 use crate::limits::PAGE_BYTES;
+use crate::mutants::{self, Mutant};
 
 /// A bound that a host can spare for a VM with a few hot tens of thousands of pages.
 pub const BASE_BYTES_DEFAULT: usize = 256 * 1024 * 1024;
@@ -140,6 +141,10 @@ impl BaseCache {
             return None;
         };
         self.hits += 1;
+        let slot = match next {
+            Next::Slot(waits) if mutants::on(Mutant::DeltaFromShipped) => waits,
+            _ => slot,
+        };
         Some(Reference {
             page: &self.slots[slot].content,
             epoch,

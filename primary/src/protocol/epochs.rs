@@ -1,8 +1,8 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
 use super::{
-    Action, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken, Totals, Trigger,
-    failover, mutants,
+    Action, Ahead, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken, Totals,
+    Trigger, failover, mutants,
 };
 
 impl Primary {
@@ -37,6 +37,7 @@ impl Primary {
         }
         self.peer_loaded = true;
         self.comparator.loaded(now, tag.epoch);
+        self.begin_ahead(now);
         if let Some(trigger) = self.wanted.take() {
             self.stop_for(now, trigger, actions);
         }
@@ -118,6 +119,15 @@ impl Primary {
         if totals.tag() != tag {
             return;
         }
+        let ahead = if self.ahead.tag == tag {
+            self.ahead
+        } else {
+            Ahead::default()
+        };
+        assert!(
+            taken.trigger == Trigger::Sync || totals.pages_counted() == ahead.pages + shipment.pages,
+            "the end mark counts what was queued, ahead and at the stop"
+        );
         // From here on the secondary may contend.
         if taken.trigger != Trigger::Sync || !mutants::on(Mutant::EntitleLate) {
             self.contend(now, failover::Event::CheckpointSent, "", actions);
@@ -139,7 +149,8 @@ impl Primary {
         self.disk_known.sent(tag);
         self.counters.pages += shipment.pages;
         self.counters.page_bytes += shipment.bytes;
-        self.counters.last_shipment = (shipment.pages, shipment.bytes);
+        self.counters.last_shipment = (shipment.pages + ahead.pages, shipment.bytes + ahead.bytes);
+        self.counters.last_ahead = ahead.pages;
         self.state = State::Awaiting(taken);
         if mutants::on(Mutant::ReleaseBeforeAcknowledgement) {
             self.comparator.commit(now, tag.epoch, &mut self.verdicts);

@@ -3,8 +3,8 @@
 //! The decisions are in [`checkpoint::failover::Contest`].
 
 use super::{
-    Action, Generation, Instant, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger, WitnessAnswer,
-    failover, mutants, proxy,
+    Action, Ahead, Generation, Instant, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger,
+    WitnessAnswer, failover, mutants, proxy,
 };
 
 impl Primary {
@@ -83,8 +83,12 @@ impl Primary {
             | State::Stopping {
                 trigger: Trigger::Sync, ..
             } => actions.push(Action::KeepDirty),
+            State::Protected { .. } | State::Stopping { .. } if self.has_shipped_ahead() => {
+                actions.push(Action::KeepDirty);
+            }
             _ => {}
         }
+        self.ahead = Ahead::default();
         self.input = self.confirmed;
         self.hold_input(actions);
     }

@@ -17,11 +17,13 @@
 //! This is the only place that says "checkpoint acknowledged ⇒ release output". It never reads a
 //! clock, never blocks, and holds bulk data by reference only.
 
+mod ahead;
 mod end;
 mod epochs;
 mod guest;
 mod loss;
 mod mode;
+pub mod pace;
 mod peer;
 mod sync;
 
@@ -39,9 +41,11 @@ use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, R
 use proxy::{self, Comparator, ComparatorLimits, NetworkPicture, Reason, Verdict};
 use storage::ChangedBlocks;
 
-use crate::event::{Action, Event, GuestEnd, Outcome, Shipment};
+use crate::event::{Action, AheadShipment, Event, GuestEnd, Look, Outcome, Shipment};
 
+use ahead::Ahead;
 pub use mode::Mode;
+use pace::Budget;
 use sync::Known;
 pub use sync::SyncCounts;
 
@@ -103,6 +107,8 @@ pub struct Options {
     pub epoch_age_max: Duration,
     /// A frame never waits longer than this for its equal.
     pub unmatched_max: Duration,
+    /// What may be spent on shipping pages ahead of a stop; `None` ships none.
+    pub ahead: Option<Budget>,
     /// Size of guest memory in bytes.
     pub memory_bytes: u64,
     /// Size of the disk in bytes.
@@ -149,14 +155,18 @@ pub struct Counters {
     pub outputs: u64,
     /// Pages shipped.
     pub pages: u64,
+    /// Those of them that were shipped ahead of a stop.
+    pub pages_ahead: u64,
     /// Encoded page bytes shipped.
     pub page_bytes: u64,
     /// When the last checkpoint was acknowledged.
     pub last_checkpoint: Option<Instant>,
     /// Length of the last stop.
     pub last_pause: Duration,
-    /// Pages and bytes of the last checkpoint.
+    /// Pages and bytes of the last checkpoint, those shipped ahead included.
     pub last_shipment: (u64, u64),
+    /// Pages of it that were shipped ahead.
+    pub last_ahead: u64,
     /// The last initial sync.
     pub sync: SyncCounts,
 }
@@ -258,6 +268,7 @@ pub struct Primary {
     peer_loaded: bool,
     /// A checkpoint to be taken as soon as it has.
     wanted: Option<Trigger>,
+    ahead: Ahead,
     ending: Option<Ending>,
     counters: Counters,
     verdicts: Vec<Verdict>,
@@ -328,6 +339,7 @@ impl Primary {
             announce: Some((now, 0)),
             peer_loaded: false,
             wanted: None,
+            ahead: Ahead::default(),
             ending: None,
             counters: Counters::default(),
             verdicts: Vec::new(),
@@ -358,13 +370,14 @@ impl Primary {
         match event {
             Event::CheckpointAsked => self.trigger(now, Trigger::Admin, actions),
             Event::CheckpointSent(shipment) => self.checkpoint_sent(now, shipment, actions),
-            Event::Copied { tag, entropy } => self.copied(now, tag, entropy, actions),
+            Event::Copied { tag, entropy, .. } => self.copied(now, tag, entropy, actions),
             Event::Connected(welcome) => self.connected(now, welcome, actions),
             Event::DiskSynced(generation)
                 if generation == self.contest.generation() || mutants::on(Mutant::AcceptOldGeneration) =>
             {
                 self.synced(now, None, actions)
             }
+            Event::Looked(look) => self.looked(look),
             Event::MemorySynced(shipment) if shipment.totals.tag() == self.tag() => {
                 self.synced(now, Some(shipment), actions)
             }
@@ -378,6 +391,7 @@ impl Primary {
             Event::Paused => self.paused(actions),
             Event::PeerSent(message) => self.peer_sent(now, message, actions),
             Event::RecordStored(record) => self.recorded(now, record, actions),
+            Event::ShippedAhead(shipment) => self.shipped_ahead(shipment),
             Event::StopAsked => self.end(now, GoodbyeReason::Operator, actions),
             Event::Timeout => self.timeout(now, actions),
             Event::VmFailed(reason) => self.vm_failed(reason, actions),
@@ -400,7 +414,7 @@ impl Primary {
             .flatten();
         let announce = self.announce.map(|(start, next)| start + ANNOUNCE_AFTER[next]);
         let ending = self.ending.as_ref().map(|ending| ending.by);
-        [liveness, state, comparator, announce, ending]
+        [liveness, state, comparator, announce, ending, self.look_due()]
             .into_iter()
             .flatten()
             .min()
@@ -525,6 +539,7 @@ impl Primary {
                 self.act_on_verdicts(now, actions);
             }
         }
+        self.ship_ahead(now, actions);
         self.announce(now, actions);
     }
 

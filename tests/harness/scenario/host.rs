@@ -10,7 +10,7 @@ use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, Section};
 use checkpoint::{Duration, Epoch, Generation, Instant, Tag};
-use primary::event::Shipment;
+use primary::event::{AheadShipment, Look, Shipment};
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
 use storage::sim::{SimDisk, SimImage};
@@ -51,6 +51,7 @@ pub(super) enum Thread {
 
 /// What a thread is to do.
 pub(super) enum Order {
+    Ahead(Tag),
     Apply(PageBatch),
     Check(Tag),
     Claim(Generation),
@@ -65,6 +66,7 @@ pub(super) enum Order {
     SendBlocks(Tag, Vec<u64>),
     SendHashes(Tag),
     Ship(Vec<Message>, Shipment),
+    ShipAhead(Tag),
     StageDevices(DeviceState),
     StagePages(PageBatch),
     Store(RecordUpdate),
@@ -77,6 +79,7 @@ impl Order {
     /// comes.
     pub(super) fn name(&self) -> Option<&'static str> {
         Some(match self {
+            Self::Ahead(_) => "Ahead",
             Self::Check(_) => "Check",
             Self::Claim(_) => "Claim",
             Self::Commit => "CommitDisk",
@@ -85,6 +88,7 @@ impl Order {
             Self::Pause => "PauseVm",
             Self::Copy(..) => "SendCheckpoint",
             Self::Ship(..) => "Ship",
+            Self::ShipAhead(_) => "ShipAhead",
             Self::Store(_) => "StoreRecord",
             Self::SendBlocks(..) => "SendBlocks",
             Self::Sync(..) => "SyncMemory",
@@ -110,7 +114,7 @@ impl Order {
             | Self::Store(_) => Thread::Disk,
             Self::Claim(_) => Thread::Witness,
             Self::Transmit(..) => Thread::Tap,
-            Self::Ship(..) => Thread::Courier,
+            Self::Ahead(_) | Self::Ship(..) => Thread::Courier,
             _ => Thread::Vm,
         }
     }
@@ -148,9 +152,13 @@ pub(super) struct Host {
     journal: Arc<SimImage>,
     clock_start: Duration,
     dirty: BTreeSet<u64>,
+    /// Clean, and not read yet.
+    unread: BTreeSet<u64>,
+    /// The sums of what was shipped ahead.
+    ahead: Option<Totals>,
+    /// The epoch that `unacknowledged` belongs to.
+    open: Option<Tag>,
     unacknowledged: BTreeSet<u64>,
-    /// The next checkpoint is the first of its pairing.
-    syncing: bool,
     /// The checkpoint of an earlier pairing whose memory it still has.
     kept: Option<Tag>,
     recovery: Recovery,
@@ -187,8 +195,10 @@ impl Host {
             journal,
             clock_start,
             dirty: BTreeSet::new(),
+            unread: BTreeSet::new(),
+            ahead: None,
+            open: None,
             unacknowledged: BTreeSet::new(),
-            syncing: false,
             kept: None,
             recovery: Recovery::Fresh,
             committed: Memory::new(),
@@ -243,8 +253,10 @@ impl Host {
         self.die("starting", false);
         self.inbox.clear();
         self.dirty.clear();
+        self.unread.clear();
+        self.ahead = None;
+        self.open = None;
         self.unacknowledged.clear();
-        self.syncing = false;
         self.stage.clear();
         self.devices = None;
         self.recovery = storage::recover(&*self.image, &*self.journal).expect("the journal is whole or empty");
@@ -313,13 +325,14 @@ impl Host {
     /// Copies what a checkpoint ships, into its messages, and continues its sums.
     pub(super) fn copy(&mut self, blocks: &[u64], mut totals: Totals) -> (Vec<Message>, Shipment) {
         let tag = totals.tag();
-        let dirty = core::mem::take(&mut self.dirty);
+        let mut dirty = core::mem::take(&mut self.dirty);
+        dirty.append(&mut self.unread);
         let mut messages = Vec::new();
-        let pages = self.pages(&dirty, &mut totals, &mut messages);
-        if !core::mem::take(&mut self.syncing) {
-            self.unacknowledged.clear();
+        if let Some(ahead) = self.ahead.take() {
+            totals.go_on_with_pages(&ahead);
         }
-        self.unacknowledged.extend(dirty);
+        let pages = self.pages(&dirty, &mut totals, &mut messages);
+        self.unacknowledged_in(tag).extend(dirty);
         for &block in blocks {
             let write = self.block(tag, block);
             totals.write(&write).expect("of this epoch");
@@ -338,20 +351,61 @@ impl Host {
         (messages, shipment(totals, pages))
     }
 
+    /// Looks at the dirty pages; the script's guest writes so seldom that all of them have gone quiet.
+    pub(super) fn look(&mut self, tag: Tag) -> Look {
+        let cold = core::mem::take(&mut self.dirty);
+        self.unacknowledged_in(tag).extend(&cold);
+        self.unread = cold;
+        Look {
+            tag,
+            dirty: 0,
+            ahead: self.unread.len() as u64,
+            took: Duration(0),
+        }
+    }
+
+    /// Ships what was not read yet, ahead of the stop.
+    pub(super) fn ship_ahead(&mut self, tag: Tag) -> (Vec<Message>, AheadShipment) {
+        let unread = core::mem::take(&mut self.unread);
+        let mut totals = self.ahead.take().unwrap_or_else(|| Totals::new(tag, None));
+        let mut messages = Vec::new();
+        let pages = self.pages(&unread, &mut totals, &mut messages);
+        self.ahead = (pages > 0).then_some(totals);
+        let shipment = AheadShipment {
+            tag,
+            pages,
+            bytes: 0,
+            took: Duration(0),
+        };
+        (messages, shipment)
+    }
+
+    fn unacknowledged_in(&mut self, tag: Tag) -> &mut BTreeSet<u64> {
+        if self.open.replace(tag) != Some(tag) {
+            self.unacknowledged.clear();
+        }
+        &mut self.unacknowledged
+    }
+
     /// Makes the messages of the memory part of the initial sync.
     pub(super) fn sync_memory(&mut self, mut totals: Totals, difference: bool) -> (Vec<Message>, Shipment) {
         let dirty = core::mem::take(&mut self.dirty);
         let all = self.memory.keys().copied().collect();
         let mut messages = Vec::new();
         let pages = self.pages(if difference { &dirty } else { &all }, &mut totals, &mut messages);
-        self.unacknowledged = if difference { dirty } else { BTreeSet::new() };
-        self.syncing = true;
+        let unacknowledged = self.unacknowledged_in(totals.tag());
+        if difference {
+            unacknowledged.extend(dirty);
+        }
         (messages, shipment(totals, pages))
     }
 
     /// The dirty pages of the abandoned checkpoint belong to the next one.
     pub(super) fn keep_dirty(&mut self) {
         self.dirty.append(&mut self.unacknowledged);
+        self.unread.clear();
+        self.ahead = None;
+        self.open = None;
     }
 
     /// Returns the blocks that differ.

@@ -79,6 +79,11 @@ impl Pair {
     fn carry_out(&mut self, host: usize, order: Order) {
         let at = &mut self.hosts[host];
         match order {
+            Order::Ahead(tag) => {
+                let (messages, shipment) = at.ship_ahead(tag);
+                self.send_all(host, messages);
+                self.step(host, Event::Primary(PrimaryEvent::ShippedAhead(shipment)));
+            }
             Order::Apply(batch) => at.apply(&batch),
             Order::DropStage => at.drop_stage(),
             Order::KeepDirty => at.keep_dirty(),
@@ -132,14 +137,21 @@ impl Pair {
             Order::Copy(totals, blocks) => {
                 let (tag, snapshot) = (totals.tag(), at.snapshot());
                 let (messages, shipment) = at.copy(&blocks, totals);
-                let entropy = shipment.entropy;
+                let (pages, entropy) = (shipment.pages, shipment.entropy);
                 at.order(Order::Ship(messages, shipment));
                 self.stops.insert(tag.epoch, snapshot);
-                self.step(host, Event::Primary(PrimaryEvent::Copied { tag, entropy }));
+                self.step(host, Event::Primary(PrimaryEvent::Copied { tag, pages, entropy }));
             }
             Order::Ship(messages, shipment) => {
                 self.send_all(host, messages);
                 self.step(host, Event::Primary(PrimaryEvent::CheckpointSent(shipment)));
+            }
+            Order::ShipAhead(tag) => {
+                let look = at.look(tag);
+                if look.ahead > 0 {
+                    at.order(Order::Ahead(tag));
+                }
+                self.step(host, Event::Primary(PrimaryEvent::Looked(look)));
             }
             Order::Store(record) => self.store(host, record),
             Order::Sync(totals, difference) => {

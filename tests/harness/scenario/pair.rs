@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Epoch, Generation};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
+use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Primary, Resume, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome};
 
@@ -18,6 +19,9 @@ use super::show::{Shown, milliseconds};
 
 /// Times that a deadline may come again without time going on.
 const SAME_MOMENT_MAX: u32 = 100;
+
+/// Time between two looks at the dirty pages, where they are shipped ahead.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// What a protocol hears.
 pub(super) enum Event {
@@ -51,6 +55,8 @@ pub(super) struct Options {
     pub(super) resume: Resume,
     pub(super) mode: Mode,
     pub(super) checkpoint_every: Duration,
+    /// Pages are shipped ahead of a stop.
+    pub(super) ahead: bool,
 }
 
 impl Pair {
@@ -69,6 +75,7 @@ impl Pair {
                 resume: Resume::default(),
                 mode: Mode::default(),
                 checkpoint_every: checkpoint::limits::CHECKPOINT_EVERY,
+                ahead: false,
             },
             witness: tempfile::tempdir().expect("a directory for the witness"),
             shows_heartbeats: false,
@@ -198,6 +205,7 @@ impl Pair {
                 PrimaryAction::Send(message) => self.send(host, Connection::Data, message),
                 PrimaryAction::SendBlocks { tag, blocks } => at.order(Order::SendBlocks(tag, blocks)),
                 PrimaryAction::SendControl(message) => self.send(host, Connection::Control, message),
+                PrimaryAction::ShipAhead { tag, .. } => at.order(Order::ShipAhead(tag)),
                 PrimaryAction::SendCheckpoint { blocks, totals, .. } => at.order(Order::Copy(totals, blocks)),
                 PrimaryAction::StoreRecord(record) => at.order(Order::Store(record)),
                 PrimaryAction::SyncMemory { totals, difference } => at.order(Order::Sync(totals, difference)),
@@ -306,6 +314,10 @@ impl Pair {
             takeover_limit: checkpoint::limits::TAKEOVER_LIMIT_DEFAULT,
             epoch_age_max: self.options.epoch_age_max,
             unmatched_max: checkpoint::limits::UNMATCHED_MAX,
+            ahead: self.options.ahead.then(|| Budget {
+                every: LOOK_EVERY,
+                ..Budget::default()
+            }),
             memory_bytes: super::starts::MEMORY_BYTES,
             disk_bytes: super::host::DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],

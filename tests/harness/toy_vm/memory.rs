@@ -71,6 +71,20 @@ impl Memory {
         self.guest_log.contains(page) || self.machine_bitmap.contains(page)
     }
 
+    /// Returns the pages written since the last harvest, by whomever, but for those that were cleared.
+    #[must_use]
+    pub fn dirty(&self) -> PageSet {
+        let mut dirty = self.guest_log.clone();
+        dirty.union(&self.machine_bitmap);
+        dirty
+    }
+
+    /// Counts these pages as clean, in both records.
+    pub fn clear_dirty(&mut self, pages: &PageSet) {
+        self.guest_log.subtract(pages);
+        self.machine_bitmap.subtract(pages);
+    }
+
     /// Returns the pages written since the last call, by whomever.
     pub fn harvest(&mut self) -> PageSet {
         let mut dirty = core::mem::replace(&mut self.guest_log, PageSet::new(PAGES));
@@ -96,6 +110,6 @@ fn put(pages: &mut [Arc<Vec<u8>>], page: u64, offset: usize, bytes: &[u8]) -> bo
     true
 }
 
-fn index(page: u64) -> usize {
+pub(crate) fn index(page: u64) -> usize {
     usize::try_from(page).expect("the toy is small")
 }

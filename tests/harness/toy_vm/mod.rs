@@ -14,6 +14,7 @@ mod service;
 
 use bytes::Bytes;
 
+pub(crate) use memory::index;
 pub use memory::{Memory, PAGES};
 
 use crate::ops::{KEYS, Request};

@@ -1,0 +1,314 @@
+//! Pages on their way: what the primary's VM thread and courier do with them, and the secondary's stage.
+//!
+//! As in the shipped shells a page that is shipped ahead counts as clean first and is read later, while the guest runs; a stop
+//! takes back what was not read. Which pages, their encoding and the cache of bases are the shipped code.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use checkpoint::limits::PAGE_BYTES;
+use checkpoint::mutants::{self, Mutant};
+use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError};
+use checkpoint::staging::Totals;
+use checkpoint::wire::{Message, PageBatch};
+use checkpoint::{Epoch, Tag};
+use machine::PageSet;
+use primary::encoding::Encoding;
+use primary::event::{AheadShipment, Look, Shipment};
+use primary::scout::Scout;
+
+use crate::toy_vm::{Memory, PAGES, index};
+
+/// Room for the committed content of most pages, not of all.
+const CACHE_BYTES: usize = 24 * (PAGE_BYTES + 128);
+/// Pages of a batch: few, so that there are many.
+const BATCH_PAGES: usize = 8;
+
+/// A page's content at one moment.
+type Copied = Arc<Vec<u8>>;
+
+/// What the courier does, one after the other.
+pub(crate) enum Errand {
+    /// Ship what is unread.
+    Ahead { link: usize, done: AheadShipment },
+    /// Ship a checkpoint.
+    Parcel(Box<Parcel>),
+}
+
+impl Errand {
+    /// Returns the link that it goes to.
+    pub(crate) fn link(&self) -> usize {
+        match self {
+            Self::Ahead { link, .. } => *link,
+            Self::Parcel(parcel) => parcel.link,
+        }
+    }
+}
+
+/// A checkpoint on its way from the copy to the link.
+pub(crate) struct Parcel {
+    pub(crate) link: usize,
+    pub(crate) totals: Totals,
+    pub(crate) pages: VecDeque<(u64, Copied)>,
+    /// What follows the pages: counted already.
+    pub(crate) rest: VecDeque<Message>,
+    pub(crate) begun: bool,
+    pub(crate) sent: u64,
+    pub(crate) entropy: [u8; 32],
+}
+
+/// What a step of the courier leads to.
+pub(crate) enum Step {
+    Send(Message),
+    ShippedAhead(AheadShipment),
+    Sent(Shipment),
+}
+
+/// The primary's side.
+pub(crate) struct Shipping {
+    encoding: Encoding,
+    scout: Scout,
+    /// Counted as clean, to be read; with what they were at the look, under a mutant.
+    unread: VecDeque<(u64, Option<Copied>)>,
+    pub(crate) errands: VecDeque<Errand>,
+    /// The epoch that `unacknowledged` belongs to.
+    open: Option<Tag>,
+    unacknowledged: PageSet,
+}
+
+impl Default for Shipping {
+    fn default() -> Self {
+        Self {
+            encoding: Encoding::new(CACHE_BYTES),
+            scout: Scout::new(PAGES),
+            unread: VecDeque::new(),
+            errands: VecDeque::new(),
+            open: None,
+            unacknowledged: PageSet::new(PAGES),
+        }
+    }
+}
+
+impl Shipping {
+    /// Looks at the dirty pages and takes those that have gone quiet.
+    pub(crate) fn look(&mut self, memory: &mut Memory, tag: Tag, most: u64, link: usize) -> Look {
+        let dirty = memory.dirty();
+        let cold = self.scout.look(&dirty, most);
+        let ahead = cold.len();
+        if ahead > 0 {
+            self.unacknowledged_in(tag).union(&cold);
+            if mutants::on(Mutant::CopyBeforeClear) {
+                let copied = |page| (page, Some(Arc::clone(&memory.pages[index(page)])));
+                self.unread.extend(cold.iter().map(copied));
+            } else {
+                memory.clear_dirty(&cold);
+                self.unread.extend(cold.iter().map(|page| (page, None)));
+            }
+            self.errands.push_back(Errand::Ahead {
+                link,
+                done: AheadShipment {
+                    tag,
+                    pages: 0,
+                    bytes: 0,
+                    took: checkpoint::Duration(0),
+                },
+            });
+        }
+        Look {
+            tag,
+            dirty: dirty.len() - ahead,
+            ahead,
+            took: checkpoint::Duration(0),
+        }
+    }
+
+    /// Takes the dirty pages at a stop, with those that are still to be shipped ahead, and copies them.
+    pub(crate) fn stop(&mut self, memory: &mut Memory, tag: Tag) -> VecDeque<(u64, Copied)> {
+        let mut dirty = memory.harvest();
+        self.scout.stopped();
+        if !mutants::on(Mutant::ReadAheadAfterStop) {
+            dirty.extend(self.unread.drain(..).map(|(page, _)| page));
+        }
+        if mutants::on(Mutant::TrustPagesAhead) && self.open == Some(tag) {
+            dirty.subtract(&self.unacknowledged);
+        }
+        self.unacknowledged_in(tag).union(&dirty);
+        let copied = |page| (page, Arc::clone(&memory.pages[index(page)]));
+        dirty.iter().map(copied).collect()
+    }
+
+    /// Ships memory, or what is dirty of it, before the first checkpoint.
+    pub(crate) fn sync(
+        &mut self,
+        memory: &mut Memory,
+        mut totals: Totals,
+        difference: bool,
+    ) -> (Vec<Message>, Shipment) {
+        let dirty = memory.harvest();
+        self.scout.stopped();
+        self.encoding.forget();
+        let pages = if difference {
+            dirty.clone()
+        } else {
+            PageSet::full(PAGES)
+        };
+        let unacknowledged = self.unacknowledged_in(totals.tag());
+        if difference {
+            unacknowledged.union(&dirty);
+        }
+        let mut plain = Encoding::new(0);
+        let numbers: Vec<u64> = pages.iter().collect();
+        let mut messages = Vec::new();
+        for few in numbers.chunks(BATCH_PAGES) {
+            let few = few.iter().map(|page| (*page, &memory.pages[index(*page)]));
+            messages.extend(batch(&mut plain, few, &mut totals).map(Message::Pages));
+        }
+        (messages, shipment(totals, pages.len(), [0; 32]))
+    }
+
+    /// Nothing became of what was taken or cleared since the last acknowledgement.
+    pub(crate) fn keep_dirty(&mut self, memory: &mut Memory) {
+        self.errands.clear();
+        self.unread.clear();
+        self.encoding.abandon();
+        memory.put_back(&self.unacknowledged);
+        self.unacknowledged.clear();
+        self.open = None;
+    }
+
+    fn unacknowledged_in(&mut self, tag: Tag) -> &mut PageSet {
+        if self.open != Some(tag) {
+            self.open = Some(tag);
+            self.unacknowledged.clear();
+        }
+        &mut self.unacknowledged
+    }
+
+    /// Takes the courier's next step, if it has any errand.
+    pub(crate) fn step(&mut self, memory: &mut Memory) -> Option<Step> {
+        match self.errands.front_mut()? {
+            Errand::Ahead { done, .. } => {
+                let mut done = *done;
+                self.encoding.begin(done.tag);
+                loop {
+                    let few = self.read(memory);
+                    if few.is_empty() {
+                        self.errands.pop_front();
+                        return Some(Step::ShippedAhead(done));
+                    }
+                    let mut totals = self.encoding.take_ahead();
+                    let few = few.iter().map(|(page, content)| (*page, content));
+                    let batch = batch(&mut self.encoding, few, &mut totals);
+                    self.encoding.keep_ahead(totals);
+                    // Pages that are as in the base are in none.
+                    let Some(batch) = batch else { continue };
+                    done.pages += u64::from(batch.count);
+                    done.bytes += batch.encoded.len() as u64;
+                    if let Some(Errand::Ahead { done: before, .. }) = self.errands.front_mut() {
+                        *before = done;
+                    }
+                    return Some(Step::Send(Message::Pages(batch)));
+                }
+            }
+            Errand::Parcel(parcel) => {
+                if !core::mem::replace(&mut parcel.begun, true) {
+                    self.encoding.begin(parcel.totals.tag());
+                    let ahead = self.encoding.take_ahead();
+                    if ahead.pages_counted() > 0 {
+                        parcel.totals.go_on_with_pages(&ahead);
+                    }
+                }
+                while !parcel.pages.is_empty() {
+                    let count = parcel.pages.len().min(BATCH_PAGES);
+                    let few: Vec<_> = parcel.pages.drain(..count).collect();
+                    let few = few.iter().map(|(page, content)| (*page, content));
+                    if let Some(batch) = batch(&mut self.encoding, few, &mut parcel.totals) {
+                        parcel.sent += u64::from(batch.count);
+                        return Some(Step::Send(Message::Pages(batch)));
+                    }
+                }
+                if let Some(message) = parcel.rest.pop_front() {
+                    return Some(Step::Send(message));
+                }
+                let Some(Errand::Parcel(parcel)) = self.errands.pop_front() else {
+                    unreachable!("just seen")
+                };
+                Some(Step::Sent(shipment(parcel.totals, parcel.sent, parcel.entropy)))
+            }
+        }
+    }
+
+    /// Reads some of the pages that are to be shipped ahead, as they are now.
+    fn read(&mut self, memory: &mut Memory) -> Vec<(u64, Copied)> {
+        let count = self.unread.len().min(BATCH_PAGES);
+        let read = |(page, before): (u64, Option<Copied>)| {
+            if before.is_some() {
+                let mut one = PageSet::new(PAGES);
+                one.insert(page);
+                memory.clear_dirty(&one);
+            }
+            (page, before.unwrap_or_else(|| Arc::clone(&memory.pages[index(page)])))
+        };
+        self.unread.drain(..count).map(read).collect()
+    }
+}
+
+fn batch<'a>(
+    encoding: &mut Encoding,
+    pages: impl Iterator<Item = (u64, &'a Copied)>,
+    totals: &mut Totals,
+) -> Option<PageBatch> {
+    for (page, content) in pages {
+        let content: &Page = content.as_slice().try_into().expect("a page");
+        assert!(!encoding.push(page, content), "a few pages fit");
+    }
+    encoding.finish(totals)
+}
+
+fn shipment(totals: Totals, pages: u64, entropy: [u8; 32]) -> Shipment {
+    Shipment {
+        totals,
+        pages,
+        bytes: 0,
+        entropy,
+    }
+}
+
+/// The secondary's side: pages that wait for the load.
+#[derive(Default)]
+pub(crate) struct Stage {
+    decoder: BatchDecoder,
+    pages: BTreeMap<u64, Copied>,
+}
+
+impl Stage {
+    /// Keeps the pages of a batch, which may build on `committed`.
+    pub(crate) fn put(&mut self, batch: &PageBatch, base: Option<Epoch>, committed: &[Copied]) {
+        let expected = Expected {
+            count: batch.count,
+            pages: PAGES,
+            base,
+        };
+        let staged = &mut self.pages;
+        let read = |page, content: &mut Page| {
+            content.copy_from_slice(&committed[index(page)]);
+            Ok(())
+        };
+        let decoded = self
+            .decoder
+            .decode::<PageError>(&batch.encoded, &expected, read, |page, content| {
+                match content {
+                    Content::Page(content) => drop(staged.insert(page, Arc::new(content.to_vec()))),
+                    Content::Unchanged => drop(staged.remove(&page)),
+                    Content::Own => unreachable!("nobody asked for hashes"),
+                }
+                Ok(())
+            });
+        decoded.expect("rule 3: the primary builds on what the secondary has committed");
+    }
+
+    /// Takes what is staged, the last of each page.
+    pub(crate) fn take(&mut self) -> BTreeMap<u64, Copied> {
+        core::mem::take(&mut self.pages)
+    }
+}
