@@ -82,6 +82,8 @@ pub struct Node {
     journal: Arc<SimImage>,
     /// Its pages on their way to the other.
     pub(crate) shipping: Shipping,
+    /// Its courier waits for room in the connection until then.
+    pub(crate) courier_until: u64,
     committed: Vec<Arc<Vec<u8>>>,
     /// What it was after the last load.
     loaded: Option<Vec<Arc<Vec<u8>>>>,
@@ -159,6 +161,7 @@ impl Node {
             replica: None,
             journal,
             shipping: Shipping::default(),
+            courier_until: 0,
             committed: ToyVm::default().memory.pages,
             loaded: None,
             stage: Stage::default(),

@@ -490,6 +490,9 @@ impl World {
                 let life = host.life;
                 let Some(look) = host.look(tag, most) else { return };
                 if look.ahead > 0 {
+                    if self.random.below(8) == 0 {
+                        host.courier_until = self.now + self.random.below(20 * MILLISECOND);
+                    }
                     self.soon(Happening::Courier(node, life));
                 }
                 self.step_primary(node, PrimaryEvent::Looked(look));
@@ -510,6 +513,10 @@ impl World {
     /// Takes the courier's next step, ahead of a stop or with what was copied at one; the guest may run meanwhile.
     fn courier(&mut self, node: usize, life: u64) {
         let host = &mut self.nodes[node];
+        if host.courier_until > self.now {
+            let delay = host.courier_until - self.now;
+            return self.later(delay, Happening::Courier(node, life));
+        }
         while let Some(errand) = host.shipping.errands.front()
             && host.link != Some(errand.link())
         {
