@@ -395,7 +395,7 @@ mod tests {
         }
         let error = parse_text("qqq = 1").unwrap_err().to_string();
         assert!(
-            error.contains("the keys are checkpoint-every, cmdline, control,"),
+            error.contains("the keys are ahead-rate, checkpoint-every, cmdline,"),
             "{error}"
         );
     }

@@ -7,6 +7,7 @@
 //!   flows     connections whose numbers are translated       idle     what a pair costs that does nothing
 //!   resync    a broken pair is made whole by difference          modes    buffered output
 //!   bench     the benchmarks come to their end
+//!   ahead     pages shipped ahead of a stop
 //! ```
 //!
 //! `stage` has the hosts, `load` the clients. Every test asserts on facts that the roles and the clients tell,
@@ -14,6 +15,7 @@
 //! fails if TANDEM_REQUIRE_KVM is set.
 
 mod bench;
+//!   ahead     pages shipped ahead of a stop
 mod ends;
 mod flows;
 mod garbage;
