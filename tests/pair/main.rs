@@ -14,8 +14,8 @@
 //! never on how long something took. Needs /dev/kvm and root; without them a test says so and does nothing, or
 //! fails if TANDEM_REQUIRE_KVM is set.
 
+mod ahead;
 mod bench;
-//!   ahead     pages shipped ahead of a stop
 mod ends;
 mod flows;
 mod garbage;

@@ -149,8 +149,6 @@ impl Primary {
         self.disk_known.sent(tag);
         self.counters.pages += shipment.pages;
         self.counters.page_bytes += shipment.bytes;
-        self.counters.last_shipment = (shipment.pages + ahead.pages, shipment.bytes + ahead.bytes);
-        self.counters.last_ahead = ahead.pages;
         self.state = State::Awaiting(taken);
         if mutants::on(Mutant::ReleaseBeforeAcknowledgement) {
             self.comparator.commit(now, tag.epoch, &mut self.verdicts);

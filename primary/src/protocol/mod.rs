@@ -163,10 +163,6 @@ pub struct Counters {
     pub last_checkpoint: Option<Instant>,
     /// Length of the last stop.
     pub last_pause: Duration,
-    /// Pages and bytes of the last checkpoint, those shipped ahead included.
-    pub last_shipment: (u64, u64),
-    /// Pages of it that were shipped ahead.
-    pub last_ahead: u64,
     /// The last initial sync.
     pub sync: SyncCounts,
 }
