@@ -144,6 +144,7 @@ pub fn recover<I: Image + ?Sized>(image: &I, journal: &I) -> Result<Recovery, Re
         return discard(journal);
     };
     check_index(&index, image.size())?;
+    write_again(journal, header.data_at() + index.len() as u64 * CHUNK)?;
     let mut data_at = header.data_at();
     let mut piece = vec![0; PIECE_CHUNKS * CHUNK_BYTES];
     let mut writer = Applier::new(image);
@@ -243,6 +244,20 @@ pub(crate) fn retire<I: Image + ?Sized>(journal: &I, image_bytes: u64, last: Las
         }
         .encode(),
     )
+}
+
+/// Makes a whole journal durable, up to `end`. What reads show of it may be on no medium: a flush that failed may have lost it,
+/// and no later one would bring it back. Interrupted anywhere, it is as whole as before, or was on no medium.
+fn write_again<I: Image + ?Sized>(journal: &I, end: u64) -> io::Result<()> {
+    let mut piece = vec![0; PIECE_CHUNKS * CHUNK_BYTES];
+    let mut at = 0;
+    while at < end {
+        let length = piece.len().min(to_usize(end - at));
+        journal.read_at(at, &mut piece[..length])?;
+        journal.write_at(at, &piece[..length])?;
+        at += length as u64;
+    }
+    journal.flush()
 }
 
 fn discard<I: Image + ?Sized>(journal: &I) -> Result<Recovery, RecoverError> {

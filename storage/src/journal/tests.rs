@@ -298,3 +298,34 @@ fn a_batch_does_not_come_back_over_what_is_written_after_a_start() {
         assert_eq!(image.content()[..4096], [2; 4096], "seed {seed}");
     }
 }
+
+/// A base that is half way to the next state needs a journal that brings it there.
+#[test]
+fn a_journal_that_a_failed_flush_has_lost_is_durable_before_it_is_applied() {
+    for seed in 0..200 {
+        let first = batch(&[(0, 8, 1)]);
+        let World {
+            disk,
+            image,
+            journal,
+            before,
+        } = world(seed, &first);
+        let second = batch(&[(0, 40, 2)]);
+        let last = Last {
+            tag: tag(2),
+            kind: Kind::Commit,
+        };
+        write(&*journal, image.size(), last, &second).unwrap();
+        disk.fail_flushes(true);
+        journal.flush().unwrap_err();
+        disk.fail_flushes(false);
+        // The process is started again, and the power fails while the journal is brought in.
+        disk.cut_power_after(1 + seed % 12);
+        let _ = recover(&*image, &*journal);
+        disk.power_cycle();
+        let recovery = recover(&*image, &*journal).unwrap();
+        let is_new = recovery.last() == Some(last);
+        let expected = if is_new { patched(&before, &second) } else { before };
+        assert!(image.content() == expected, "seed {seed}: {recovery:?}");
+    }
+}
