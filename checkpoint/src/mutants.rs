@@ -30,10 +30,8 @@ macro_rules! mutants {
 mutants! {
     /// The answer to an old claim counts for the one that is open.
     AcceptOldAnswer "accept-old-answer"
-    /// A returning secondary counts as holding a checkpoint whose difference has been forgotten.
+    /// The acknowledgement of a checkpoint counts for the one that is awaited.
     AcceptOldEpoch "accept-old-epoch"
-    /// The end of a disk comparison counts for whatever pairing runs when it comes.
-    AcceptOldGeneration "accept-old-generation"
     /// The secondary acknowledges a checkpoint before it has decided that it is complete.
     AcknowledgeEarly "acknowledge-early"
     /// An acknowledgement of the primary leaves though the secondary's guest has not acknowledged as much.
@@ -130,7 +128,7 @@ mutants! {
     SkipMachineWrites "skip-machine-writes"
     /// A first start that was cut short twice is taken for that of a foreign image.
     SkipTermAtFirstStart "skip-term-at-first-start"
-    /// A secondary that lost the contest waits with memory into which its last checkpoint was never loaded.
+    /// A secondary that lost the contest waits for a primary again before its last checkpoint is loaded and durable.
     StandDownEarly "stand-down-early"
     /// A host starts alone in a state that the owner of the generation may have left behind.
     StartFollower "start-follower"

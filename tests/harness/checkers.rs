@@ -79,6 +79,22 @@ impl Checkers {
         }
     }
 
+    /// A host rests, and would tell a primary that its disk is this checkpoint.
+    pub fn rests(&self, tag: Tag, disk: &[u8]) {
+        if let Some(stop) = self.stops.get(&tag) {
+            assert!(
+                stop.disk == disk,
+                "rule 3: a disk is not checkpoint {tag}, as it is said to be (byte {:?})",
+                stop.disk.iter().zip(disk).position(|(one, other)| one != other)
+            );
+        }
+    }
+
+    /// A primary goes on in this epoch, after that one.
+    pub fn goes_on(before: Epoch, epoch: Epoch) {
+        assert!(before <= epoch, "rule 5: epoch {epoch} comes after {before}");
+    }
+
     /// Returns the last epoch whose end the primary stopped for.
     #[must_use]
     pub fn last_stop(&self) -> Epoch {
@@ -125,7 +141,21 @@ impl Checkers {
     }
 
     /// A node let a frame out.
-    pub fn released(&mut self, node: usize, generation: Generation, paired: bool, frame: &Bytes) {
+    ///
+    /// `recorded` is the generation that its record says it owns, if any.
+    pub fn released(
+        &mut self,
+        node: usize,
+        generation: Generation,
+        recorded: Option<Generation>,
+        paired: bool,
+        frame: &Bytes,
+    ) {
+        // The term of a pairing is won before it is recorded, by a side that runs already.
+        assert!(
+            recorded.is_some_and(|recorded| recorded == generation || !paired && recorded < generation),
+            "rule 2: node {node} releases in generation {generation}, and its record says {recorded:?}"
+        );
         assert!(
             generation >= self.newest,
             "rule 2: node {node} releases in generation {generation} after a release in {}",

@@ -37,7 +37,8 @@ pub enum Fault {
     PowerLoss(usize),
     /// Both hosts lose power, the second so much later.
     PowerLossBoth(u64),
-    /// The next message to this host on the data connection comes twice: the peer breaks the protocol.
+    /// The next message to this host on the data connection comes twice, or its next acknowledgement again in the checkpoint
+    /// after: the peer breaks the protocol.
     Repeat(usize),
     /// Each of the host's disk operations takes up to so much longer, for the second span.
     SlowDisk(usize, u64, u64),
@@ -385,6 +386,9 @@ impl World {
             Fault::CutLink => self.links[link].cut = [true; 2],
             Fault::CutTo(node) => self.links[link].cut[node] = true,
             Fault::HalfOpen(node) => self.half_open(link, node),
+            Fault::Repeat(to) if matches!(self.nodes[to].role, Role::Primary(_)) && self.random.one_in(2) => {
+                self.links[link].replay(to);
+            }
             Fault::Repeat(to) => self.links[link].repeat(to),
             Fault::SlowLink(control, extra, span) => {
                 let until = self.now + span * MILLISECOND;

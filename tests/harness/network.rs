@@ -53,6 +53,9 @@ struct Lane {
     /// Longest additional delay, and until when.
     slow: (u64, u64),
     repeat: bool,
+    /// The next acknowledgement comes again when its receiver has sent the next end mark.
+    replay: bool,
+    kept: Option<Item>,
     damage: Option<Damage>,
     damaged: Option<Damaged>,
 }
@@ -68,6 +71,11 @@ impl Link {
     /// The next data message to this host comes twice.
     pub(crate) fn repeat(&mut self, to: usize) {
         self.lane(to, false).repeat = true;
+    }
+
+    /// The next acknowledgement that is sent to this host comes again in the checkpoint after.
+    pub(crate) fn replay(&mut self, to: usize) {
+        self.lane(to, false).replay = true;
     }
 
     /// Messages on that connection take up to so much longer.
@@ -157,6 +165,12 @@ impl World {
         let Some(number) = self.nodes[from].link else { return };
         let to = 1 - from;
         let (now, link) = (self.now, &mut self.links[number]);
+        if let Item::Message(Message::End(_)) = item
+            && let Some(copy) = link.lane(from, false).kept.take()
+        {
+            self.wire(now + 1_000, number, from, false, copy);
+        }
+        let link = &mut self.links[number];
         if link.closed[from] && matches!(item, Item::Message(_)) {
             return;
         }
@@ -166,13 +180,22 @@ impl World {
         let delay = 30_000 + self.random.below(100_000) + self.random.below(extra + 1);
         let at = (now + delay).max(stalled_until).max(lane.last);
         lane.last = at;
+        let mut again = None;
         let items = match (item, &mut lane.damaged) {
             (Item::Message(message), Some(damaged)) => damaged.pass(message, lane.damage.take()),
             (Item::Message(message), None) if core::mem::take(&mut lane.repeat) => {
-                vec![Item::Message(message.clone()), Item::Message(message)]
+                again = Some(Item::Message(message.clone()));
+                vec![Item::Message(message)]
+            }
+            (Item::Message(message @ Message::Acknowledge(_)), None) if core::mem::take(&mut lane.replay) => {
+                lane.kept = Some(Item::Message(message.clone()));
+                vec![Item::Message(message)]
             }
             (item, _) => vec![item],
         };
+        if let Some(item) = again {
+            self.wire(at, number, to, control, item);
+        }
         for item in items {
             self.wire(at, number, to, control, item);
         }

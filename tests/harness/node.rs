@@ -376,20 +376,23 @@ impl Node {
     /// eighth.
     #[must_use]
     pub fn snapshot(&self, epoch: Epoch) -> Snapshot {
-        let disk = if epoch.0.is_multiple_of(8) {
-            self.disk_content()
-        } else {
-            let mut disk = vec![0; sectors().count() * SECTOR_BYTES];
-            for (offset, sector) in sectors().zip(disk.chunks_exact_mut(SECTOR_BYTES)) {
-                self.read_disk(offset, sector);
-            }
-            disk
-        };
         Snapshot {
             pages: self.vm.memory.pages.clone(),
             registers: self.vm.registers,
-            disk,
+            disk: self.disk_sample(epoch),
         }
+    }
+
+    /// Returns of the disk what is compared at the end of an epoch.
+    pub(crate) fn disk_sample(&self, epoch: Epoch) -> Vec<u8> {
+        if epoch.0.is_multiple_of(8) {
+            return self.disk_content();
+        }
+        let mut disk = vec![0; sectors().count() * SECTOR_BYTES];
+        for (offset, sector) in sectors().zip(disk.chunks_exact_mut(SECTOR_BYTES)) {
+            self.read_disk(offset, sector);
+        }
+        disk
     }
 
     /// Returns the disk, as the guest sees it.

@@ -56,6 +56,7 @@ impl World {
     fn start_waiting(&mut self, node: usize) {
         match self.nodes[node].start() {
             Ok(()) => {
+                self.rests(node);
                 self.note(Line::Note(format!("host {node} starts and waits for a primary")));
                 self.nodes[node].wait();
             }
@@ -63,9 +64,18 @@ impl World {
         }
     }
 
+    /// It has read what is beside its image.
+    pub(crate) fn rests(&self, node: usize) {
+        let host = &self.nodes[node];
+        if let Some(tag) = host.held().disk.filter(|_| host.is_sure()) {
+            self.checkers.rests(tag, &host.disk_sample(tag.epoch));
+        }
+    }
+
     /// A start without a peer is a contest.
     fn try_primary(&mut self, node: usize) -> Result<(), String> {
         self.nodes[node].start()?;
+        self.rests(node);
         let record = self.nodes[node].record;
         let known = record.map(|record| KnownState {
             generation: record.generation,

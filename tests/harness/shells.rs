@@ -4,12 +4,13 @@ use bytes::Bytes;
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pair::{Delivery, Report};
 use checkpoint::wire::{Begin, Message};
-use checkpoint::{Duration, Instant};
+use checkpoint::{Duration, Instant, Role as PairRole};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, Outcome as PrimaryOutcome};
 use primary::protocol::pace::Budget;
 use primary::protocol::{Options as PrimaryOptions, Primary, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome as SecondaryOutcome};
 
+use crate::checkers::Checkers;
 use crate::disk::DiskOrder;
 use crate::node::Role;
 use crate::toy_vm::{DISK_BYTES, PAGES};
@@ -53,7 +54,9 @@ impl World {
             PrimaryEvent::Timeout | PrimaryEvent::PeerSent(Message::Heartbeat(_))
         );
         let line = (!quiet).then(|| Line::Primary(node, primary.tag(), event.clone()));
+        let before = primary.tag().epoch;
         primary.step(now, event, &mut actions);
+        Checkers::goes_on(before, primary.tag().epoch);
         if matches!(primary.state_name(), "protected" | "checkpointing") {
             self.checkers.mode(primary.tag(), primary.epoch_mode());
         }
@@ -107,8 +110,12 @@ impl World {
         };
         let paired = matches!(primary.state_name(), "protected" | "checkpointing");
         let generation = primary.tag().generation;
+        let record = self.nodes[node]
+            .record
+            .filter(|record| record.role == PairRole::Primary);
+        let recorded = record.map(|record| record.generation);
         for frame in frames {
-            self.checkers.released(node, generation, paired, frame);
+            self.checkers.released(node, generation, recorded, paired, frame);
             self.frame_leaves(frame.clone());
         }
     }
@@ -254,6 +261,7 @@ impl World {
             self.note(Line::Note(format!("host {node} can't wait: {error}")));
             return self.ended(node, "failed");
         }
+        self.rests(node);
         self.nodes[node].outcome = Some(outcome);
     }
 

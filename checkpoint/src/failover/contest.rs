@@ -412,8 +412,8 @@ impl Contest {
             }
             WitnessAnswer::Won => match self.standing {
                 Standing::Pairing(Claim::Open { .. }) | Standing::Contending(Claim::Open { .. }) => self.won(orders),
-                // A pairing that ended before the witness answered: the term is still this side's.
-                _ => self.generation = term,
+                // A pairing that ended before the witness answered: the next claim is for the same term, and is won again.
+                _ => {}
             },
             WitnessAnswer::Unreachable(cause) => self.unreachable(now, cause, orders),
         }

@@ -160,9 +160,10 @@ impl Primary {
         let State::Awaiting(taken) = self.state else {
             return self.misbehaved(now, "it acknowledged a checkpoint that was not sent", actions);
         };
-        if tag != taken.tag {
+        if tag != taken.tag && !mutants::on(Mutant::AcceptOldEpoch) {
             return self.misbehaved(now, "it acknowledged another checkpoint than the one sent", actions);
         }
+        let tag = taken.tag;
         self.committed = tag.epoch;
         self.memory_known.forget_before(tag);
         if mutants::on(Mutant::ClearChangedOnAcknowledgement) {

@@ -368,11 +368,7 @@ impl Primary {
             Event::CheckpointSent(shipment) => self.checkpoint_sent(now, shipment, actions),
             Event::Copied { tag, entropy, .. } => self.copied(now, tag, entropy, actions),
             Event::Connected(welcome) => self.connected(now, welcome, actions),
-            Event::DiskSynced(generation)
-                if generation == self.contest.generation() || mutants::on(Mutant::AcceptOldGeneration) =>
-            {
-                self.synced(now, None, actions)
-            }
+            Event::DiskSynced(generation) if generation == self.contest.generation() => self.synced(now, None, actions),
             Event::Looked(look) => self.looked(look),
             Event::MemorySynced(shipment) if shipment.totals.tag() == self.tag() => {
                 self.synced(now, Some(shipment), actions)

@@ -9,8 +9,8 @@
 use std::collections::VecDeque;
 
 use super::{
-    Action, BlockHashes, ChangedBlocks, Epoch, InputNumber, Instant, Message, Mutant, Primary, Report, Shipment, State,
-    Tag, Totals, Trigger, limits, mutants,
+    Action, BlockHashes, ChangedBlocks, Epoch, InputNumber, Instant, Message, Primary, Report, Shipment, State, Tag,
+    Totals, Trigger, limits,
 };
 use checkpoint::wire::{Begin, Held};
 
@@ -32,8 +32,7 @@ impl Known {
 
     /// The difference to what came before this checkpoint is forgotten.
     pub(super) fn forget_before(&mut self, tag: Tag) {
-        self.0
-            .retain(|known| *known >= tag || mutants::on(Mutant::AcceptOldEpoch));
+        self.0.retain(|known| *known >= tag);
     }
 
     /// The difference to everything is forgotten.

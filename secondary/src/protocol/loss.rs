@@ -87,8 +87,8 @@ impl Secondary {
 
     /// Ends the run as a loser once the VM is stopped and what was committed is loaded, and durable on disk.
     pub(super) fn try_stand_down(&mut self, actions: &mut Vec<Action>) {
-        let loading = matches!(self.flight, Flight::Loading(..)) && !mutants::on(Mutant::StandDownEarly);
-        if self.standing() != Standing::Fenced || !self.quiet || loading || self.durable != self.committed {
+        let early = mutants::on(Mutant::StandDownEarly);
+        if self.standing() != Standing::Fenced || !early && (!self.quiet || self.durable != self.committed) {
             return;
         }
         let memory = Tag {
