@@ -38,8 +38,14 @@ impl Port {
 
     /// Puts a frame behind those that wait.
     pub fn deliver(&self, delivery: Delivery) {
-        self.inbox().push_back(delivery);
-        self.wake();
+        let mut inbox = self.inbox();
+        let waits = !inbox.is_empty();
+        inbox.push_back(delivery);
+        drop(inbox);
+        // With others before it the worker has been woken: it sleeps only after it has seen the inbox empty.
+        if !waits {
+            self.wake();
+        }
     }
 
     /// Forgets the frames that wait.

@@ -35,6 +35,8 @@ use crate::vm::{self, Command, DiskCommand, VmThread};
 const EVENTS_MAX: usize = 4_096;
 /// Frames taken from the TAP in one go.
 const FRAMES_PER_TURN: usize = 64;
+/// Messages of the peer taken in one go.
+const MESSAGES_PER_TURN: usize = 64;
 /// Longest time that an orderly end of the connections takes.
 const GOODBYE_MAX: StdDuration = StdDuration::from_millis(500);
 /// Time after a takeover before memory that is held twice is given back.
@@ -308,7 +310,13 @@ impl Role {
                         self.step(event);
                     }
                 }
-                event = next_link_event(&mut self.link) => self.link_event(event),
+                event = next_link_event(&mut self.link) => {
+                    self.link_event(event);
+                    for _ in 1..MESSAGES_PER_TURN {
+                        let Some(event) = self.link.as_mut().and_then(|(_, events)| events.try_recv()) else { break };
+                        self.link_event(event);
+                    }
+                }
                 Some(established) = answers.recv() => self.connected(established),
                 ready = tap.readable(), if !self.hold && !self.port.is_full() => {
                     let mut ready = ready?;

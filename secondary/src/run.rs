@@ -27,6 +27,8 @@ use crate::vm::{self, Command, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
 const EVENTS_MAX: usize = 4_096;
+/// Messages of the peer taken in one go.
+const MESSAGES_PER_TURN: usize = 64;
 /// Longest time that an orderly end of the connections takes.
 const GOODBYE_MAX: StdDuration = StdDuration::from_millis(500);
 
@@ -185,7 +187,13 @@ impl Role {
                         self.step(event);
                     }
                 }
-                Some(event) = peer.recv() => self.link_event(event),
+                Some(event) = peer.recv() => {
+                    self.link_event(event);
+                    for _ in 1..MESSAGES_PER_TURN {
+                        let Some(event) = peer.try_recv() else { break };
+                        self.link_event(event);
+                    }
+                }
                 Some(event) = power.recv() => self.step(guest_stopped(event)),
                 Some(request) = control.recv() => self.answer(request),
                 _ = stop.changed(), if !stopping => {

@@ -81,9 +81,8 @@ pub fn run_alone(settings: RunSettings) -> Result<Ending> {
 }
 
 fn runtime() -> Result<Runtime> {
-    // The loop and the connections' tasks: more threads only move them about.
-    Builder::new_multi_thread()
-        .worker_threads(2)
+    // The loop and the connections' tasks take turns on one thread: between two, each message would wake the other.
+    Builder::new_current_thread()
         .enable_all()
         .build()
         .context("the host refuses threads: raise its limits (ulimit -u)")
