@@ -355,8 +355,12 @@ impl Role {
 
     fn step(&mut self, event: Event) {
         if self.outcome.is_none() {
+            let is_copied = matches!(event, Event::Copied { .. });
             self.protocol.step(clock::now(), event, &mut self.actions);
             self.act();
+            if is_copied {
+                self.vm.send(Command::Dispatch);
+            }
         }
     }
 

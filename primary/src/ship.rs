@@ -36,7 +36,7 @@ const COPIED_PAGES_MAX: usize = 64 * 1024;
 /// Pages read at a time when pages are shipped ahead: a stop waits for so many copies at most.
 const READ_AT_ONCE: usize = 16;
 
-/// Copies of pages; its room is used again and again.
+/// Copies of pages; its room is used again and again. It only grows: memory that is new costs a fault a page.
 #[derive(Default)]
 pub(crate) struct Copies {
     numbers: Vec<u64>,
@@ -46,19 +46,39 @@ pub(crate) struct Copies {
 impl Copies {
     /// Copies pages until the bound, and returns those beyond it.
     pub(crate) fn take(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<Vec<u64>, MemoryError> {
-        let mut pages = pages.iter();
-        self.read(ram, pages.by_ref().take(COPIED_PAGES_MAX))?;
-        Ok(pages.collect())
+        let count = usize::try_from(pages.len()).map_or(COPIED_PAGES_MAX, |count| count.min(COPIED_PAGES_MAX));
+        self.make_room(count);
+        let mut rest = &mut self.content[..count * PAGE_BYTES];
+        let mut beyond = Vec::new();
+        for run in pages.runs() {
+            let wanted = usize::try_from(run.end - run.start).unwrap_or(usize::MAX);
+            let taken = wanted.min(rest.len() / PAGE_BYTES);
+            let (now, later) = rest.split_at_mut(taken * PAGE_BYTES);
+            rest = later;
+            if taken > 0 {
+                ram.read_run(run.start, now)?;
+            }
+            let end = run.start + taken as u64;
+            self.numbers.extend(run.start..end);
+            beyond.extend(end..run.end);
+        }
+        Ok(beyond)
     }
 
-    fn read(&mut self, ram: &GuestRam, pages: impl Iterator<Item = u64>) -> Result<(), MemoryError> {
-        self.numbers.clear();
+    fn read(&mut self, ram: &GuestRam, pages: impl ExactSizeIterator<Item = u64>) -> Result<(), MemoryError> {
+        self.make_room(pages.len());
         self.numbers.extend(pages);
-        self.content.resize(self.numbers.len() * PAGE_BYTES, 0);
         for (page, content) in self.numbers.iter().zip(self.content.as_chunks_mut().0) {
             ram.read_page(*page, content)?;
         }
         Ok(())
+    }
+
+    fn make_room(&mut self, pages: usize) {
+        self.numbers.clear();
+        if self.content.len() < pages * PAGE_BYTES {
+            self.content.resize(pages * PAGE_BYTES, 0);
+        }
     }
 
     fn iter(&self) -> impl Iterator<Item = (u64, &Page)> {

@@ -24,6 +24,8 @@ use crate::trace::{Stopwatch, Traces};
 
 /// What the VM's thread is told.
 pub(crate) enum Command {
+    /// The protocol knows that the checkpoint is copied, and has said what follows.
+    Dispatch,
     KeepDirty,
     Pause,
     Reseed,
@@ -66,6 +68,7 @@ pub(crate) fn spawn(
         unacknowledged: PageSet::new(ram.pages()),
         traces,
         watch: None,
+        parcel: None,
         vm,
         ram,
     };
@@ -85,12 +88,19 @@ struct Keeper {
     traces: Traces,
     /// Runs while the VM stands.
     watch: Option<Stopwatch>,
+    /// What was copied, until the protocol has said whether the VM goes on.
+    parcel: Option<Parcel>,
 }
 
 impl Keeper {
     fn run(mut self, inbox: &Inbox<Command>) -> Box<dyn Vm> {
         while let Some(order) = inbox.next() {
+            // What lets the VM run on comes before the work that shares its processors.
+            if !matches!(order, Command::Resume | Command::Seed(_)) {
+                self.dispatch();
+            }
             let event = match order {
+                Command::Dispatch => Ok(None),
                 Command::Pause => self.pause().map(|()| Some(Event::Paused)),
                 Command::Resume => self.resume().map(|()| None),
                 Command::Reseed => {
@@ -152,6 +162,13 @@ impl Keeper {
             self.traces.resumed(&watch);
         }
         Ok(())
+    }
+
+    /// Gives the courier what was copied, if it does not have it yet.
+    fn dispatch(&mut self) {
+        if let Some(parcel) = self.parcel.take() {
+            self.courier.send(parcel);
+        }
     }
 
     fn report(&self, event: Event) {
@@ -239,11 +256,8 @@ impl Keeper {
         self.watch = Some(watch);
         let mut entropy = [0; 32];
         link::entropy::fill(&mut entropy);
-        if beyond.is_empty() {
-            // Told first: a small parcel may be shipped before this thread goes on.
-            self.report(Event::Copied { tag, pages, entropy });
-        }
-        self.courier.send(Parcel {
+        let is_copied = beyond.is_empty();
+        self.parcel = Some(Parcel {
             totals,
             bulk,
             copies,
@@ -259,6 +273,11 @@ impl Keeper {
                 .collect(),
             entropy,
         });
+        if is_copied {
+            self.report(Event::Copied { tag, pages, entropy });
+        } else {
+            self.dispatch();
+        }
         Ok(())
     }
 }

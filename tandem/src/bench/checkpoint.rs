@@ -61,6 +61,8 @@ pub(super) struct Case {
     /// Pages dirty at the stop, in the middle; the floor's below.
     pub(super) dirty_pages: u64,
     pub(super) floor_pages: u64,
+    /// Pages shipped ahead of the stop, in the middle.
+    pub(super) pages_ahead: u64,
     pub(super) pause_us: Spread,
     pub(super) floor_us: Spread,
     /// The pause ÷ the floor, of the medians.
@@ -70,10 +72,10 @@ pub(super) struct Case {
     pub(super) floor_parts: FloorParts,
     pub(super) encode_us: Spread,
     pub(super) commit_us: Spread,
-    /// Bytes sent ÷ pages dirty.
+    /// Bytes sent ÷ pages sent, those shipped ahead of the stop included.
     pub(super) bytes_per_page: f64,
     pub(super) codecs: Vec<CodecShare>,
-    /// Processor seconds of both processes, their guests' own left out, for each GiB of pages dirtied.
+    /// Processor seconds of both processes, their guests' own left out, for each GiB of pages sent.
     pub(super) cpu_s_per_gib: f64,
 }
 
@@ -261,7 +263,7 @@ fn case(wanted: &Wanted, traces: &[CheckpointTrace], stops: &[Stop], used: Durat
         *pages += share.pages;
         *bytes += share.bytes;
     }
-    let pages: u64 = traces.iter().map(|trace| trace.pages).sum();
+    let pages: u64 = traces.iter().map(|trace| trace.pages + trace.pages_ahead).sum();
     let bytes: u64 = traces.iter().map(|trace| trace.bytes).sum();
     let (pause_us, floor_us) = (spread(|trace| trace.pause_us), floor(Stop::total));
     Case {
@@ -270,6 +272,7 @@ fn case(wanted: &Wanted, traces: &[CheckpointTrace], stops: &[Stop], used: Durat
         equal: wanted.equal,
         rounds: traces.len(),
         dirty_pages: middle(traces.iter().map(|trace| trace.pages)),
+        pages_ahead: middle(traces.iter().map(|trace| trace.pages_ahead)),
         floor_pages: middle(stops.iter().map(|stop| stop.pages)),
         pause_us,
         floor_us,

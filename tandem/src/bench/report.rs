@@ -236,7 +236,7 @@ fn checkpoint_text(report: &CheckpointReport) -> String {
         line(
             &mut text,
             format_args!(
-                "{:6} {:8} halt {:.0}|{:.0} order {:.0} harvest {:.0}|{:.0} room {:.0} copy {:.0}|{:.0} save {:.0}|{:.0} handover {:.0} resume {:.0}|{:.0}; encode {:.0}; {}",
+                "{:6} {:8} halt {:.0}|{:.0} order {:.0} harvest {:.0}|{:.0} room {:.0} copy {:.0}|{:.0} save {:.0}|{:.0} handover {:.0} resume {:.0}|{:.0}; encode {:.0}; {} ahead; {}",
                 case.pages,
                 if case.equal { "equal" } else { case.content },
                 parts.halt_us,
@@ -253,6 +253,7 @@ fn checkpoint_text(report: &CheckpointReport) -> String {
                 parts.resume_us,
                 floor.resume_us,
                 case.encode_us.p50,
+                case.pages_ahead,
                 codecs.join(", "),
             ),
         );
