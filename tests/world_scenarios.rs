@@ -27,9 +27,13 @@ const FIRST: [&str; 7] = [
     "recording",
 ];
 /// Phases of a later checkpoint, in their order.
-const CHECKPOINT: [&str; 7] = [
+const CHECKPOINT: [&str; 11] = [
     "stopping",
     "copying",
+    "comparing",
+    "halting",
+    "standing",
+    "answering",
     "sending",
     "awaiting",
     "checking",
@@ -167,7 +171,10 @@ fn case_b11_a_cut_or_reset_link_leaves_one_side_running_and_the_other_fenced() {
                 assert_eq!(world.phase(0), "off", "{phase}");
             } else {
                 serves(&mut world);
-                assert!(world.is_protected(), "{phase}: the loser waits, and follows again");
+                assert!(
+                    world.run_until(1_000, World::is_protected),
+                    "{phase}: the loser waits, and follows again"
+                );
                 let sync = sync_of(world.node(0));
                 assert!(sync.memory_by_difference && sync.blocks.is_some(), "{phase}: {sync:?}");
                 returned += 1;

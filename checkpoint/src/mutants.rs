@@ -62,12 +62,16 @@ mutants! {
     CompareBySegment "compare-by-segment"
     /// Two frames of the same length count as equal.
     CompareLengths "compare-lengths"
+    /// Pages are compared with those of a VM that runs on.
+    CompareRunning "compare-running"
     /// A secondary that said goodbye, or heard it, contends.
     ContendAfterGoodbye "contend-after-goodbye"
     /// A secondary contends before it holds a complete state.
     ContendIncomplete "contend-incomplete"
     /// A connection that broke counts as one that the primary's kernel ended.
     ContendWithinLease "contend-within-lease"
+    /// The pages that the secondary has alike are copied only after its guest's writes have been reverted.
+    CopyAfterRevert "copy-after-revert"
     /// A page is encoded as the difference from what was shipped of it last, committed or not.
     DeltaFromShipped "delta-from-shipped"
     /// Sending the first checkpoint does not make the peer one that may contend.

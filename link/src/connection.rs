@@ -33,6 +33,8 @@ const PIECE_JOINED_MAX: usize = 2 * 1024;
 const IMMEDIATE_BYTES_MAX: usize = 64 * 1024;
 /// A connection is idle when its last write is this long ago; what comes sooner is gathered by the writing task.
 const IDLE_MIN: Duration = Duration::from_micros(50);
+/// Bytes that tell a connection's speed.
+const MEASURED_BYTES_MIN: u64 = 1024 * 1024;
 /// The kernel's buffers for one connection, in bytes, where it lets us ask for them. What is to be sent shall wait in
 /// our own queue, whose length is known; what has arrived may wait in the kernel.
 const SEND_BUFFER_BYTES: usize = 1024 * 1024;
@@ -168,6 +170,8 @@ pub(crate) struct Outgoing {
     work: Notify,
     drained: Notify,
     last_write: AtomicU64,
+    /// The last measurement that nobody has taken, or 0.
+    speed: AtomicU64,
     broken: AtomicBool,
 }
 
@@ -180,6 +184,16 @@ struct Queue {
 #[derive(Debug, Default)]
 struct Writing {
     pieces: VecDeque<Bytes>,
+    flow: Option<Flow>,
+}
+
+/// The connection takes less than there is: since when, and how much it has taken.
+///
+/// While that lasts the kernel's buffer is full, so what it takes is what has left it at the other end.
+#[derive(Clone, Copy, Debug)]
+struct Flow {
+    since: Instant,
+    bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,6 +220,7 @@ impl Outgoing {
             work: Notify::new(),
             drained: Notify::new(),
             last_write: AtomicU64::new(0),
+            speed: AtomicU64::new(0),
             broken: AtomicBool::new(false),
         }
     }
@@ -233,6 +248,12 @@ impl Outgoing {
         }
         self.push(pieces, queue);
         Ok(())
+    }
+
+    /// Returns the speed, in bytes a second, at which the connection last took what was written while there was more than it
+    /// took at once; once for each measurement.
+    pub(crate) fn take_speed(&self) -> Option<u64> {
+        Some(self.speed.swap(0, Ordering::Relaxed)).filter(|speed| *speed > 0)
     }
 
     /// Writes what is queued, and what will be, until the connection breaks or is given up.
@@ -320,6 +341,7 @@ impl Outgoing {
             if writing.pieces.is_empty() {
                 let mut queue = self.queue();
                 if queue.pieces.is_empty() {
+                    writing.flow = None;
                     return Ok(Progress::Empty);
                 }
                 std::mem::swap(&mut writing.pieces, &mut queue.pieces);
@@ -336,8 +358,17 @@ impl Outgoing {
                     drop(slices);
                     writing.advance(written);
                     self.wrote(written);
+                    if let Some(speed) = writing.measure(written) {
+                        self.speed.store(speed, Ordering::Relaxed);
+                    }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Progress::Full),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    writing.flow.get_or_insert_with(|| Flow {
+                        since: clock::now(),
+                        bytes: 0,
+                    });
+                    return Ok(Progress::Full);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -374,6 +405,19 @@ impl Writing {
         }
         assert_eq!(written, 0, "the kernel takes no more than it is given");
     }
+
+    /// Counts what the kernel took; returns the speed when that was enough to tell it.
+    fn measure(&mut self, written: usize) -> Option<u64> {
+        let flow = self.flow.as_mut()?;
+        flow.bytes += written as u64;
+        if flow.bytes < MEASURED_BYTES_MIN {
+            return None;
+        }
+        let now = clock::now();
+        let speed = flow.bytes.saturating_mul(1_000_000_000) / now.since(flow.since).0.max(1);
+        *flow = Flow { since: now, bytes: 0 };
+        Some(speed.max(1))
+    }
 }
 
 fn pieces(message: &Message) -> [Bytes; 2] {
@@ -400,6 +444,22 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+
+    #[test]
+    fn speed_is_told_by_what_is_taken_while_there_is_more() {
+        let mut writing = Writing::default();
+        assert_eq!(
+            writing.measure(1 << 30),
+            None,
+            "nothing waits: that was the kernel's memory"
+        );
+        let since = clock::now() - Duration::from_millis(10);
+        writing.flow = Some(Flow { since, bytes: 0 });
+        assert_eq!(writing.measure(1_000), None);
+        let speed = writing.measure(1_000_000_000).unwrap();
+        assert!((1..=100_000_100_000).contains(&speed), "{speed}");
+        assert_eq!(writing.measure(1_000), None, "the next one begins");
+    }
 
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -534,7 +594,7 @@ mod tests {
             let all: Vec<u8> = (0..lengths.iter().sum::<usize>()).map(|at| at.to_le_bytes()[0]).collect();
             let mut rest = Bytes::from(all.clone());
             let pieces = lengths.iter().map(|length| rest.split_to(*length)).collect();
-            let mut writing = Writing { pieces };
+            let mut writing = Writing { pieces, flow: None };
             let mut done = 0;
             for step in steps {
                 let step = step.min(all.len() - done);

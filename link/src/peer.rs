@@ -251,6 +251,13 @@ impl Events {
 }
 
 impl BulkSender {
+    /// Returns the connection's speed in bytes a second, if it was measured since the last call: it is while more is sent
+    /// than it takes at once.
+    #[must_use]
+    pub fn take_speed(&self) -> Option<u64> {
+        self.0.take_speed()
+    }
+
     /// Sends a message once there is room in the queue. Blocks the calling thread, which must not be the runtime's.
     ///
     /// # Errors

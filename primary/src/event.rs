@@ -1,6 +1,7 @@
 //! What the primary's protocol hears and what it orders.
 
 use bytes::Bytes;
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, GoodbyeReason, Message, Welcome};
@@ -14,6 +15,8 @@ use checkpoint::{Duration, Generation, Instant, Tag};
 pub enum Event {
     /// The operator asks for a checkpoint.
     CheckpointAsked,
+    /// Pages of the checkpoint that ends this epoch are to be compared with the secondary's; comes after its `Copied`.
+    CompareAsked(Tag),
     /// Everything of that checkpoint but the network state and the end mark is queued on the data connection.
     CheckpointSent(Shipment),
     /// A secondary accepted the handshake.
@@ -50,6 +53,8 @@ pub enum Event {
     Looked(Look),
     /// Memory, or its difference, is queued on the data connection.
     MemorySynced(Shipment),
+    /// The hashes of pages of a checkpoint: which of them the secondary has alike is to be asked.
+    Hashed(PageHashes),
     /// The VM is stopped and its devices are quiet.
     Paused,
     /// The secondary said something.
@@ -123,12 +128,16 @@ pub struct Shipment {
 pub enum Action {
     /// Ask the witness for a term; answered by `WitnessAnswered`.
     Claim(Generation),
+    /// The secondary's VM stands for this epoch: its pages may be asked about, by `Hashed`, or not.
+    AskAlike(Tag),
     /// Close both connections; `LinkClosed` follows after what was still in them.
     CloseLink,
     /// Compare these blocks with the own image and send the differing ones; after the last one, `DiskSynced`.
     CompareBlocks(BlockHashes),
     /// Put a frame in front of the guest's network device.
     Deliver(Delivery),
+    /// The secondary has these pages alike: the answer to `Hashed`.
+    Alike(PageMatches),
     /// Look for a secondary, from now on and until `Connected`.
     Dial,
     /// The run is over; nothing follows.
@@ -155,7 +164,7 @@ pub enum Action {
         blocks: Vec<u64>,
     },
     /// Copy the dirty pages and the device state, answered by `Copied`; then queue them and these disk blocks, answered by
-    /// `CheckpointSent`.
+    /// `CheckpointSent`. Pages may be compared with the secondary's first: `CompareAsked` and what follows.
     SendCheckpoint {
         /// The epoch that it ends.
         tag: Tag,
@@ -163,6 +172,8 @@ pub enum Action {
         blocks: Vec<u64>,
         /// The sums so far: what the shell queues is added to them.
         totals: Totals,
+        /// The secondary's guest has run in this epoch, too: pages may be compared.
+        both_ran: bool,
     },
     /// Send a message on the control connection.
     SendControl(Message),

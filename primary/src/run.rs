@@ -389,6 +389,8 @@ impl Role {
 
     fn carry_out(&mut self, action: Action) {
         match action {
+            Action::Alike(matches) => self.vm.send(Command::Alike(matches)),
+            Action::AskAlike(tag) => self.vm.send(Command::AskAlike(tag)),
             Action::Claim(term) => self.claim(term),
             Action::CloseLink => self.drop_link(),
             Action::CompareBlocks(hashes) => {
@@ -415,12 +417,18 @@ impl Role {
                     link.send(message);
                 }
             }
-            Action::SendCheckpoint { tag, blocks, totals } => {
+            Action::SendCheckpoint {
+                tag,
+                blocks,
+                totals,
+                both_ran,
+            } => {
                 if let Some((link, _)) = &self.link {
                     self.vm.send(Command::Ship {
                         tag,
                         blocks,
                         totals,
+                        both_ran,
                         bulk: link.bulk(),
                     });
                 }

@@ -7,6 +7,7 @@
 //!
 //! A page that is to be shipped ahead must be read before the next stop ends, or not at all: what the guest writes after it is
 //! of another epoch. So the courier reads under a lock, a few pages at a time, and a stop takes back what is not read.
+//! Where it pays, the secondary is asked first which of the copied pages its stopped VM has alike: then the parcel waits here.
 //! The protocol sees only numbers and digests. No decision is made here.
 
 use std::collections::VecDeque;
@@ -16,6 +17,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use checkpoint::Tag;
 use checkpoint::limits::PAGE_BYTES;
+use checkpoint::pages::identical::PageMatches;
 use checkpoint::pages::{BASE_BYTES_DEFAULT, BATCH_BYTES, BatchEncoder, Chooser, Page, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
@@ -27,7 +29,7 @@ use storage::verify::block_range;
 use storage::{FileImage, Image};
 use tokio::sync::mpsc as events;
 
-use crate::encoding::Encoding;
+use crate::encoding::{Encoding, timed};
 use crate::event::{AheadShipment, Event, Shipment};
 use crate::trace::Traces;
 
@@ -81,6 +83,10 @@ impl Copies {
         }
     }
 
+    fn at(&self, place: usize) -> (u64, &Page) {
+        (self.numbers[place], &self.content.as_chunks().0[place])
+    }
+
     fn iter(&self) -> impl Iterator<Item = (u64, &Page)> {
         self.numbers.iter().copied().zip(self.content.as_chunks().0)
     }
@@ -126,11 +132,15 @@ pub(crate) struct Parcel {
     pub(crate) blocks: Vec<u64>,
     pub(crate) sections: Vec<Section>,
     pub(crate) entropy: [u8; 32],
+    /// The secondary's guest has run, too: pages may be compared.
+    pub(crate) both_ran: bool,
 }
 
 /// What the courier is told.
 enum Errand {
     Abandon,
+    Alike(PageMatches),
+    Ask(Tag),
     Ahead { tag: Tag, bulk: BulkSender },
     Forget,
     Ship(Box<Parcel>),
@@ -164,6 +174,7 @@ impl Courier {
             few: Copies::default(),
             give_back,
             encoding: Encoding::new(BASE_BYTES_DEFAULT),
+            waiting: None,
         };
         let thread = Worker::spawn("courier", move |inbox| carrier.run(&inbox))?;
         Ok(Self {
@@ -189,9 +200,19 @@ impl Courier {
         self.unread.take_back()
     }
 
-    /// Ships; answered by `CheckpointSent`.
+    /// Ships; answered by `CheckpointSent`, or first by `CompareAsked`.
     pub(crate) fn send(&self, parcel: Parcel) {
         self.thread.send(Errand::Ship(Box::new(parcel)));
+    }
+
+    /// The secondary's VM stands for this epoch; answered by `Hashed`.
+    pub(crate) fn ask(&self, tag: Tag) {
+        self.thread.send(Errand::Ask(tag));
+    }
+
+    /// The answer to `Hashed`; answered by the next one, or by `CheckpointSent`.
+    pub(crate) fn alike(&self, matches: PageMatches) {
+        self.thread.send(Errand::Alike(matches));
     }
 
     /// The checkpoint that is being shipped will not be acknowledged.
@@ -216,6 +237,8 @@ struct Carrier {
     few: Copies,
     give_back: mpsc::Sender<Copies>,
     encoding: Encoding,
+    /// It waits for the secondary since then.
+    waiting: Option<(Box<Parcel>, checkpoint::Instant)>,
 }
 
 impl Carrier {
@@ -224,6 +247,9 @@ impl Carrier {
             let event = match errand {
                 Errand::Abandon => {
                     self.encoding.abandon();
+                    if let Some((parcel, _)) = self.waiting.take() {
+                        self.give_back(parcel);
+                    }
                     continue;
                 }
                 Errand::Forget => {
@@ -231,12 +257,18 @@ impl Carrier {
                     continue;
                 }
                 Errand::Ahead { tag, bulk } => self.ship_ahead(tag, bulk),
-                Errand::Ship(mut parcel) => {
-                    let sent = self.ship(&mut parcel);
-                    // Closed when the role has ended.
-                    let _ = self.give_back.send(parcel.copies);
-                    sent.map(Event::CheckpointSent)
+                Errand::Alike(matches) => {
+                    let Some((_, since)) = self.of(matches.tag) else {
+                        continue;
+                    };
+                    let now = clock::now();
+                    let took = now.since(core::mem::replace(since, now));
+                    self.encoding.answered(&matches, took);
+                    self.ask(matches.tag)
                 }
+                Errand::Ask(tag) if self.of(tag).is_some() => self.ask(tag),
+                Errand::Ask(_) => continue,
+                Errand::Ship(parcel) => self.compare_or_ship(parcel),
             };
             match event {
                 Ok(event) => self.report(event),
@@ -249,6 +281,52 @@ impl Carrier {
     fn report(&self, event: Event) {
         // A closed channel means that the role has ended; the next receive ends this thread.
         let _ = self.events.blocking_send(event);
+    }
+
+    fn of(&mut self, tag: Tag) -> Option<&mut (Box<Parcel>, checkpoint::Instant)> {
+        self.waiting.as_mut().filter(|(parcel, _)| parcel.totals.tag() == tag)
+    }
+
+    fn give_back(&self, parcel: Box<Parcel>) {
+        // Closed when the role has ended.
+        let _ = self.give_back.send(parcel.copies);
+    }
+
+    /// Has the secondary's VM stopped if it pays to ask what it has alike; else ships.
+    fn compare_or_ship(&mut self, parcel: Box<Parcel>) -> Result<Event, ShipError> {
+        let tag = parcel.totals.tag();
+        // While pages are left that were not copied the VM stands, and is not to wait for the secondary.
+        if parcel.both_ran && parcel.beyond.is_empty() {
+            self.encoding.begin(tag);
+            let worth = self.encoding.worth_asking(parcel.copies.iter());
+            let places = self.encoding.choose(worth);
+            if !places.is_empty() {
+                self.encoding.compare(places);
+                self.waiting = Some((parcel, clock::now()));
+                return Ok(Event::CompareAsked(tag));
+            }
+        }
+        self.ship_all(parcel)
+    }
+
+    /// Asks the next question, or ships. The secondary's VM stands by now.
+    fn ask(&mut self, tag: Tag) -> Result<Event, ShipError> {
+        let (parcel, since) = self.waiting.take().expect("looked at before");
+        let mut seed = [0; 32];
+        link::entropy::fill(&mut seed);
+        match self.encoding.question(tag, seed, |place| parcel.copies.at(place)) {
+            Some(hashes) => {
+                self.waiting = Some((parcel, since));
+                Ok(Event::Hashed(hashes))
+            }
+            None => self.ship_all(parcel),
+        }
+    }
+
+    fn ship_all(&mut self, mut parcel: Box<Parcel>) -> Result<Event, ShipError> {
+        let sent = self.ship(&mut parcel);
+        self.give_back(parcel);
+        sent.map(Event::CheckpointSent)
     }
 
     /// Ships the pages that are unread, until there are none: they are shipped, or a stop has taken them back.
@@ -299,6 +377,7 @@ impl Carrier {
             out.write(offset, data)?;
         }
         out.devices(core::mem::take(&mut parcel.sections))?;
+        self.encoding.shipped();
         self.traces
             .sent(tag, began.elapsed(), &self.encoding.stats(), shipped_ahead, out.bytes);
         Ok(out.shipment(parcel.entropy))
@@ -317,7 +396,10 @@ impl Carrier {
     /// Encodes pages, and sends the batches that they fill.
     fn push<'a>(&mut self, out: &mut Outbox, pages: impl Iterator<Item = (u64, &'a Page)>) -> Result<(), LinkGone> {
         for (page, content) in pages {
-            if self.encoding.push(page, content) {
+            if self.encoding.push_timed(page, content, clock::now) {
+                if let Some(speed) = out.bulk.take_speed() {
+                    self.encoding.link_measured(speed);
+                }
                 self.finish(out)?;
             }
         }
@@ -392,7 +474,13 @@ impl Outbox {
             if skip_zero && is_zero(&content) {
                 continue;
             }
-            if encoder.push(page, &content, None, &mut chooser).full {
+            let (pushed, _) = timed(&mut chooser, clock::now, |chooser| {
+                encoder.push(page, &content, None, chooser)
+            });
+            if pushed.full {
+                if let Some(speed) = self.bulk.take_speed() {
+                    chooser.link_measured(speed);
+                }
                 self.batch(&mut encoder)?;
             }
         }

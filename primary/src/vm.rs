@@ -6,6 +6,7 @@
 use std::sync::{Arc, mpsc};
 
 use checkpoint::Tag;
+use checkpoint::pages::identical::PageMatches;
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message, Section};
 use link::peer::BulkSender;
@@ -24,6 +25,8 @@ use crate::trace::{Stopwatch, Traces};
 
 /// What the VM's thread is told.
 pub(crate) enum Command {
+    Alike(PageMatches),
+    AskAlike(Tag),
     /// The protocol knows that the checkpoint is copied, and has said what follows.
     Dispatch,
     KeepDirty,
@@ -35,6 +38,7 @@ pub(crate) enum Command {
         tag: Tag,
         blocks: Vec<u64>,
         totals: Totals,
+        both_ran: bool,
         bulk: BulkSender,
     },
     ShipAhead {
@@ -113,6 +117,14 @@ impl Keeper {
                     self.vm.set_entropy_seed(seed);
                     Ok(None)
                 }
+                Command::Alike(matches) => {
+                    self.courier.alike(matches);
+                    Ok(None)
+                }
+                Command::AskAlike(tag) => {
+                    self.courier.ask(tag);
+                    Ok(None)
+                }
                 Command::KeepDirty => {
                     self.keep_dirty();
                     Ok(None)
@@ -121,8 +133,9 @@ impl Keeper {
                     tag,
                     blocks,
                     totals,
+                    both_ran,
                     bulk,
-                } => self.ship(tag, blocks, totals, bulk).map(|()| None),
+                } => self.ship(tag, blocks, totals, both_ran, bulk).map(|()| None),
                 Command::ShipAhead { tag, pages, bulk } => self.ship_ahead(tag, pages, bulk).map(Some),
                 Command::Sync {
                     totals,
@@ -236,7 +249,14 @@ impl Keeper {
     }
 
     /// Copies what a checkpoint ships, and lets the courier ship it.
-    fn ship(&mut self, tag: Tag, blocks: Vec<u64>, totals: Totals, bulk: BulkSender) -> Result<(), ShipError> {
+    fn ship(
+        &mut self,
+        tag: Tag,
+        blocks: Vec<u64>,
+        totals: Totals,
+        both_ran: bool,
+        bulk: BulkSender,
+    ) -> Result<(), ShipError> {
         let mut watch = self.watch.take().unwrap_or_else(Stopwatch::start);
         watch.parts.order_us = watch.lap();
         let mut dirty = self.vm.take_dirty()?;
@@ -272,6 +292,7 @@ impl Keeper {
                 })
                 .collect(),
             entropy,
+            both_ran,
         });
         if is_copied {
             self.report(Event::Copied { tag, pages, entropy });

@@ -3,6 +3,7 @@
 use core::fmt;
 
 use bytes::Bytes;
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::wire::{Begin, DeviceState, DiskWrite, GoodbyeReason, Message, PageBatch};
 use checkpoint::{Epoch, Generation, Tag};
@@ -16,6 +17,8 @@ use proxy::NetworkPicture;
 pub enum Event {
     /// Everything that could fail at the load of that checkpoint has been tried.
     Checked(Tag, Result<(), String>),
+    /// Which pages of the stopped VM are those that the primary asked about.
+    Compared(PageMatches),
     /// The control connection is gone.
     ControlClosed(LinkEnd),
     /// The data connection is gone; every complete message before has been delivered.
@@ -89,6 +92,8 @@ pub enum Action {
     /// The VM is stopped: make the writes up to this epoch the disk, drop the overlay; answered by
     /// `DiskCommitted` when that is durable.
     CommitDisk(Epoch),
+    /// Compare these pages with those of the VM, which is stopped; answered by `Compared`.
+    Compare(PageHashes),
     /// Put a frame in front of the guest's network device.
     Deliver(Delivery),
     /// Forget the frames that the guest has not yet received.

@@ -289,6 +289,7 @@ impl Role {
             }
             Action::Claim(term) => self.claim(term),
             Action::CloseLink => self.close_link(),
+            Action::Compare(hashes) => self.vm.send(Command::Compare(hashes)),
             Action::CommitDisk(epoch) => {
                 let job = self.disk.commit(epoch);
                 if let Some(job) = job {

@@ -2,9 +2,11 @@
 //!
 //! Nothing of a checkpoint touches the machine before `Load`. No decision is made here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use checkpoint::pages::{BatchDecoder, Content, Expected, PageError, decode_batch};
+use checkpoint::limits::PAGE_BYTES;
+use checkpoint::pages::identical::{PageHashes, PageMatches};
+use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError, decode_batch};
 use checkpoint::wire::{DeviceState, PageBatch};
 use checkpoint::{Epoch, Tag};
 use link::describe;
@@ -22,6 +24,7 @@ pub(crate) enum Command {
         keep: bool,
     },
     Check(Tag, Result<(), String>),
+    Compare(PageHashes),
     DropStage,
     Load(Tag),
     Pause,
@@ -56,6 +59,8 @@ struct Stage {
     /// Where each page is in both.
     places: BTreeMap<u64, usize>,
     devices: Option<MachineState>,
+    /// Pages that the stopped VM was found to have as the primary has them.
+    alike: BTreeSet<u64>,
 }
 
 struct Loader {
@@ -84,6 +89,10 @@ impl Loader {
             Command::ApplyPages(batch) => self.apply(&batch).err().map(Event::StageFailed),
             Command::BeginSync { keep } => self.begin_sync(keep).err().map(Event::VmFailed),
             Command::Check(tag, disk) => Some(Event::Checked(tag, disk.and_then(|()| self.check()))),
+            Command::Compare(hashes) => Some(match self.compare(&hashes) {
+                Ok(matches) => Event::Compared(matches),
+                Err(error) => Event::StageFailed(format!("pages can't be compared: {}", describe(&error))),
+            }),
             Command::DropStage => {
                 self.stage = Stage::default();
                 None
@@ -167,6 +176,16 @@ impl Loader {
         decoded.map_err(|error| format!("a page can't be staged: {}", describe(&error)))
     }
 
+    /// The VM stands, and does until the load: what is found alike here is what will be copied to the stage.
+    fn compare(&mut self, hashes: &PageHashes) -> Result<PageMatches, MemoryError> {
+        let matches = hashes.answer(|page, content| self.ram.read_page(page, content))?;
+        let alike = hashes.pages.iter().zip(&matches.alike);
+        self.stage
+            .alike
+            .extend(alike.filter_map(|((page, _), alike)| alike.then_some(*page)));
+        Ok(matches)
+    }
+
     fn check(&mut self) -> Result<(), String> {
         let devices = self.stage.devices.as_ref().ok_or("the devices' state is missing")?;
         self.vm.check(devices).map_err(|error| describe(&error))
@@ -191,8 +210,8 @@ enum StageError {
     Page(#[from] PageError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    #[error("page {0} is said to be alike on both sides, and nobody asked")]
-    NotAsked(u64),
+    #[error("page {0} is said to be alike on both sides, and was not found to be")]
+    NotAlike(u64),
 }
 
 impl Stage {
@@ -201,16 +220,24 @@ impl Stage {
         let staged = place.map(|place| &mut self.content.as_chunks_mut().0[place]);
         match (content, staged) {
             (Content::Page(bytes), Some(staged)) => *staged = *bytes,
-            (Content::Page(bytes), None) => {
-                self.places.insert(page, self.pages.len());
-                self.pages.push(page);
-                self.content.extend_from_slice(bytes);
+            (Content::Page(bytes), None) => self.add(page, bytes),
+            (Content::Own, _) if !self.alike.contains(&page) => return Err(StageError::NotAlike(page)),
+            (Content::Own, Some(staged)) => ram.read_page(page, staged)?,
+            (Content::Own, None) => {
+                let mut own = [0; PAGE_BYTES];
+                ram.read_page(page, &mut own)?;
+                self.add(page, &own);
             }
             (Content::Unchanged, Some(staged)) => ram.read_committed(page, staged)?,
             (Content::Unchanged, None) => {}
-            (Content::Own, _) => return Err(StageError::NotAsked(page)),
         }
         Ok(())
+    }
+
+    fn add(&mut self, page: u64, content: &Page) {
+        self.places.insert(page, self.pages.len());
+        self.pages.push(page);
+        self.content.extend_from_slice(content);
     }
 }
 

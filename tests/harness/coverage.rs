@@ -6,7 +6,7 @@ use std::fmt;
 use crate::faults::Kind;
 
 /// Every step of both roles, and the two of a host without a role: `Primary::phase`, `Secondary::phase`.
-pub const STEPS: [&str; 26] = [
+pub const STEPS: [&str; 30] = [
     // Of the primary.
     "alone",
     "pairing",
@@ -18,6 +18,7 @@ pub const STEPS: [&str; 26] = [
     "protected",
     "stopping",
     "copying",
+    "comparing",
     "sending",
     "awaiting",
     "contending",
@@ -26,6 +27,9 @@ pub const STEPS: [&str; 26] = [
     "receiving",
     "checking",
     "recording",
+    "halting",
+    "standing",
+    "answering",
     "loading",
     "committing",
     "following",

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Held, Message, PageBatch, Section};
@@ -334,6 +335,11 @@ impl Node {
         self.unsure.is_none()
     }
 
+    /// Tells whether some fault of its disk has not been healed.
+    pub(crate) fn disk_fails(&self) -> bool {
+        !self.failing.is_empty()
+    }
+
     pub(crate) fn flushes_fail(&self) -> bool {
         self.failing.contains(&DiskFault::Flushes)
     }
@@ -426,7 +432,7 @@ impl Node {
     }
 
     /// Copies what a checkpoint ships; returns how many pages, and the seed of the next epoch.
-    pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, entropy: u64) -> (u64, [u8; 32]) {
+    pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, compares: bool, entropy: u64) -> (u64, [u8; 32]) {
         let tag = totals.tag();
         let copied = self.shipping.stop(&mut self.vm.memory, tag);
         let pages = copied.len() as u64;
@@ -461,6 +467,8 @@ impl Node {
                 link,
                 totals,
                 pages: copied,
+                compares,
+                waits: false,
                 rest,
                 begun: false,
                 sent: 0,
@@ -508,9 +516,14 @@ impl Node {
         }
     }
 
+    /// Compares pages with the guest's, which stands.
+    pub(crate) fn compare(&mut self, hashes: &PageHashes) -> PageMatches {
+        self.stage.compare(hashes, &self.vm.memory)
+    }
+
     /// Keeps pages for the load.
     pub fn stage_pages(&mut self, batch: &PageBatch) {
-        self.stage.put(batch, self.base, &self.committed);
+        self.stage.put(batch, self.base, &self.committed, &self.vm.memory);
     }
 
     /// Keeps device state for the load.
@@ -556,9 +569,13 @@ impl Node {
     /// Makes the staged checkpoint the guest's state.
     pub fn load(&mut self, tag: Tag) {
         self.running = false;
+        let late = self.stage.take_late();
         self.apply_stage();
         self.base = Some(tag.epoch);
         self.drop_own_writes();
+        for page in late {
+            self.committed[index(page)] = Arc::clone(&self.vm.memory.pages[index(page)]);
+        }
         self.loaded = Some(self.committed.clone());
         let devices = self.devices.take().expect("checked");
         self.vm.registers = Registers::load(&devices.sections[0].bytes).expect("the toy's section");

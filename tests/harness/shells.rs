@@ -68,6 +68,8 @@ impl World {
         let life = self.nodes[node].life;
         for action in actions.drain(..) {
             match action {
+                PrimaryAction::Alike(matches) => self.order(node, VmOrder::Alike(matches)),
+                PrimaryAction::AskAlike(tag) => self.order(node, VmOrder::Ask(tag)),
                 PrimaryAction::Claim(term) => self.claim(node, term),
                 PrimaryAction::CloseLink => self.close(node),
                 PrimaryAction::CompareBlocks(hashes) => self.disk_order(node, DiskOrder::Compare(hashes)),
@@ -81,10 +83,15 @@ impl World {
                 PrimaryAction::PauseVm => self.order(node, VmOrder::Pause),
                 PrimaryAction::ResumeVm => self.order(node, VmOrder::Resume),
                 PrimaryAction::Send(message) => self.send(node, false, message),
-                PrimaryAction::SendCheckpoint { tag, blocks, totals } => {
+                PrimaryAction::SendCheckpoint {
+                    tag,
+                    blocks,
+                    totals,
+                    both_ran,
+                } => {
                     let snapshot = self.nodes[node].snapshot(tag.epoch);
                     self.checkers.stopped(tag, snapshot);
-                    self.order(node, VmOrder::Ship(totals, blocks));
+                    self.order(node, VmOrder::Ship(totals, blocks, both_ran));
                 }
                 PrimaryAction::ShipAhead { tag, pages } => self.order(node, VmOrder::ShipAhead(tag, pages)),
                 PrimaryAction::SendBlocks { tag, blocks } => self.disk_order(node, DiskOrder::Send { tag, blocks }),
@@ -168,6 +175,7 @@ impl World {
                 }
                 SecondaryAction::Claim(term) => self.claim(node, term),
                 SecondaryAction::CloseLink => self.close_secondary(node),
+                SecondaryAction::Compare(hashes) => self.order(node, VmOrder::Compare(hashes)),
                 SecondaryAction::CommitDisk(epoch) => {
                     let job = self.nodes[node].replica.as_mut().expect("a secondary").commit(epoch);
                     let snapshot = self.nodes[node].snapshot(epoch);

@@ -3,11 +3,12 @@
 //! As in the shipped shells a page that is shipped ahead counts as clean first and is read later, while the guest runs; a stop
 //! takes back what was not read. Which pages, their encoding and the cache of bases are the shipped code.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::mutants::{self, Mutant};
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{Message, PageBatch};
@@ -53,12 +54,17 @@ pub(crate) struct Parcel {
     /// What follows the pages: counted already.
     pub(crate) rest: VecDeque<Message>,
     pub(crate) begun: bool,
+    /// Its pages are compared with the secondary's first.
+    pub(crate) compares: bool,
+    /// For the secondary.
+    pub(crate) waits: bool,
     pub(crate) sent: u64,
     pub(crate) entropy: [u8; 32],
 }
 
 /// What a step of the courier leads to.
 pub(crate) enum Step {
+    CompareAsked(Tag),
     Send(Message),
     ShippedAhead(AheadShipment),
     Sent(Shipment),
@@ -217,6 +223,16 @@ impl Shipping {
                     if ahead.pages_counted() > 0 {
                         parcel.totals.go_on_with_pages(&ahead);
                     }
+                    let pages = parcel.pages.iter().map(|(page, content)| (*page, page_of(content)));
+                    let worth = self.encoding.worth_asking(pages);
+                    parcel.waits = parcel.compares && !worth.is_empty();
+                    if parcel.waits {
+                        self.encoding.compare(worth);
+                        return Some(Step::CompareAsked(parcel.totals.tag()));
+                    }
+                }
+                if parcel.waits {
+                    return None;
                 }
                 while !parcel.pages.is_empty() {
                     let count = parcel.pages.len().min(BATCH_PAGES);
@@ -235,6 +251,38 @@ impl Shipping {
                 };
                 Some(Step::Sent(shipment(parcel.totals, parcel.sent, parcel.entropy)))
             }
+        }
+    }
+
+    /// Tells whether the courier has something to do.
+    pub(crate) fn is_busy(&self) -> bool {
+        match self.errands.front() {
+            None => false,
+            Some(Errand::Ahead { .. }) => true,
+            Some(Errand::Parcel(parcel)) => !parcel.waits,
+        }
+    }
+
+    /// Returns the next question about the pages of a checkpoint; without one they can be shipped.
+    pub(crate) fn ask(&mut self, tag: Tag, seed: [u8; 32]) -> Option<PageHashes> {
+        let Some(Errand::Parcel(parcel)) = self.errands.front_mut() else {
+            return None;
+        };
+        if parcel.totals.tag() != tag {
+            return None;
+        }
+        let page = |place: usize| (parcel.pages[place].0, page_of(&parcel.pages[place].1));
+        let hashes = self.encoding.question(tag, seed, page);
+        parcel.waits = hashes.is_some();
+        hashes
+    }
+
+    /// Takes the secondary's answer.
+    pub(crate) fn answered(&mut self, matches: &PageMatches) {
+        if let Some(Errand::Parcel(parcel)) = self.errands.front()
+            && parcel.totals.tag() == matches.tag
+        {
+            self.encoding.answered(matches, checkpoint::Duration(0));
         }
     }
 
@@ -259,10 +307,13 @@ fn batch<'a>(
     totals: &mut Totals,
 ) -> Option<PageBatch> {
     for (page, content) in pages {
-        let content: &Page = content.as_slice().try_into().expect("a page");
-        assert!(!encoding.push(page, content), "a few pages fit");
+        assert!(!encoding.push(page, page_of(content)), "a few pages fit");
     }
     encoding.finish(totals)
+}
+
+fn page_of(content: &Copied) -> &Page {
+    content.as_slice().try_into().expect("a page")
 }
 
 fn shipment(totals: Totals, pages: u64, entropy: [u8; 32]) -> Shipment {
@@ -279,17 +330,34 @@ fn shipment(totals: Totals, pages: u64, entropy: [u8; 32]) -> Shipment {
 pub(crate) struct Stage {
     decoder: BatchDecoder,
     pages: BTreeMap<u64, Copied>,
+    /// Pages that the guest, which stands, was found to have as the primary has them.
+    alike: BTreeSet<u64>,
+    /// Under a mutant: pages whose content is looked for at the load.
+    late: Vec<u64>,
 }
 
 impl Stage {
+    /// Compares pages with the guest's.
+    pub(crate) fn compare(&mut self, hashes: &PageHashes, own: &Memory) -> PageMatches {
+        let answer = hashes.answer(|page, content| {
+            content.copy_from_slice(&own.pages[index(page)]);
+            Ok::<_, core::convert::Infallible>(())
+        });
+        let Ok(matches) = answer;
+        let alike = hashes.pages.iter().zip(&matches.alike);
+        self.alike
+            .extend(alike.filter_map(|((page, _), alike)| alike.then_some(*page)));
+        matches
+    }
+
     /// Keeps the pages of a batch, which may build on `committed`.
-    pub(crate) fn put(&mut self, batch: &PageBatch, base: Option<Epoch>, committed: &[Copied]) {
+    pub(crate) fn put(&mut self, batch: &PageBatch, base: Option<Epoch>, committed: &[Copied], own: &Memory) {
         let expected = Expected {
             count: batch.count,
             pages: PAGES,
             base,
         };
-        let staged = &mut self.pages;
+        let (staged, alike, late) = (&mut self.pages, &self.alike, &mut self.late);
         let read = |page, content: &mut Page| {
             content.copy_from_slice(&committed[index(page)]);
             Ok(())
@@ -300,15 +368,29 @@ impl Stage {
                 match content {
                     Content::Page(content) => drop(staged.insert(page, Arc::new(content.to_vec()))),
                     Content::Unchanged => drop(staged.remove(&page)),
-                    Content::Own => unreachable!("nobody asked for hashes"),
+                    Content::Own => {
+                        assert!(alike.contains(&page), "rule 3: a page is said to be alike, and is not");
+                        if mutants::on(Mutant::CopyAfterRevert) {
+                            late.push(page);
+                        } else {
+                            staged.insert(page, Arc::clone(&own.pages[index(page)]));
+                        }
+                    }
                 }
                 Ok(())
             });
         decoded.expect("rule 3: the primary builds on what the secondary has committed");
     }
 
+    /// Takes the pages whose content is looked for at the load.
+    pub(crate) fn take_late(&mut self) -> Vec<u64> {
+        core::mem::take(&mut self.late)
+    }
+
     /// Takes what is staged, the last of each page.
     pub(crate) fn take(&mut self) -> BTreeMap<u64, Copied> {
+        self.alike.clear();
+        self.late.clear();
         core::mem::take(&mut self.pages)
     }
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, PageBatch};
 use checkpoint::{Duration, Generation, Tag};
@@ -33,16 +34,20 @@ pub(crate) const MILLISECOND: u64 = 1_000_000;
 
 /// What a host's VM thread is told. It obeys in order.
 pub(crate) enum VmOrder {
+    Alike(PageMatches),
     Apply(PageBatch),
+    Ask(Tag),
     /// Makes memory ready for a sync; keeps it if the primary builds on it.
     BeginSync(bool),
     Check(Tag, Result<(), String>),
+    Compare(PageHashes),
     DropStage,
     KeepDirty,
     Load(Tag),
     Pause,
     Resume,
-    Ship(Totals, Vec<u64>),
+    /// Whether pages may be compared, besides.
+    Ship(Totals, Vec<u64>, bool),
     ShipAhead(Tag, u64),
     StageDevices(DeviceState),
     StagePages(PageBatch),
@@ -82,6 +87,11 @@ enum Trap {
     Aim(Aim),
     /// Of the host that is at the step, or of its peer.
     Kind(Kind, bool),
+}
+
+/// Returns what a seed's pair is set to.
+pub(crate) fn mode_of(seed: u64) -> Mode {
+    if seed % 3 == 2 { Mode::Buffered } else { Mode::Lockstep }
 }
 
 /// The world.
@@ -156,7 +166,7 @@ impl World {
             nodes,
             links: Vec::new(),
             resume,
-            mode: [Mode::Lockstep, Mode::Buffered][usize::from(seed % 3 == 2)],
+            mode: mode_of(seed),
             checkpoint_every: Duration::from_millis(5 + seed % 7 * 10),
             client_turns: vec![(0, None); clients.count()],
             clients,
@@ -311,7 +321,7 @@ impl World {
         let waiting = |happening: &Happening| matches!(happening, Happening::Fault(_));
         self.nodes
             .iter()
-            .any(|node| node.doomed || node.frozen_until > self.now)
+            .any(|node| node.doomed || node.frozen_until > self.now || node.disk_fails())
             || self.queue.values().any(waiting)
     }
 
@@ -467,6 +477,15 @@ impl World {
             VmOrder::StageDevices(state) => host.stage_devices(state),
             VmOrder::StagePages(batch) => host.stage_pages(&batch),
             VmOrder::Resume => self.guest_resumes(node),
+            VmOrder::Alike(matches) => {
+                host.shipping.answered(&matches);
+                self.ask(node, matches.tag);
+            }
+            VmOrder::Ask(tag) => self.ask(node, tag),
+            VmOrder::Compare(hashes) => {
+                let matches = host.compare(&hashes);
+                self.step_secondary(node, SecondaryEvent::Compared(matches));
+            }
             VmOrder::Check(tag, result) => self.step_secondary(node, SecondaryEvent::Checked(tag, result)),
             VmOrder::Load(tag) => {
                 host.load(tag);
@@ -480,9 +499,10 @@ impl World {
                     Role::Off | Role::Waiting => {}
                 }
             }
-            VmOrder::Ship(totals, blocks) => {
+            VmOrder::Ship(totals, blocks, both_ran) => {
                 let (tag, life) = (totals.tag(), host.life);
-                let (pages, entropy) = host.copy(&blocks, totals, self.random.draw());
+                let compares = both_ran && self.random.one_in(2);
+                let (pages, entropy) = host.copy(&blocks, totals, compares, self.random.draw());
                 self.step_primary(node, PrimaryEvent::Copied { tag, pages, entropy });
                 self.soon(Happening::Courier(node, life));
             }
@@ -510,6 +530,19 @@ impl World {
         }
     }
 
+    /// Asks about the pages that were copied, or goes on to ship them if there are none to ask about.
+    fn ask(&mut self, node: usize, tag: Tag) {
+        let mut seed = [0; 32];
+        seed[..8].copy_from_slice(&self.random.draw().to_le_bytes());
+        match self.nodes[node].shipping.ask(tag, seed) {
+            Some(hashes) => self.step_primary(node, PrimaryEvent::Hashed(hashes)),
+            None => {
+                let life = self.nodes[node].life;
+                self.soon(Happening::Courier(node, life));
+            }
+        }
+    }
+
     /// Takes the courier's next step, ahead of a stop or with what was copied at one; the guest may run meanwhile.
     fn courier(&mut self, node: usize, life: u64) {
         let host = &mut self.nodes[node];
@@ -523,12 +556,13 @@ impl World {
             host.shipping.errands.pop_front();
         }
         match host.shipping.step(&mut host.vm.memory) {
+            Some(Step::CompareAsked(tag)) => self.step_primary(node, PrimaryEvent::CompareAsked(tag)),
             Some(Step::Send(message)) => self.send(node, false, message),
             Some(Step::ShippedAhead(done)) => self.step_primary(node, PrimaryEvent::ShippedAhead(done)),
             Some(Step::Sent(shipment)) => self.step_primary(node, PrimaryEvent::CheckpointSent(shipment)),
             None => {}
         }
-        if !self.nodes[node].shipping.errands.is_empty() {
+        if self.nodes[node].shipping.is_busy() {
             let delay = self.random.below(20_000);
             self.later(delay, Happening::Courier(node, life));
         }

@@ -4,7 +4,9 @@
 //! primary asks, and sends only what differs:
 //!
 //! ```text
-//!   primary    PageHashes: a seed, and for each page its hash ─► secondary   compares with the memory its VM sees
+//!   primary    Halt: my VM has stopped for this epoch         ─► secondary   stops its VM
+//!              Halted                                         ◄─
+//!              PageHashes: a seed, and for each page its hash ─►             compares with the memory its VM sees
 //!              PageMatches: one bit for each page             ◄─
 //!              page batches: `own` for those, content for the others ─►      copies its own pages to the stage
 //! ```
@@ -16,12 +18,12 @@
 //! 127 bits of the 256, which adds at most 2⁻¹²⁷. So two different pages are taken for equal with a probability
 //! below 2⁻¹²⁶, whatever they contain, **if the key is random and independent of both contents**. That holds since
 //!
-//! - the seed is fresh from the host's entropy for every epoch, and is drawn after both contents are fixed: the
-//!   secondary's VM has stopped, and the primary's content is a copy or its VM has stopped, too;
+//! - the seed is fresh from the host's entropy for every question, and is drawn after both contents are fixed: the
+//!   secondary has said that its VM has stopped, and the primary's content is a copy or its VM has stopped, too;
 //! - the key is the seed's BLAKE3 output stream, which is assumed to be as good as random.
 //!
 //! A guest therefore can't prepare two pages that collide, and the hash need not withstand one who knows the key: a seed
-//! is used for one epoch and never before its contents exist. NH is many times as fast as a cryptographic hash of a page.
+//! is used for one question and never before its contents exist. NH is many times as fast as a cryptographic hash of a page.
 //!
 //! Driven by the shells. Reads no memory itself, draws no seed itself.
 

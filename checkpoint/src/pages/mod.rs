@@ -19,11 +19,13 @@
 //! guest wrote in any case.
 //!
 //! [`BatchEncoder`] makes batches, [`Chooser`] picks the codec of each page, [`BaseCache`] remembers on the primary what
-//! the secondary has committed, [`BatchDecoder`] takes batches apart, [`identical`] finds the pages that both sides have.
+//! the secondary has committed, [`BatchDecoder`] takes batches apart, [`identical`] finds the pages that both sides
+//! have, and [`Asking`] decides when it pays to look for them.
 //! Decoding is total, takes the memory of one page and of one decompressor, and never hands out a page past memory's end.
 //!
 //! Driven by the shells that ship and stage pages. Never touches guest memory itself, never reads a clock.
 
+mod asking;
 mod cache;
 mod chooser;
 mod decoder;
@@ -35,6 +37,7 @@ mod varint;
 #[cfg(test)]
 mod tests;
 
+pub use asking::{Asking, Question};
 pub use cache::{BASE_BYTES_DEFAULT, BaseCache, CacheStats, Reference};
 pub use chooser::{Chooser, Link};
 pub use decoder::{BatchDecoder, Content, Expected, decode_batch};

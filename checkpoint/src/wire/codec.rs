@@ -20,9 +20,11 @@ use rkyv::{Archive, Deserialize, Serialize};
 
 use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
 use crate::limits::{
-    DEVICE_NAME_BYTES_MAX, DEVICES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX, SECTIONS_MAX,
-    TEXT_BYTES_MAX,
+    DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX,
+    SECTIONS_MAX, TEXT_BYTES_MAX,
 };
+use crate::pages::PageError;
+use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 use crate::wire::header::{HEADER_BYTES, Header, Kind};
 use crate::wire::{
@@ -30,6 +32,8 @@ use crate::wire::{
     Output, PROTOCOL_VERSION, PageBatch, Refusal, Section, Session, Welcome,
 };
 
+/// Pages of the largest memory; whether the machine has a page is seen when it is read.
+const PAGES_MAX: u64 = MEMORY_BYTES_MAX / PAGE_BYTES as u64;
 /// Bytes of one block hash.
 const HASH_BYTES: usize = 16;
 
@@ -84,6 +88,15 @@ pub enum WireError {
         kind: &'static str,
         /// The value.
         what: &'static str,
+    },
+    /// A question about pages, or its answer, that is none.
+    #[error("a {kind} body is malformed")]
+    Pages {
+        /// The message's kind.
+        kind: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: PageError,
     },
     /// An archive that is not valid.
     #[error("a {kind} body is not well-formed")]
@@ -161,6 +174,10 @@ pub fn encode(message: &Message) -> Encoded {
         Message::Acknowledge(_) => (Kind::Acknowledge, 0, 0, Bytes::new()),
         Message::Loaded(_) => (Kind::Loaded, 0, 0, Bytes::new()),
         Message::Committed(_) => (Kind::Committed, 0, 0, Bytes::new()),
+        Message::Halt(_) => (Kind::Halt, 0, 0, Bytes::new()),
+        Message::Halted(_) => (Kind::Halted, 0, 0, Bytes::new()),
+        Message::PageHashes(hashes) => (Kind::PageHashes, 0, length(hashes.pages.len()), hashes.encode()),
+        Message::PageMatches(matches) => (Kind::PageMatches, 0, length(matches.alike.len()), matches.encode()),
     };
     assert!(
         body.len() <= kind.body_bytes_max(),
@@ -250,6 +267,14 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
         Kind::Acknowledge => Message::Acknowledge(tag),
         Kind::Loaded => Message::Loaded(tag),
         Kind::Committed => Message::Committed(tag),
+        Kind::Halt => Message::Halt(tag),
+        Kind::Halted => Message::Halted(tag),
+        Kind::PageHashes => Message::PageHashes(
+            PageHashes::decode(tag, header.count, &body, PAGES_MAX).map_err(|error| malformed(kind, error))?,
+        ),
+        Kind::PageMatches => {
+            Message::PageMatches(PageMatches::decode(tag, header.count, &body).map_err(|error| malformed(kind, error))?)
+        }
     })
 }
 
@@ -264,6 +289,17 @@ pub fn cut_text(text: &str, most: usize) -> String {
         .chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
+}
+
+fn length(count: usize) -> u32 {
+    u32::try_from(count).expect("bounded by a constant that fits")
+}
+
+fn malformed(kind: Kind, source: PageError) -> WireError {
+    WireError::Pages {
+        kind: kind.name(),
+        source,
+    }
 }
 
 fn encode_heartbeat(heartbeat: &Heartbeat) -> Bytes {

@@ -15,6 +15,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::epoch::{Epoch, Generation, Tag};
 use crate::limits::{BLOCK_BYTES, BODY_BYTES_MAX, FRAME_BYTES_MAX, STATE_BYTES_MAX};
+use crate::pages::identical::HASHES_MAX;
 use crate::wire::PROTOCOL_VERSION;
 use crate::wire::codec::WireError;
 
@@ -72,12 +73,16 @@ pub(super) enum Kind {
     DeviceState = 22,
     NetworkState = 23,
     End = 24,
+    Halt = 25,
+    PageHashes = 26,
     Output = 32,
     Confirm = 33,
     Want = 34,
     Acknowledge = 35,
     Loaded = 36,
     Committed = 37,
+    Halted = 38,
+    PageMatches = 39,
 }
 
 impl Header {
@@ -177,7 +182,7 @@ struct Uses {
 }
 
 impl Kind {
-    const ALL: [Self; 21] = [
+    const ALL: [Self; 25] = [
         Self::Hello,
         Self::Welcome,
         Self::Refuse,
@@ -193,12 +198,16 @@ impl Kind {
         Self::DeviceState,
         Self::NetworkState,
         Self::End,
+        Self::Halt,
+        Self::PageHashes,
         Self::Output,
         Self::Confirm,
         Self::Want,
         Self::Acknowledge,
         Self::Loaded,
         Self::Committed,
+        Self::Halted,
+        Self::PageMatches,
     ];
 
     fn from_number(number: u16) -> Option<Self> {
@@ -208,16 +217,23 @@ impl Kind {
     /// Returns the bound of a body of this kind.
     pub(super) const fn body_bytes_max(self) -> usize {
         match self {
-            Self::Confirm | Self::Want | Self::Acknowledge | Self::Loaded | Self::Committed => 0,
+            Self::Confirm
+            | Self::Want
+            | Self::Acknowledge
+            | Self::Loaded
+            | Self::Committed
+            | Self::Halt
+            | Self::Halted => 0,
             Self::Attach | Self::Heartbeat => 16,
             Self::End => 256,
+            Self::PageMatches => HASHES_MAX.div_ceil(8),
             Self::Welcome => 1024,
             Self::Begin => 64,
             Self::Refuse | Self::Goodbye => 8 * 1024,
             Self::Hello => 32 * 1024,
             Self::Input | Self::Output => FRAME_BYTES_MAX,
             Self::SyncBlock => BLOCK_BYTES,
-            Self::BlockHashes | Self::Write | Self::Pages => BODY_BYTES_MAX,
+            Self::BlockHashes | Self::Write | Self::Pages | Self::PageHashes => BODY_BYTES_MAX,
             Self::DeviceState | Self::NetworkState => STATE_BYTES_MAX,
         }
     }
@@ -239,12 +255,16 @@ impl Kind {
             Self::DeviceState => "DeviceState",
             Self::NetworkState => "NetworkState",
             Self::End => "End",
+            Self::Halt => "Halt",
+            Self::PageHashes => "PageHashes",
             Self::Output => "Output",
             Self::Confirm => "Confirm",
             Self::Want => "Want",
             Self::Acknowledge => "Acknowledge",
             Self::Loaded => "Loaded",
             Self::Committed => "Committed",
+            Self::Halted => "Halted",
+            Self::PageMatches => "PageMatches",
         }
     }
 
@@ -261,9 +281,11 @@ impl Kind {
             | Self::Want
             | Self::Acknowledge
             | Self::Loaded
-            | Self::Committed => (true, false, false),
+            | Self::Committed
+            | Self::Halt
+            | Self::Halted => (true, false, false),
             Self::BlockHashes | Self::SyncBlock | Self::Input | Self::Write | Self::Confirm => (true, true, false),
-            Self::Pages => (true, false, true),
+            Self::Pages | Self::PageHashes | Self::PageMatches => (true, false, true),
         };
         Uses { tag, number, count }
     }

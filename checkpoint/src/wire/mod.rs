@@ -5,7 +5,8 @@
 //! checksum. Nothing a peer sends is trusted to be well-formed.
 //!
 //! Protocol versions: 1 — the first; 2 — `Welcome` tells what the secondary still holds, `Begin` what the sync builds on;
-//! 3 — `End` tells whether the secondary's guest runs in the next epoch.
+//! 3 — `End` tells whether the secondary's guest runs in the next epoch; `Halt`, `Halted`, `PageHashes` and `PageMatches`
+//! compare pages before they are sent.
 
 pub mod codec;
 pub mod decoder;
@@ -21,6 +22,9 @@ pub use header::{HEADER_BYTES, Header};
 pub use reasons::{GoodbyeReason, Refusal};
 
 use crate::epoch::{Epoch, EpochMode, Generation, InputNumber, Tag};
+#[cfg(test)]
+use crate::pages::identical::PageHash;
+use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
@@ -61,6 +65,10 @@ pub enum Message {
     NetworkState(NetworkState),
     /// Primary: the checkpoint is complete if all of this holds.
     End(EndMark),
+    /// Primary: its VM has stopped for this epoch, and the secondary's is to stop, too: pages will be compared.
+    Halt(Tag),
+    /// Primary, after `Halted`: which of these pages does your VM have alike?
+    PageHashes(PageHashes),
 
     /// Secondary: a frame its guest sent.
     Output(Output),
@@ -74,6 +82,10 @@ pub enum Message {
     Loaded(Tag),
     /// Secondary: that checkpoint's disk writes are durable here.
     Committed(Tag),
+    /// Secondary: its VM has stopped for this epoch, and stands until the checkpoint is loaded.
+    Halted(Tag),
+    /// Secondary: the answer to `PageHashes`.
+    PageMatches(PageMatches),
 }
 
 /// A sign of life, and the proof of an earlier one (see `liveness`).
@@ -279,7 +291,9 @@ impl Message {
             | Self::Want(tag)
             | Self::Acknowledge(tag)
             | Self::Loaded(tag)
-            | Self::Committed(tag) => Some(*tag),
+            | Self::Committed(tag)
+            | Self::Halt(tag)
+            | Self::Halted(tag) => Some(*tag),
             Self::BlockHashes(hashes) => Some(hashes.tag),
             Self::SyncBlock(write) | Self::Write(write) => Some(write.tag),
             Self::Input(input) => Some(input.tag),
@@ -288,6 +302,8 @@ impl Message {
             Self::NetworkState(state) => Some(state.tag),
             Self::End(mark) => Some(mark.tag),
             Self::Output(output) => Some(output.tag),
+            Self::PageHashes(hashes) => Some(hashes.tag),
+            Self::PageMatches(matches) => Some(matches.tag),
         }
     }
 
@@ -406,5 +422,16 @@ pub(crate) fn wire_samples() -> Vec<Message> {
         Message::Acknowledge(tag),
         Message::Loaded(tag),
         Message::Committed(tag),
+        Message::Halt(tag),
+        Message::Halted(tag),
+        Message::PageHashes(PageHashes {
+            tag,
+            seed: [15; 32],
+            pages: vec![(3, PageHash([1; 16])), (700, PageHash([2; 16]))],
+        }),
+        Message::PageMatches(PageMatches {
+            tag,
+            alike: vec![true, false],
+        }),
     ]
 }

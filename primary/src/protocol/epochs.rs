@@ -1,8 +1,8 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
 use super::{
-    Action, Ahead, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag, Taken, Totals,
-    Trigger, failover, mutants,
+    Action, Ahead, Alike, EpochMode, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag,
+    Taken, Totals, Trigger, failover, mutants,
 };
 
 impl Primary {
@@ -64,6 +64,7 @@ impl Primary {
         } else {
             Vec::new()
         };
+        let both_ran = trigger != Trigger::Sync && self.epoch_mode == EpochMode::Lockstep;
         let next = self.next_mode();
         if trigger != Trigger::Sync {
             let stopped = self.comparator.stop(next);
@@ -87,8 +88,14 @@ impl Primary {
             next,
             input: self.input,
             resumed: false,
+            alike: Alike::Unasked,
         });
-        actions.push(Action::SendCheckpoint { tag, blocks, totals });
+        actions.push(Action::SendCheckpoint {
+            tag,
+            blocks,
+            totals,
+            both_ran,
+        });
     }
 
     /// What is to be shipped of the VM no longer depends on it.
@@ -115,6 +122,10 @@ impl Primary {
     pub(super) fn checkpoint_sent(&mut self, now: Instant, shipment: Shipment, actions: &mut Vec<Action>) {
         let State::Sending(taken) = self.state else { return };
         let tag = taken.tag;
+        assert!(
+            !taken.alike.is_open(),
+            "a checkpoint is sent after the answer about its pages"
+        );
         let mut totals = shipment.totals;
         if totals.tag() != tag {
             return;

@@ -18,6 +18,7 @@
 //! clock, never blocks, and holds bulk data by reference only.
 
 mod ahead;
+mod alike;
 mod end;
 mod epochs;
 mod guest;
@@ -34,6 +35,7 @@ use checkpoint::failover::{self, Contest, Order};
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Welcome};
@@ -44,6 +46,7 @@ use storage::ChangedBlocks;
 use crate::event::{Action, AheadShipment, Event, GuestEnd, Look, Outcome, Shipment};
 
 use ahead::Ahead;
+use alike::Alike;
 pub use mode::Mode;
 use pace::Budget;
 use sync::Known;
@@ -205,6 +208,7 @@ struct Taken {
     input: InputNumber,
     /// The VM runs again, in the next epoch.
     resumed: bool,
+    alike: Alike,
 }
 
 impl Taken {
@@ -366,6 +370,7 @@ impl Primary {
         match event {
             Event::CheckpointAsked => self.trigger(now, Trigger::Admin, actions),
             Event::CheckpointSent(shipment) => self.checkpoint_sent(now, shipment, actions),
+            Event::CompareAsked(tag) => self.compare_asked(tag, actions),
             Event::Copied { tag, entropy, .. } => self.copied(now, tag, entropy, actions),
             Event::Connected(welcome) => self.connected(now, welcome, actions),
             Event::DiskSynced(generation) if generation == self.contest.generation() => self.synced(now, None, actions),
@@ -378,6 +383,7 @@ impl Primary {
             Event::GuestSent(frame) => self.guest_sent(now, frame, actions),
             Event::GuestStopped(end) => self.guest_stopped(now, end, actions),
             Event::GuestWrote { offset, data } => self.guest_wrote(now, offset, data, actions),
+            Event::Hashed(hashes) => self.hashed(hashes, actions),
             Event::InputConsumed(delivery) => self.input_consumed(now, delivery, actions),
             Event::LinkClosed(cause) => self.link_lost(now, failover::Event::Lost, &cause, actions),
             Event::Paused => self.paused(actions),
@@ -449,6 +455,10 @@ impl Primary {
             State::Sending(taken) if taken.trigger == Trigger::Sync => "sending first",
             State::Awaiting(taken) if taken.trigger == Trigger::Sync => "awaiting first",
             State::Stopping { .. } => "stopping",
+            State::Sending(Taken {
+                alike: Alike::Halting | Alike::Asking(_),
+                ..
+            }) => "comparing",
             State::Copying(_) => "copying",
             State::Sending(_) => "sending",
             State::Awaiting(_) => "awaiting",

@@ -45,6 +45,8 @@ impl Primary {
                 self.hold_input(actions);
             }
             Message::Want(_) => self.trigger(now, Trigger::Limit, actions),
+            Message::Halted(tag) => self.peer_halted(now, tag, actions),
+            Message::PageMatches(matches) => self.matches_arrived(now, matches, actions),
             Message::Acknowledge(tag) => self.acknowledged(now, tag, actions),
             Message::Loaded(tag) => self.peer_has_loaded(now, tag, actions),
             Message::Committed(tag) => self.peer_committed(now, tag, actions),

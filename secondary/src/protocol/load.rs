@@ -11,7 +11,8 @@ impl Secondary {
             return self.misbehaved(now, &error.to_string(), actions);
         }
         let inputs = InputNumber(self.received.0 - self.later.len() as u64);
-        if mark.input != inputs || matches!(self.flight, Flight::Loading(..)) {
+        let early = matches!(self.flight, Flight::Loading(..) | Flight::Halting | Flight::Comparing);
+        if mark.input != inputs || early {
             return self.misbehaved(
                 now,
                 "its end mark names inputs that it did not send, or comes too early",

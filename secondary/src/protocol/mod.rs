@@ -24,6 +24,7 @@
 //! touches the VM, its memory or its disk; from then on a takeover is in the new state. It never reads
 //! a clock, never blocks, and holds bulk data by reference only.
 
+mod alike;
 mod end;
 mod guest;
 mod load;
@@ -37,6 +38,7 @@ use checkpoint::failover::{self, Claim, Connection, Contest, Order, Standing};
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report};
 use checkpoint::staging::{StagingError, Totals};
 use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output};
@@ -102,6 +104,12 @@ enum PartError {
 enum Flight {
     /// Its parts arrive.
     Staging,
+    /// So they do, and the VM is to stop: pages will be compared.
+    Halting,
+    /// So they do; the VM stands until the checkpoint is loaded.
+    Standing,
+    /// So they may; pages of the VM, which stands, are being compared.
+    Comparing,
     /// Its end mark verified; the machine tries what could fail.
     Checking(EndMark),
     /// The first of a pairing: checked; the record is being written.
@@ -185,6 +193,7 @@ impl Secondary {
         self.liveness.poll(now);
         match event {
             Event::Checked(tag, result) => self.checked(now, tag, result, actions),
+            Event::Compared(matches) => self.compared(matches, actions),
             Event::ControlClosed(end) => self.closed(now, Connection::Control, &end, actions),
             Event::DataClosed(end) => self.closed(now, Connection::Data, &end, actions),
             Event::DiskCommitted(epoch) => self.disk_committed(epoch, actions),
@@ -202,6 +211,7 @@ impl Secondary {
             Event::NearLimit => {}
             Event::Paused => {
                 self.quiet = true;
+                self.halted(actions);
                 self.try_take_over(actions);
                 self.try_stand_down(actions);
             }
@@ -256,6 +266,9 @@ impl Secondary {
             (Standing::Syncing | Standing::Following, Flight::Checking(_)) => "checking",
             (Standing::Syncing | Standing::Following, Flight::Recording(_)) => "recording",
             (Standing::Syncing | Standing::Following, Flight::Loading(..)) => "loading",
+            (Standing::Syncing | Standing::Following, Flight::Halting) => "halting",
+            (Standing::Syncing | Standing::Following, Flight::Standing) => "standing",
+            (Standing::Syncing | Standing::Following, Flight::Comparing) => "answering",
             (Standing::Syncing, Flight::Staging) => "receiving",
             (Standing::Following, Flight::Staging) if self.durable < self.committed => "committing",
             (Standing::Following, Flight::Staging) => "following",

@@ -60,6 +60,8 @@ impl Secondary {
                     Err(error) => self.misbehaved(now, &format!("its network state is broken: {error}"), actions),
                 }
             }
+            Message::Halt(tag) => self.halt(now, tag, actions),
+            Message::PageHashes(hashes) => self.page_hashes(now, hashes, actions),
             Message::End(mark) => self.end_mark(now, mark, actions),
             _ => self.misbehaved(
                 now,
@@ -158,7 +160,9 @@ impl Secondary {
     pub(super) fn in_flight(&mut self) -> Result<&mut Totals, PartError> {
         match self.flight {
             _ if self.standing() == Standing::Idle => Err(PartError::BeforeBegin),
-            Flight::Staging | Flight::Loading(..) => Ok(&mut self.totals),
+            Flight::Staging | Flight::Halting | Flight::Standing | Flight::Comparing | Flight::Loading(..) => {
+                Ok(&mut self.totals)
+            }
             Flight::Checking(_) | Flight::Recording(_) => Err(PartError::AfterEnd),
         }
     }

@@ -1,6 +1,7 @@
 //! Messages that no honest peer sends, from the words of a script.
 
 use bytes::Bytes;
+use checkpoint::pages::identical::{PageHash, PageHashes, PageMatches};
 use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch};
 use checkpoint::{Epoch, EpochMode, Generation, InputNumber, Instant, Tag};
 
@@ -15,6 +16,20 @@ pub(super) fn message(frames: &mut Frames, words: &[&str]) -> Result<Message, St
         }),
         ["Want", at] => Message::Want(tag(at)?),
         ["Acknowledge", at] => Message::Acknowledge(tag(at)?),
+        ["Halt", at] => Message::Halt(tag(at)?),
+        ["Halted", at] => Message::Halted(tag(at)?),
+        ["PageHashes", at, ref pages @ ..] => Message::PageHashes(PageHashes {
+            tag: tag(at)?,
+            seed: [5; 32],
+            pages: pages
+                .iter()
+                .map(|page| Ok((after(page, "")?, PageHash([0; 16]))))
+                .collect::<Result<_, String>>()?,
+        }),
+        ["PageMatches", at, ref alike @ ..] => Message::PageMatches(PageMatches {
+            tag: tag(at)?,
+            alike: alike.iter().map(|alike| *alike == "yes").collect(),
+        }),
         ["Loaded", at] => Message::Loaded(tag(at)?),
         ["Committed", at] => Message::Committed(tag(at)?),
         ["Confirm", at, number] => Message::Confirm(tag(at)?, input(number)?),

@@ -6,6 +6,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use checkpoint::limits::PAGE_BYTES;
+use checkpoint::pages::Page;
+use checkpoint::pages::identical::{PageHasher, PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, Section};
@@ -24,7 +27,12 @@ use crate::node::durable_checkpoint;
 pub(super) const DISK_BYTES: u64 = 2 * 65_536;
 /// Bytes of a write of the guest.
 const SECTOR: usize = 512;
+/// Seed of every epoch.
+pub(super) const ENTROPY: [u8; 32] = [1; 32];
 const KEY: HashKey = HashKey([7; 32]);
+
+/// A page that the secondary has alike, in a batch.
+const OWN: &str = "(own)";
 
 /// Guest memory: what each page that was ever written holds.
 pub(super) type Memory = BTreeMap<u64, String>;
@@ -52,12 +60,15 @@ pub(super) enum Thread {
 /// What a thread is to do.
 pub(super) enum Order {
     Ahead(Tag),
+    Alike(PageMatches),
     Apply(PageBatch),
+    Ask(Tag),
     Check(Tag),
     Claim(Generation),
     Commit,
     Compare(BlockHashes),
-    Copy(Totals, Vec<u64>),
+    ComparePages(PageHashes),
+    Copy(Totals, Vec<u64>, bool),
     DropStage,
     KeepDirty,
     Load(Tag),
@@ -65,7 +76,7 @@ pub(super) enum Order {
     Resume,
     SendBlocks(Tag, Vec<u64>),
     SendHashes(Tag),
-    Ship(Vec<Message>, Shipment),
+    Ship,
     ShipAhead(Tag),
     StageDevices(DeviceState),
     StagePages(PageBatch),
@@ -80,14 +91,17 @@ impl Order {
     pub(super) fn name(&self) -> Option<&'static str> {
         Some(match self {
             Self::Ahead(_) => "Ahead",
+            Self::Alike(_) => "Alike",
+            Self::Ask(_) => "AskAlike",
             Self::Check(_) => "Check",
             Self::Claim(_) => "Claim",
             Self::Commit => "CommitDisk",
             Self::Compare(_) => "CompareBlocks",
+            Self::ComparePages(_) => "Compare",
             Self::Load(_) => "Load",
             Self::Pause => "PauseVm",
             Self::Copy(..) => "SendCheckpoint",
-            Self::Ship(..) => "Ship",
+            Self::Ship => "Ship",
             Self::ShipAhead(_) => "ShipAhead",
             Self::Store(_) => "StoreRecord",
             Self::SendBlocks(..) => "SendBlocks",
@@ -114,7 +128,7 @@ impl Order {
             | Self::Store(_) => Thread::Disk,
             Self::Claim(_) => Thread::Witness,
             Self::Transmit(..) => Thread::Tap,
-            Self::Ahead(_) | Self::Ship(..) => Thread::Courier,
+            Self::Ahead(_) | Self::Ship | Self::Alike(_) | Self::Ask(_) => Thread::Courier,
             _ => Thread::Vm,
         }
     }
@@ -126,6 +140,18 @@ pub(super) struct Snapshot {
     memory: Memory,
     cpu: u64,
     disk: Vec<u8>,
+}
+
+/// What a checkpoint ships.
+struct Parcel {
+    totals: Totals,
+    pages: Memory,
+    /// Pages that the secondary is asked about.
+    asked: Vec<u64>,
+    /// Those that it has alike.
+    alike: BTreeSet<u64>,
+    /// What follows the pages.
+    rest: Vec<Message>,
 }
 
 /// A host.
@@ -163,7 +189,9 @@ pub(super) struct Host {
     kept: Option<Tag>,
     recovery: Recovery,
     committed: Memory,
-    stage: Vec<PageBatch>,
+    stage: Memory,
+    /// What was copied at the stop, and is to be shipped.
+    parcel: Option<Parcel>,
     devices: Option<DeviceState>,
     job: Option<CommitJob<SimImage>>,
 }
@@ -202,7 +230,8 @@ impl Host {
             kept: None,
             recovery: Recovery::Fresh,
             committed: Memory::new(),
-            stage: Vec::new(),
+            stage: Memory::new(),
+            parcel: None,
             devices: None,
             job: None,
         }
@@ -322,21 +351,22 @@ impl Host {
 
     // A primary's threads.
 
-    /// Copies what a checkpoint ships, into its messages, and continues its sums.
-    pub(super) fn copy(&mut self, blocks: &[u64], mut totals: Totals) -> (Vec<Message>, Shipment) {
+    /// Copies what a checkpoint ships; returns the number of pages.
+    pub(super) fn copy(&mut self, blocks: &[u64], mut totals: Totals) -> u64 {
         let tag = totals.tag();
         let mut dirty = core::mem::take(&mut self.dirty);
         dirty.append(&mut self.unread);
-        let mut messages = Vec::new();
+        let mut rest = Vec::new();
         if let Some(ahead) = self.ahead.take() {
             totals.go_on_with_pages(&ahead);
         }
-        let pages = self.pages(&dirty, &mut totals, &mut messages);
+        let pages = self.content(&dirty);
+        let count = pages.len() as u64;
         self.unacknowledged_in(tag).extend(dirty);
         for &block in blocks {
             let write = self.block(tag, block);
             totals.write(&write).expect("of this epoch");
-            messages.push(Message::Write(write));
+            rest.push(Message::Write(write));
         }
         let devices = DeviceState {
             tag,
@@ -347,8 +377,48 @@ impl Host {
             }],
         };
         totals.device_state(&devices).expect("once");
-        messages.push(Message::DeviceState(devices));
-        (messages, shipment(totals, pages))
+        rest.push(Message::DeviceState(devices));
+        self.parcel = Some(Parcel {
+            totals,
+            pages,
+            asked: Vec::new(),
+            alike: BTreeSet::new(),
+            rest,
+        });
+        count
+    }
+
+    /// Hashes the copied pages, if there are any.
+    pub(super) fn hash(&mut self, tag: Tag) -> Option<PageHashes> {
+        let parcel = self.parcel.as_mut().expect("copied");
+        let seed = [5; 32];
+        let hasher = PageHasher::new(&seed);
+        let hash = |(page, content): (&u64, &String)| (*page, hasher.hash(&page_of(content)));
+        let pages: Vec<_> = parcel.pages.iter().map(hash).collect();
+        parcel.asked = parcel.pages.keys().copied().collect();
+        (!pages.is_empty()).then_some(PageHashes { tag, seed, pages })
+    }
+
+    /// Takes note of what the secondary has alike.
+    pub(super) fn alike(&mut self, matches: &PageMatches) {
+        let parcel = self.parcel.as_mut().expect("copied");
+        let asked = parcel.asked.iter().zip(&matches.alike);
+        parcel.alike = asked.filter_map(|(page, alike)| alike.then_some(*page)).collect();
+    }
+
+    /// Makes the messages of what was copied, and continues its sums.
+    pub(super) fn parcel(&mut self) -> (Vec<Message>, Shipment) {
+        let Parcel {
+            mut totals,
+            pages,
+            alike,
+            rest,
+            ..
+        } = self.parcel.take().expect("copied");
+        let mut messages = Vec::new();
+        let count = encode(&pages, &alike, &mut totals, &mut messages);
+        messages.extend(rest);
+        (messages, shipment(totals, count))
     }
 
     /// Looks at the dirty pages; the script's guest writes so seldom that all of them have gone quiet.
@@ -369,7 +439,7 @@ impl Host {
         let unread = core::mem::take(&mut self.unread);
         let mut totals = self.ahead.take().unwrap_or_else(|| Totals::new(tag, None));
         let mut messages = Vec::new();
-        let pages = self.pages(&unread, &mut totals, &mut messages);
+        let pages = encode(&self.content(&unread), &BTreeSet::new(), &mut totals, &mut messages);
         self.ahead = (pages > 0).then_some(totals);
         let shipment = AheadShipment {
             tag,
@@ -392,7 +462,8 @@ impl Host {
         let dirty = core::mem::take(&mut self.dirty);
         let all = self.memory.keys().copied().collect();
         let mut messages = Vec::new();
-        let pages = self.pages(if difference { &dirty } else { &all }, &mut totals, &mut messages);
+        let pages = self.content(if difference { &dirty } else { &all });
+        let pages = encode(&pages, &BTreeSet::new(), &mut totals, &mut messages);
         let unacknowledged = self.unacknowledged_in(totals.tag());
         if difference {
             unacknowledged.extend(dirty);
@@ -406,6 +477,7 @@ impl Host {
         self.unread.clear();
         self.ahead = None;
         self.open = None;
+        self.parcel = None;
     }
 
     /// Returns the blocks that differ.
@@ -426,23 +498,8 @@ impl Host {
         DiskWrite { tag, offset, data }
     }
 
-    fn pages(&self, pages: &BTreeSet<u64>, totals: &mut Totals, messages: &mut Vec<Message>) -> u64 {
-        let count = u32::try_from(pages.len()).expect("few");
-        if count == 0 {
-            return 0;
-        }
-        let encoded: Vec<String> = pages
-            .iter()
-            .map(|page| format!("{page}={}", self.memory[page]))
-            .collect();
-        let batch = PageBatch {
-            tag: totals.tag(),
-            count,
-            encoded: encoded.join(" ").into(),
-        };
-        totals.pages(&batch).expect("of this epoch");
-        messages.push(Message::Pages(batch));
-        count.into()
+    fn content(&self, pages: &BTreeSet<u64>) -> Memory {
+        pages.iter().map(|page| (*page, self.memory[page].clone())).collect()
     }
 
     // A secondary's threads.
@@ -467,8 +524,30 @@ impl Host {
         }
     }
 
-    pub(super) fn stage_pages(&mut self, batch: PageBatch) {
-        self.stage.push(batch);
+    /// A page that is alike is copied at once: the guest stands.
+    pub(super) fn stage_pages(&mut self, batch: &PageBatch) {
+        for (page, content) in decoded(batch) {
+            let content = match content.as_str() {
+                OWN => self.own(page),
+                _ => content,
+            };
+            self.stage.insert(page, content);
+        }
+    }
+
+    /// Compares pages with the guest's.
+    pub(super) fn compare(&self, hashes: &PageHashes) -> PageMatches {
+        let read = |page, own: &mut Page| {
+            *own = page_of(&self.own(page));
+            Ok::<_, core::convert::Infallible>(())
+        };
+        let Ok(matches) = hashes.answer(read);
+        matches
+    }
+
+    fn own(&self, page: u64) -> String {
+        assert!(!self.running, "pages are compared with those of a guest that stands");
+        self.memory.get(&page).cloned().unwrap_or_default()
     }
 
     pub(super) fn stage_devices(&mut self, state: DeviceState) {
@@ -477,12 +556,7 @@ impl Host {
 
     /// Writes pages into the committed image.
     pub(super) fn apply(&mut self, batch: &PageBatch) {
-        let text = String::from_utf8(batch.encoded.to_vec()).expect("the scenario's own encoding");
-        for page in text.split(' ') {
-            let (page, content) = page.split_once('=').expect("the scenario's own encoding");
-            self.committed
-                .insert(page.parse().expect("a number"), content.to_owned());
-        }
+        self.committed.extend(decoded(batch));
     }
 
     /// Returns the hashes of the disk.
@@ -507,9 +581,7 @@ impl Host {
     /// Makes the staged checkpoint the guest's state; what it did by itself is forgotten.
     pub(super) fn load(&mut self) {
         self.running = false;
-        for batch in core::mem::take(&mut self.stage) {
-            self.apply(&batch);
-        }
+        self.committed.append(&mut self.stage);
         self.memory = self.committed.clone();
         self.dirty.clear();
         let devices = self.devices.take().expect("checked");
@@ -549,11 +621,47 @@ impl Host {
     }
 }
 
+/// Makes a batch of pages; those that are alike need no content.
+fn encode(pages: &Memory, alike: &BTreeSet<u64>, totals: &mut Totals, messages: &mut Vec<Message>) -> u64 {
+    let count = u32::try_from(pages.len()).expect("few");
+    if count == 0 {
+        return 0;
+    }
+    let content = |(page, content): (&u64, &String)| {
+        let content = if alike.contains(page) { OWN } else { content };
+        format!("{page}={content}")
+    };
+    let encoded: Vec<String> = pages.iter().map(content).collect();
+    let batch = PageBatch {
+        tag: totals.tag(),
+        count,
+        encoded: encoded.join(" ").into(),
+    };
+    totals.pages(&batch).expect("of this epoch");
+    messages.push(Message::Pages(batch));
+    count.into()
+}
+
+fn decoded(batch: &PageBatch) -> Memory {
+    let text = core::str::from_utf8(&batch.encoded).expect("the scenario's own encoding");
+    let page = |page: &str| {
+        let (page, content) = page.split_once('=').expect("the scenario's own encoding");
+        (page.parse().expect("a number"), content.to_owned())
+    };
+    text.split(' ').map(page).collect()
+}
+
+fn page_of(content: &str) -> Page {
+    let mut page = [0; PAGE_BYTES];
+    page[..content.len()].copy_from_slice(content.as_bytes());
+    page
+}
+
 fn shipment(totals: Totals, pages: u64) -> Shipment {
     Shipment {
         totals,
         pages,
         bytes: 0,
-        entropy: [1; 32],
+        entropy: ENTROPY,
     }
 }

@@ -89,7 +89,7 @@ impl Pair {
             Order::KeepDirty => at.keep_dirty(),
             Order::Resume => at.running = true,
             Order::StageDevices(state) => at.stage_devices(state),
-            Order::StagePages(batch) => at.stage_pages(batch),
+            Order::StagePages(batch) => at.stage_pages(&batch),
             Order::SendHashes(tag) => {
                 let hashes = at.hashes();
                 let hashes = BlockHashes { tag, first: 0, hashes };
@@ -134,15 +134,34 @@ impl Pair {
                 };
                 self.step(host, event);
             }
-            Order::Copy(totals, blocks) => {
+            Order::Copy(totals, blocks, both_ran) => {
                 let (tag, snapshot) = (totals.tag(), at.snapshot());
-                let (messages, shipment) = at.copy(&blocks, totals);
-                let (pages, entropy) = (shipment.pages, shipment.entropy);
-                at.order(Order::Ship(messages, shipment));
+                let pages = at.copy(&blocks, totals);
                 self.stops.insert(tag.epoch, snapshot);
+                let entropy = super::host::ENTROPY;
+                let compares = self.options.compare && both_ran;
+                if !compares {
+                    at.order(Order::Ship);
+                }
                 self.step(host, Event::Primary(PrimaryEvent::Copied { tag, pages, entropy }));
+                if compares {
+                    self.step(host, Event::Primary(PrimaryEvent::CompareAsked(tag)));
+                }
             }
-            Order::Ship(messages, shipment) => {
+            Order::Alike(matches) => {
+                at.alike(&matches);
+                at.order(Order::Ship);
+            }
+            Order::Ask(tag) => match at.hash(tag) {
+                Some(hashes) => self.step(host, Event::Primary(PrimaryEvent::Hashed(hashes))),
+                None => at.order(Order::Ship),
+            },
+            Order::ComparePages(hashes) => {
+                let matches = at.compare(&hashes);
+                self.step(host, Event::Secondary(SecondaryEvent::Compared(matches)));
+            }
+            Order::Ship => {
+                let (messages, shipment) = at.parcel();
                 self.send_all(host, messages);
                 self.step(host, Event::Primary(PrimaryEvent::CheckpointSent(shipment)));
             }

@@ -57,6 +57,8 @@ pub(super) struct Options {
     pub(super) checkpoint_every: Duration,
     /// Pages are shipped ahead of a stop.
     pub(super) ahead: bool,
+    /// The pages of checkpoints are compared with the secondary's.
+    pub(super) compare: bool,
 }
 
 impl Pair {
@@ -76,6 +78,7 @@ impl Pair {
                 mode: Mode::default(),
                 checkpoint_every: checkpoint::limits::CHECKPOINT_EVERY,
                 ahead: false,
+                compare: false,
             },
             witness: tempfile::tempdir().expect("a directory for the witness"),
             shows_heartbeats: false,
@@ -184,6 +187,8 @@ impl Pair {
         for action in actions {
             let at = &mut self.hosts[host];
             match action {
+                PrimaryAction::Alike(matches) => at.order(Order::Alike(matches)),
+                PrimaryAction::AskAlike(tag) => at.order(Order::Ask(tag)),
                 PrimaryAction::Claim(term) => at.order(Order::Claim(term)),
                 PrimaryAction::CloseLink => self.close(host),
                 PrimaryAction::CompareBlocks(hashes) => at.order(Order::Compare(hashes)),
@@ -206,7 +211,12 @@ impl Pair {
                 PrimaryAction::SendBlocks { tag, blocks } => at.order(Order::SendBlocks(tag, blocks)),
                 PrimaryAction::SendControl(message) => self.send(host, Connection::Control, message),
                 PrimaryAction::ShipAhead { tag, .. } => at.order(Order::ShipAhead(tag)),
-                PrimaryAction::SendCheckpoint { blocks, totals, .. } => at.order(Order::Copy(totals, blocks)),
+                PrimaryAction::SendCheckpoint {
+                    blocks,
+                    totals,
+                    both_ran,
+                    ..
+                } => at.order(Order::Copy(totals, blocks, both_ran)),
                 PrimaryAction::StoreRecord(record) => at.order(Order::Store(record)),
                 PrimaryAction::SyncMemory { totals, difference } => at.order(Order::Sync(totals, difference)),
                 PrimaryAction::Transmit { frames, not_after } => at.order(Order::Transmit(frames, not_after)),
@@ -232,6 +242,7 @@ impl Pair {
                 SecondaryAction::Check(tag) => at.order(Order::Check(tag)),
                 SecondaryAction::Claim(term) => at.order(Order::Claim(term)),
                 SecondaryAction::CloseLink => self.close(host),
+                SecondaryAction::Compare(hashes) => at.order(Order::ComparePages(hashes)),
                 SecondaryAction::CommitDisk(epoch) => {
                     at.commit_disk(epoch);
                     self.equals_the_stop(host);

@@ -1,5 +1,6 @@
 //! Events, actions and messages as a scenario shows them: one line each, without anything that changes from run to run.
 
+use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::wire::{Begin, DiskWrite, Held, Message};
 use checkpoint::{Duration, EpochMode, Instant, Tag};
@@ -20,6 +21,7 @@ impl Shown<'_> {
         match event {
             PrimaryEvent::CheckpointAsked => "CheckpointAsked".to_owned(),
             PrimaryEvent::CheckpointSent(_) => "CheckpointSent".to_owned(),
+            PrimaryEvent::CompareAsked(tag) => format!("CompareAsked {tag}"),
             PrimaryEvent::Connected(welcome) => format!("Connected to {}", welcome.node),
             PrimaryEvent::Copied { tag, .. } => format!("Copied {tag}"),
             PrimaryEvent::DiskSynced(_) => "DiskSynced".to_owned(),
@@ -31,6 +33,7 @@ impl Shown<'_> {
                 GuestEnd::Crashed(why) => format!("GuestStopped: {why}"),
             },
             PrimaryEvent::GuestWrote { offset, data } => format!("GuestWrote {}", self.bytes(*offset, data)),
+            PrimaryEvent::Hashed(hashes) => format!("Hashed {}", hashes_line(hashes)),
             PrimaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
             PrimaryEvent::LinkClosed(cause) => format!("LinkClosed: {cause}"),
             PrimaryEvent::Looked(look) => format!("Looked {}: {} dirty, {} ahead", look.tag, look.dirty, look.ahead),
@@ -50,6 +53,7 @@ impl Shown<'_> {
         match event {
             SecondaryEvent::Checked(tag, Ok(())) => format!("Checked {tag}: it can be loaded"),
             SecondaryEvent::Checked(tag, Err(why)) => format!("Checked {tag}: {why}"),
+            SecondaryEvent::Compared(matches) => format!("Compared {}", matches_line(matches)),
             SecondaryEvent::ControlClosed(end) => format!("ControlClosed: {end}"),
             SecondaryEvent::DataClosed(end) => format!("DataClosed: {end}"),
             SecondaryEvent::DiskCommitted(epoch) => format!("DiskCommitted {epoch}"),
@@ -72,6 +76,8 @@ impl Shown<'_> {
 
     pub(super) fn primary_action(&self, action: &PrimaryAction) -> String {
         match action {
+            PrimaryAction::Alike(matches) => format!("Alike {}", matches_line(matches)),
+            PrimaryAction::AskAlike(tag) => format!("AskAlike {tag}"),
             PrimaryAction::Claim(term) => format!("Claim term {term}"),
             PrimaryAction::CloseLink => "CloseLink".to_owned(),
             PrimaryAction::CompareBlocks(hashes) => {
@@ -115,6 +121,7 @@ impl Shown<'_> {
             SecondaryAction::Check(tag) => format!("Check {tag}"),
             SecondaryAction::Claim(term) => format!("Claim term {term}"),
             SecondaryAction::CloseLink => "CloseLink".to_owned(),
+            SecondaryAction::Compare(hashes) => format!("Compare {}", hashes_line(hashes)),
             SecondaryAction::CommitDisk(epoch) => format!("CommitDisk {epoch}"),
             SecondaryAction::Deliver(delivery) => format!("Deliver {}", self.delivery(delivery)),
             SecondaryAction::DropDeliveries => "DropDeliveries".to_owned(),
@@ -157,9 +164,14 @@ impl Shown<'_> {
             Message::Refuse(why) => format!("{name}: {why}"),
             Message::Goodbye(why) => format!("{name}: {why}"),
             Message::Begin(begin) => format!("{name} {}", begin_line(begin)),
-            Message::Want(tag) | Message::Acknowledge(tag) | Message::Loaded(tag) | Message::Committed(tag) => {
-                format!("{name} {tag}")
-            }
+            Message::Want(tag)
+            | Message::Acknowledge(tag)
+            | Message::Loaded(tag)
+            | Message::Committed(tag)
+            | Message::Halt(tag)
+            | Message::Halted(tag) => format!("{name} {tag}"),
+            Message::PageHashes(hashes) => format!("{name} {}", hashes_line(hashes)),
+            Message::PageMatches(matches) => format!("{name} {}", matches_line(matches)),
             Message::Confirm(tag, number) => format!("{name} {tag} #{}", number.0),
             Message::BlockHashes(hashes) => {
                 format!("{name} {}: {} from {}", hashes.tag, hashes.hashes.len(), hashes.first)
@@ -223,6 +235,20 @@ impl Shown<'_> {
     }
 }
 
+fn hashes_line(hashes: &PageHashes) -> String {
+    let pages: Vec<String> = hashes.pages.iter().map(|(page, _)| page.to_string()).collect();
+    format!("{}: {}", hashes.tag, pages.join(" "))
+}
+
+fn matches_line(matches: &PageMatches) -> String {
+    let alike: Vec<_> = matches
+        .alike
+        .iter()
+        .map(|alike| if *alike { "yes" } else { "no" })
+        .collect();
+    format!("{}: {}", matches.tag, alike.join(" "))
+}
+
 fn by_difference(difference: bool) -> &'static str {
     if difference { " by difference" } else { "" }
 }
@@ -273,6 +299,10 @@ pub(super) fn message_name(message: &Message) -> &'static str {
         Message::Acknowledge(_) => "Acknowledge",
         Message::Loaded(_) => "Loaded",
         Message::Committed(_) => "Committed",
+        Message::Halt(_) => "Halt",
+        Message::Halted(_) => "Halted",
+        Message::PageHashes(_) => "PageHashes",
+        Message::PageMatches(_) => "PageMatches",
     }
 }
 

@@ -24,13 +24,14 @@ impl Pair {
                 Some(("witness", "yes")) => self.options.witness = true,
                 Some(("witness", "no")) => self.options.witness = false,
                 Some(("age", span)) => self.options.epoch_age_max = span_of(&format!("+{span}"))?,
+                Some(("compare", "yes")) => self.options.compare = true,
                 Some(("resume", policy)) => self.options.resume = policy.parse()?,
                 Some(("ahead", "yes")) => self.options.ahead = true,
                 Some(("mode", mode)) => self.options.mode = mode.parse()?,
                 Some(("every", span)) => self.options.checkpoint_every = span_of(&format!("+{span}"))?,
                 _ => {
                     return Err(format!(
-                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes"
+                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes"
                     ));
                 }
             }

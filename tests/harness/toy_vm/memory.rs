@@ -39,6 +39,12 @@ impl Memory {
         &self.pages[index(page)]
     }
 
+    /// Returns a page, shared until somebody writes it.
+    #[must_use]
+    pub fn content(&self, page: u64) -> Arc<Vec<u8>> {
+        Arc::clone(&self.pages[index(page)])
+    }
+
     /// The guest writes.
     pub fn write(&mut self, page: u64, offset: usize, bytes: &[u8]) {
         if put(&mut self.pages, page, offset, bytes) {

@@ -1,11 +1,12 @@
 //! Round trips, damage and garbage.
 
-use proptest::collection::vec;
+use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
 use crate::epoch::Generation;
+use crate::pages::identical::PageHash;
 use crate::wire::decoder::Decoder;
 use crate::wire::{Held, MachineShape, wire_samples};
 
@@ -164,6 +165,16 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
         (tags(), sections()).prop_map(|(tag, sections)| Message::DeviceState(DeviceState { tag, sections })),
         (tags(), bytes(3000)).prop_map(|(tag, encoded)| Message::NetworkState(NetworkState { tag, encoded })),
         marks().prop_map(Message::End),
+        tags().prop_map(Message::Halt),
+        (
+            tags(),
+            any::<[u8; 32]>(),
+            btree_map(0..1u64 << 32, any::<[u8; 16]>(), 0..40)
+        )
+            .prop_map(|(tag, seed, pages)| {
+                let pages = pages.into_iter().map(|(page, hash)| (page, PageHash(hash))).collect();
+                Message::PageHashes(PageHashes { tag, seed, pages })
+            }),
     ];
     let secondary = prop_oneof![
         (tags(), bytes(1600)).prop_map(|(tag, frame)| Message::Output(Output { tag, frame })),
@@ -172,6 +183,8 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
         tags().prop_map(Message::Acknowledge),
         tags().prop_map(Message::Loaded),
         tags().prop_map(Message::Committed),
+        tags().prop_map(Message::Halted),
+        (tags(), vec(any::<bool>(), 0..40)).prop_map(|(tag, alike)| Message::PageMatches(PageMatches { tag, alike })),
     ];
     prop_oneof![control, primary, secondary]
 }
