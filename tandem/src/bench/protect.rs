@@ -220,8 +220,8 @@ fn measure(stages: &mut Stages, quick: bool, rounds: usize, tidy: &Tidy, progres
         let load = Load {
             kind: wanted.kind,
             connections: wanted.connections,
-            warm_up: Duration::from_millis(if quick { 200 } else { 400 }),
-            span: Duration::from_millis(if quick { 600 } else { 2_000 }),
+            warm_up: Duration::from_millis(if quick { 200 } else { 300 }),
+            span: Duration::from_millis(if quick { 600 } else { 1_000 }),
         };
         let mut taken: Vec<_> = subjects.iter().map(|_| Taken::default()).collect();
         for round in 0..rounds {
