@@ -21,7 +21,7 @@ use crate::event::Event;
 use crate::vm;
 
 /// Blocks whose hashes travel in one message.
-const HASHES_PER_MESSAGE: usize = 4_096;
+const HASHES_PER_MESSAGE: usize = 512;
 
 /// The replica, shared by the guest's block device, the loop and the disk's thread.
 #[derive(Clone)]

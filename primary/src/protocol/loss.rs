@@ -28,7 +28,7 @@ impl Primary {
                 Order::Claim(term) => actions.push(Action::Claim(term)),
                 Order::Fence { owner, term } => self.fenced(&owner, term, actions),
                 Order::Lose => self.lose_peer(cause, actions),
-                Order::Pair => self.begin_sync(actions),
+                Order::Pair => self.begin_sync(now, actions),
                 Order::Record(_) => self.store_record(false, actions),
                 Order::Run => self.go_alone(now, actions),
                 Order::Stop => {

@@ -255,6 +255,8 @@ pub struct Primary {
     totals: Totals,
     /// Blocks of the secondary's disk whose hashes have come.
     hashed: u64,
+    /// When the pairing is given up if no more hashes have come, as long as some are missing.
+    hashes_by: Option<Instant>,
     write_bytes: u64,
     changed: ChangedBlocks,
     /// Checkpoints that the secondary's memory may be, to which the dirty pages are the difference.
@@ -325,6 +327,7 @@ impl Primary {
                 None,
             ),
             hashed: 0,
+            hashes_by: None,
             write_bytes: 0,
             changed: ChangedBlocks::new(
                 options.disk_bytes,
@@ -405,6 +408,7 @@ impl Primary {
             State::Protected { since, .. } if !self.peer_loaded => Some(since + LOAD_MAX),
             State::Protected { since, .. } if self.ending.is_none() => Some(self.checkpoint_due(since).0),
             State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) => Some(taken.deadline()),
+            State::Syncing { disk: false, .. } if self.hashes_by.is_some() => self.hashes_by,
             _ => self.contest.deadline(),
         };
         let comparator = (matches!(self.state, State::Protected { .. }) && self.peer_loaded && self.ending.is_none())
@@ -521,6 +525,10 @@ impl Primary {
         }
         self.beat(now, actions);
         self.contend(now, failover::Event::Timeout, "", actions);
+        if matches!(self.state, State::Syncing { disk: false, .. }) && self.hashes_by.is_some_and(|by| by <= now) {
+            let cause = "the hashes of its disk do not come, though it is there: its disk hangs";
+            self.link_lost(now, failover::Event::Lost, cause, actions);
+        }
         if let State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) = self.state
             && taken.deadline() <= now
         {

@@ -9,13 +9,16 @@
 use std::collections::VecDeque;
 
 use super::{
-    Action, BlockHashes, ChangedBlocks, Epoch, InputNumber, Instant, Message, Primary, Report, Shipment, State, Tag,
-    Totals, Trigger, limits,
+    Action, BlockHashes, ChangedBlocks, Duration, Epoch, InputNumber, Instant, Message, Primary, Report, Shipment,
+    State, Tag, Totals, Trigger, limits,
 };
 use checkpoint::wire::{Begin, Held};
 
 /// Checkpoints that are remembered; a secondary that is further behind is synced as a whole.
 const KNOWN_MAX: usize = 64;
+/// Longest time to the next of the secondary's block hashes: heartbeats may pass though its disk hangs or the data connection is
+/// stuck. They come by 512 blocks, 32 MiB of disk.
+const HASHES_WAIT_MAX: Duration = Duration::from_millis(5_000);
 
 /// The checkpoints to which the difference is known: a secondary may hold any of them.
 #[derive(Debug, Default)]
@@ -61,7 +64,7 @@ pub struct SyncCounts {
 }
 
 impl Primary {
-    pub(super) fn begin_sync(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn begin_sync(&mut self, now: Instant, actions: &mut Vec<Action>) {
         if self.ending.is_some() {
             return;
         }
@@ -88,6 +91,7 @@ impl Primary {
             difference: base.memory.is_some(),
         });
         let blocks = self.begin_disk_sync(tag, base.disk.is_some(), actions);
+        self.hashes_by = blocks.is_none().then_some(now + HASHES_WAIT_MAX);
         self.counters.sync = SyncCounts {
             pages: 0,
             pages_total: self.options.memory_bytes / limits::PAGE_BYTES as u64,
@@ -147,6 +151,7 @@ impl Primary {
             return self.misbehaved(now, "its block hashes are out of order", actions);
         }
         self.hashed = end;
+        self.hashes_by = (end < blocks).then_some(now + HASHES_WAIT_MAX);
         actions.push(Action::CompareBlocks(hashes));
     }
 
