@@ -40,6 +40,11 @@ fn no_seed_breaks_a_rule() {
     if seeds >= 2_000 {
         let rare = coverage.below(COVERED);
         assert!(rare.is_empty(), "met less than {COVERED} times: {rare:?}");
+        let modes = [coverage.switched, coverage.buffered_flow];
+        assert!(
+            modes.iter().all(|seeds| *seeds >= COVERED),
+            "modes change in few seeds: {modes:?}"
+        );
     }
 }
 

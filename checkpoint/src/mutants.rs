@@ -140,6 +140,8 @@ mutants! {
     StartSuperseded "start-superseded"
     /// The peer counts as lost after half the time that its lease relies on.
     SuspectTooSoon "suspect-too-soon"
+    /// An epoch's mode changes when its end is asked for, not at its end.
+    SwitchAtTheTrigger "switch-at-the-trigger"
     /// A page that was shipped ahead is left out at the stop though it is dirty again.
     TrustPagesAhead "trust-pages-ahead"
     /// A takeover after the commit point is in the state before it.

@@ -88,6 +88,10 @@ pub struct Mode {
     pub set: Option<String>,
     /// Why it is so now.
     pub why: String,
+    /// Changes of it since the primary began.
+    pub switches: u64,
+    /// Flows that wait for checkpoints though the mode is lockstep.
+    pub buffered_flows: u64,
 }
 
 /// The other host, as this one sees it.
@@ -400,7 +404,12 @@ impl Queues {
 
 impl Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", printable(&self.now), printable(&self.why))
+        write!(f, "{}: {}", printable(&self.now), printable(&self.why))?;
+        match (self.now.as_str(), self.buffered_flows) {
+            ("lockstep", 1) => f.write_str("; 1 flow waits for checkpoints"),
+            ("lockstep", 2..) => write!(f, "; {} flows wait for checkpoints", self.buffered_flows),
+            _ => Ok(()),
+        }
     }
 }
 

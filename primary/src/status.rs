@@ -45,6 +45,8 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             now: protocol.epoch_mode().to_string(),
             set: Some(protocol.mode().to_string()),
             why: protocol.mode_reason(),
+            switches: counters.switches,
+            buffered_flows: protocol.comparator().buffered_flows() as u64,
         }),
         last_checkpoint_age_ms: counters.last_checkpoint.map(|last| now.since(last).as_millis()),
         checkpoints: Checkpoints {

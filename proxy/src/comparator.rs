@@ -26,6 +26,7 @@ use crate::flow::{FlowId, FlowKey, FlowTable};
 use crate::frame::{self, Body, Frame};
 use crate::hold::{HeldFrame, Hold};
 use crate::lane::{Lane, Unblocked};
+use crate::temper::FlowPatience;
 use crate::verdict::{Divergence, Limit, Reason, Verdict};
 
 /// The bounds of a comparator.
@@ -43,6 +44,8 @@ pub struct ComparatorLimits {
     pub flows: usize,
     /// How long a frame of either side may wait for its equal.
     pub unmatched: Duration,
+    /// When a flow on which the sides keep differing is no longer compared for a time; nothing: each flow is.
+    pub flow_patience: Option<FlowPatience>,
     /// How long two unequal datagrams of a flow may wait for equals that come in another order.
     pub reorder: Duration,
 }
@@ -91,6 +94,10 @@ pub struct Comparator {
     pub(crate) counters: Counters,
     /// An epoch was abandoned, and what waited for its commit has not been compared yet.
     pub(crate) behind: bool,
+    /// Flows that are not compared.
+    pub(crate) buffered: Vec<FlowId>,
+    /// Output of the running epoch waits that only its commit can release.
+    pub(crate) waits_for_commit: bool,
     tick: u64,
 }
 
@@ -103,6 +110,7 @@ impl Default for ComparatorLimits {
             pending_frames: 65_536,
             flows: limits::FLOWS_MAX,
             unmatched: limits::UNMATCHED_MAX,
+            flow_patience: None,
             reorder: Duration::from_millis(1),
         }
     }
@@ -132,6 +140,8 @@ impl Comparator {
             pending: Pending::default(),
             counters: Counters::default(),
             behind: false,
+            buffered: Vec::new(),
+            waits_for_commit: false,
             tick: 0,
         }
     }
@@ -156,19 +166,28 @@ impl Comparator {
         if let Some(id) = flow {
             let comparing = self.running_mode == EpochMode::Lockstep
                 && (self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs));
+            let mut buffered = false;
             if let Some(lane) = self.flows.get_mut(id) {
                 lane.push(serial);
+                buffered = lane.is_buffered();
             }
-            if comparing {
+            self.waits_for_commit |= comparing && buffered;
+            if comparing && !buffered {
                 self.touch(id);
                 self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
                 self.settle(now, id, verdicts);
             }
         } else {
-            self.diverge(self.running, Some(parsed.key), Reason::Limit(Limit::Flows), verdicts);
+            self.diverge(
+                now,
+                self.running,
+                Some(parsed.key),
+                Reason::Limit(Limit::Flows),
+                verdicts,
+            );
         }
         if self.hold.bytes() > self.limits.held_bytes || self.hold.slots() > self.limits.held_frames {
-            self.diverge(self.running, None, Reason::Limit(Limit::Held), verdicts);
+            self.diverge(now, self.running, None, Reason::Limit(Limit::Held), verdicts);
         }
     }
 
@@ -201,7 +220,7 @@ impl Comparator {
         self.catch_up_if_behind(now, verdicts);
         if self.is_pending_full() {
             // Losing the secondary's output is safe: the primary's waits for the commit.
-            self.diverge(self.comparing(), None, Reason::Limit(Limit::Pending), verdicts);
+            self.diverge(now, self.comparing(), None, Reason::Limit(Limit::Pending), verdicts);
             return;
         }
         if self.uncommitted.is_some_and(|stopped| epoch > stopped) {
@@ -269,14 +288,40 @@ impl Comparator {
         }
     }
 
+    /// Says whether output of the running epoch waits that only its commit can release, though the epoch is compared.
+    #[must_use]
+    pub fn waits_for_commit(&self) -> bool {
+        self.waits_for_commit
+    }
+
+    /// Returns how many flows wait for commits, uncompared.
+    #[must_use]
+    pub fn buffered_flows(&self) -> usize {
+        self.buffered.len()
+    }
+
     /// Returns what is known of each flow, in order of their keys.
     pub fn flows(&self) -> impl Iterator<Item = FlowReport> + '_ {
         self.flows.iter().map(|(_, lane)| lane.report())
     }
 
     /// Tells a divergence, at most one for an epoch, and none for an epoch that is being checkpointed.
-    pub(crate) fn diverge(&mut self, epoch: Epoch, flow: Option<FlowKey>, reason: Reason, verdicts: &mut Vec<Verdict>) {
+    pub(crate) fn diverge(
+        &mut self,
+        now: Instant,
+        epoch: Epoch,
+        flow: Option<FlowKey>,
+        reason: Reason,
+        verdicts: &mut Vec<Verdict>,
+    ) {
         self.counters.count(&reason);
+        if let Some(patience) = &self.limits.flow_patience
+            && !matches!(reason, Reason::Limit(_))
+            && let Some(id) = flow.as_ref().and_then(|key| self.flows.find(key))
+            && let Some(lane) = self.flows.get_mut(id)
+        {
+            lane.differed(now, epoch, patience);
+        }
         if self.uncommitted == Some(epoch) || self.diverged == Some(epoch) {
             return;
         }
@@ -350,7 +395,7 @@ impl Comparator {
         let (key, after) = (lane.key(), lane.pending());
         self.pending.change(before, after);
         if let Err(reason) = result {
-            self.diverge(self.comparing(), Some(key), reason, verdicts);
+            self.diverge(now, self.comparing(), Some(key), reason, verdicts);
         }
     }
 
@@ -358,6 +403,7 @@ impl Comparator {
         let parsed = frame::parse(frame);
         let Some(id) = self.lane(&parsed) else {
             self.diverge(
+                now,
                 self.comparing(),
                 Some(parsed.key),
                 Reason::Limit(Limit::Flows),
@@ -365,6 +411,10 @@ impl Comparator {
             );
             return;
         };
+        if self.flows.get(id).is_some_and(Lane::is_buffered) {
+            self.counters.unasked += 1;
+            return;
+        }
         self.touch(id);
         let Some(lane) = self.flows.get_mut(id) else { return };
         let before = lane.pending();
@@ -375,7 +425,7 @@ impl Comparator {
         }
         self.pending.change(before, after);
         if let Err(reason) = result {
-            self.diverge(self.comparing(), Some(key), reason, verdicts);
+            self.diverge(now, self.comparing(), Some(key), reason, verdicts);
         }
         self.settle(now, id, verdicts);
     }
@@ -402,7 +452,7 @@ impl Comparator {
                 Unblocked::Nothing => break,
                 Unblocked::Restarted => {}
                 Unblocked::Diverged(reason) => {
-                    self.diverge(self.comparing(), Some(key), reason, verdicts);
+                    self.diverge(now, self.comparing(), Some(key), reason, verdicts);
                     break;
                 }
             }
@@ -478,6 +528,10 @@ impl Comparator {
             let Some(id) = flow.or_else(|| self.late_lane(serial, &parsed)) else {
                 continue;
             };
+            if self.flows.get(id).is_some_and(Lane::is_buffered) {
+                self.waits_for_commit = true;
+                continue;
+            }
             self.touch(id);
             self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
             self.settle(now, id, verdicts);
@@ -536,6 +590,8 @@ impl std::fmt::Display for Mode {
 
 #[cfg(test)]
 mod frames_tests;
+#[cfg(test)]
+mod modes_tests;
 #[cfg(test)]
 pub(crate) mod properties;
 #[cfg(test)]

@@ -38,6 +38,8 @@ pub struct Counters {
     pub released_by_commit: u64,
     /// Frames released at once, or on going alone.
     pub released_at_once: u64,
+    /// Frames of the secondary on flows that are not compared.
+    pub unasked: u64,
     /// Frames of the secondary that came too late for their epoch.
     pub stale: u64,
     /// Differences seen.
@@ -61,6 +63,8 @@ pub struct FlowReport {
     pub waits: u64,
     /// Frames held now.
     pub held: usize,
+    /// Whether they wait for a commit, uncompared.
+    pub buffered: bool,
     /// Frames or pieces of the secondary kept now.
     pub pending: usize,
 }

@@ -7,6 +7,7 @@ use checkpoint::{Epoch, EpochMode, Instant};
 
 use crate::comparator::{Comparator, Mode};
 use crate::counters::Pending;
+use crate::lane::Lane;
 use crate::verdict::Verdict;
 
 impl Comparator {
@@ -47,11 +48,20 @@ impl Comparator {
             self.counters.released_by_commit += 1;
             self.release_unequal(serial, verdicts);
         }
+        // Which flows are compared changes here only: nothing of the next epoch has been compared yet.
+        let flows = &mut self.flows;
+        let patience = self.limits.flow_patience;
+        let mut waits = |lane: &mut Lane| patience.is_some_and(|patience| lane.is_buffered_after(now, &patience));
+        self.buffered.retain(|id| flows.get_mut(*id).is_some_and(&mut waits));
         for id in std::mem::take(&mut self.touched) {
-            if let Some(lane) = self.flows.get_mut(id) {
+            if let Some(lane) = flows.get_mut(id) {
                 verdicts.extend(lane.commit().map(Verdict::Release));
+                if !lane.is_buffered() && waits(lane) {
+                    self.buffered.push(id);
+                }
             }
         }
+        self.waits_for_commit = false;
         self.committed = Some(epoch);
         self.uncommitted = None;
         self.behind = false;
@@ -95,6 +105,7 @@ impl Comparator {
             }
         }
         self.forget_secondary();
+        self.waits_for_commit = false;
         self.mode = Mode::Alone;
         self.uncommitted = None;
         self.behind = false;

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
-use checkpoint::Instant;
+use checkpoint::{Epoch, Instant};
 
 use crate::counters::FlowReport;
 use crate::datagram::{SEARCH_MAX, Waiting};
@@ -16,6 +16,7 @@ use crate::frame::{self, Body, Frame, Segment, Shape};
 use crate::hold::Hold;
 use crate::seq::Seq;
 use crate::stream::{Leave, Note, Stream};
+use crate::temper::{FlowPatience, Temper};
 use crate::verdict::{Difference, Fact, Reason, context};
 
 /// Most entries that are walked to find an equal; behind them a flow waits for its commit.
@@ -38,6 +39,8 @@ pub(crate) struct Lane {
     deferred_bytes: usize,
     /// An acknowledgement that was lowered and that nothing has carried since.
     owed: Option<Owed>,
+    /// Whether it is compared at all.
+    temper: Temper,
     pub(crate) suspected: bool,
     pub(crate) touched: bool,
     /// When it was used last, in frames.
@@ -102,6 +105,7 @@ impl Lane {
             deferred: VecDeque::new(),
             deferred_bytes: 0,
             owed: None,
+            temper: Temper::default(),
             suspected: false,
             touched: false,
             used: 0,
@@ -113,6 +117,22 @@ impl Lane {
 
     pub(crate) fn key(&self) -> FlowKey {
         self.key
+    }
+
+    /// Says whether its output waits for commits, uncompared.
+    pub(crate) fn is_buffered(&self) -> bool {
+        self.temper.is_buffered()
+    }
+
+    /// The sides differed on it in this epoch.
+    pub(crate) fn differed(&mut self, now: Instant, epoch: Epoch, patience: &FlowPatience) {
+        self.temper.differed(now, epoch, patience);
+    }
+
+    /// Decides, at a commit, whether what comes next waits for commits too.
+    pub(crate) fn is_buffered_after(&mut self, now: Instant, patience: &FlowPatience) -> bool {
+        self.temper.decide(now, patience);
+        self.temper.is_buffered()
     }
 
     /// Adds a held frame, uncompared.
@@ -438,6 +458,7 @@ impl Lane {
             mismatched: self.mismatched,
             waits: self.waits,
             held: self.queue.len(),
+            buffered: self.is_buffered(),
             pending: self.pending().0,
         }
     }

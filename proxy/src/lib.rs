@@ -1,7 +1,7 @@
 //! Compares what two machines send, holds and releases it, translates TCP sequence numbers; pure.
 //!
 //! Output of the primary's guest may leave when the secondary's guest has sent the same in the same
-//! epoch, or when its epoch is committed ([`Comparator`]). So that the two send the same, both roles
+//! epoch, or when its epoch is committed ([`Comparator`]). A flow on which the two keep differing may be left to the commits. So that the two send the same, both roles
 //! translate TCP sequence numbers at their guest's edge ([`Translator`]), and what the network must
 //! learn of a guest after a takeover is remembered ([`AddressBook`]).
 //!
@@ -41,6 +41,7 @@ mod sequence;
 mod settle;
 mod span;
 mod stream;
+mod temper;
 #[cfg(test)]
 mod testkit;
 mod timing;
@@ -53,4 +54,5 @@ pub use counters::{Counters, FlowReport, Held, Pending};
 pub use flow::{Class, Endpoint, FlowKey, Vlans};
 pub use picture::NetworkPicture;
 pub use sequence::Translator;
+pub use temper::FlowPatience;
 pub use verdict::{Difference, Divergence, Fact, Limit, Reason, Verdict};

@@ -4,6 +4,7 @@ use checkpoint::{Duration, EpochMode, Instant, Role};
 
 use crate::comparator::{Comparator, Mode};
 use crate::flow::FlowKey;
+use crate::hold::HeldFrame;
 use crate::lane::Lane;
 use crate::verdict::{Reason, Verdict};
 
@@ -16,7 +17,7 @@ impl Comparator {
         }
         let loaded = self.counting_since()?;
         let bound = |arrived: Instant| arrived.max(loaded) + self.limits.unmatched;
-        let primary = self.hold.oldest().map(|(_, held)| bound(held.arrived));
+        let primary = self.oldest_compared().map(|held| bound(held.arrived));
         let secondary = self.waiting.front().map(|(arrived, _)| bound(*arrived));
         let suspect = self.suspects.front().map(|(since, _)| *since + self.limits.reorder);
         [primary, secondary, suspect].into_iter().flatten().min()
@@ -28,7 +29,7 @@ impl Comparator {
         self.tidy();
         let Some(loaded) = self.counting_since() else { return };
         if let Some((key, reason)) = self.suspect_at(now).or_else(|| self.unmatched_at(now, loaded)) {
-            self.diverge(self.running, key, reason, verdicts);
+            self.diverge(now, self.running, key, reason, verdicts);
         }
     }
 
@@ -39,6 +40,13 @@ impl Comparator {
             return None;
         }
         self.loaded_at
+    }
+
+    /// Returns the oldest frame of the primary, unless that waits for a commit: then one is due before any equal is late.
+    fn oldest_compared(&self) -> Option<&HeldFrame> {
+        let (_, held) = self.hold.oldest()?;
+        let lane = held.flow.and_then(|id| self.flows.get(id));
+        (!lane.is_some_and(Lane::is_buffered)).then_some(held)
     }
 
     fn suspect_at(&mut self, now: Instant) -> Option<(Option<FlowKey>, Reason)> {
@@ -64,7 +72,7 @@ impl Comparator {
             (now >= arrived.max(loaded) + self.limits.unmatched).then(|| now.since(arrived.max(loaded)))
         };
         let key = |id| self.flows.get(id).map(Lane::key);
-        if let Some((_, held)) = self.hold.oldest()
+        if let Some(held) = self.oldest_compared()
             && let Some(waited) = late(held.arrived)
         {
             return Some((

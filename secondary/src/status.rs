@@ -39,6 +39,7 @@ pub(crate) fn status(protocol: &Secondary, now: Instant, shell: &Shell<'_>) -> S
             now: protocol.epoch_mode().to_string(),
             set: None,
             why: "the primary decides".to_owned(),
+            ..Mode::default()
         }),
         last_checkpoint_age_ms: counters.last_checkpoint.map(|last| now.since(last).as_millis()),
         checkpoints: Checkpoints {

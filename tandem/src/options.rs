@@ -90,10 +90,11 @@ pub struct PairOptions {
     pub takeover_limit: Option<Span>,
     /// Who runs between two checkpoints. `lockstep`: both hosts, and output leaves when it is the same on both, or a
     /// checkpoint covers it. `buffered`: this host only; a checkpoint is taken every few milliseconds, and output waits
-    /// for it. Set on the host that runs the VM [default: lockstep]
+    /// for it. `auto`: lockstep, but a flow whose output keeps differing waits for checkpoints, and while differences
+    /// cost more than that the whole VM is buffered. Set on the host that runs the VM [default: lockstep]
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
-    /// The time between two checkpoints that output waits for, with --mode buffered [default: 5ms]
+    /// The time between two checkpoints that output waits for, with --mode buffered or auto [default: 5ms]
     #[arg(long, value_name = "SPAN")]
     pub checkpoint_every: Option<Span>,
     /// Longest time between two checkpoints [default: 1s]

@@ -26,7 +26,7 @@ use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
 use primary::event::Outcome as PrimaryOutcome;
 use primary::protocol::pace::Budget;
-use primary::protocol::{Mode, Resume, Start};
+use primary::protocol::{Mode, Patience, Resume, Start};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
 use storage::{FileImage, Image, Record, Recovery, Replica};
@@ -417,6 +417,7 @@ impl Host {
             options: primary::protocol::Options {
                 mode: self.settings.mode,
                 checkpoint_every: self.settings.checkpoint_every,
+                patience: Patience::default(),
                 resume: self.settings.resume,
                 witness: self.witness.is_some(),
                 takeover_limit: self.settings.takeover_limit,

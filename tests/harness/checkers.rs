@@ -42,6 +42,10 @@ pub struct Checkers {
     pub released: u64,
     /// Frames dropped because the lease was over.
     pub late: u64,
+    /// A primary went over to buffered epochs, and back.
+    pub switched: bool,
+    /// A primary did not compare some flow.
+    pub buffered_flow: bool,
 }
 
 impl Checkers {
@@ -173,6 +177,12 @@ impl Checkers {
             "rule 1: released what the secondary neither sent in the same epoch nor has committed: {}",
             self.streams.describe(frame)
         );
+    }
+
+    /// Notes what a primary has done of what it decides by itself.
+    pub fn watch(&mut self, primary: &Primary) {
+        self.switched |= primary.counters().switches > 1;
+        self.buffered_flow |= primary.comparator().counters().unasked > 0;
     }
 
     /// No queue of a secondary's is longer than its bound.

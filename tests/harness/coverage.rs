@@ -57,19 +57,27 @@ pub fn impossible(step: &str, kind: Kind) -> Option<&'static str> {
 
 /// The counts.
 #[derive(Clone, Debug, Default)]
-pub struct Coverage(BTreeMap<(&'static str, Kind), u64>);
+pub struct Coverage {
+    met: BTreeMap<(&'static str, Kind), u64>,
+    /// Seeds in which a primary went over to buffered epochs and back.
+    pub switched: u64,
+    /// Seeds in which a primary did not compare some flow.
+    pub buffered_flow: u64,
+}
 
 impl Coverage {
     /// Notes that a fault came while a host was at that step.
     pub fn note(&mut self, step: &'static str, kind: Kind) {
-        *self.0.entry((step, kind)).or_default() += 1;
+        *self.met.entry((step, kind)).or_default() += 1;
     }
 
     /// Adds another count.
     pub fn add(&mut self, other: &Self) {
-        for (pair, count) in &other.0 {
-            *self.0.entry(*pair).or_default() += count;
+        for (pair, count) in &other.met {
+            *self.met.entry(*pair).or_default() += count;
         }
+        self.switched += other.switched;
+        self.buffered_flow += other.buffered_flow;
     }
 
     /// Returns the pairs that are possible and came less often, with their counts.
@@ -79,7 +87,7 @@ impl Coverage {
             .into_iter()
             .flat_map(|step| Kind::ALL.map(|kind| (step, kind)))
             .filter(|(step, kind)| impossible(step, *kind).is_none())
-            .map(|(step, kind)| (step, kind, self.0.get(&(step, kind)).copied().unwrap_or_default()))
+            .map(|(step, kind)| (step, kind, self.met.get(&(step, kind)).copied().unwrap_or_default()))
             .filter(|(.., count)| *count < least)
             .collect()
     }
@@ -89,7 +97,7 @@ impl fmt::Display for Coverage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:<15} least  faults", "step")?;
         for step in STEPS {
-            let count = |kind| self.0.get(&(step, kind)).copied().unwrap_or_default();
+            let count = |kind| self.met.get(&(step, kind)).copied().unwrap_or_default();
             let possible = Kind::ALL
                 .into_iter()
                 .filter(|kind| impossible(step, *kind).is_none())
@@ -98,6 +106,14 @@ impl fmt::Display for Coverage {
             let all: Vec<_> = possible.map(|(kind, count)| format!("{kind:?} {count}")).collect();
             writeln!(f, "{step:<15} {least:>5}  {}", all.join(", "))?;
         }
-        Ok(())
+        let Self {
+            switched,
+            buffered_flow,
+            ..
+        } = self;
+        writeln!(
+            f,
+            "switched there and back in {switched} seeds, a flow buffered in {buffered_flow}"
+        )
     }
 }

@@ -134,6 +134,7 @@ impl World {
                 self.step_primary(node, PrimaryEvent::GuestSent(frame));
                 if let Role::Primary(primary) = &self.nodes[node].role {
                     Checkers::bounded(primary);
+                    self.checkers.watch(primary);
                 }
             }
             Role::Secondary(secondary) => {

@@ -91,6 +91,8 @@ pub fn run(seed: u64, skip: &[usize], loud: bool) -> Result<Report, Box<Failure>
     CURRENT.set(Some((seed, planned)));
     let result = catch_unwind(AssertUnwindSafe(|| go(&mut world, seed, &rounds, skip)));
     CURRENT.set(None);
+    world.coverage.switched = world.checkers.switched.into();
+    world.coverage.buffered_flow = world.checkers.buffered_flow.into();
     match result {
         Ok(()) => Ok(Report {
             coverage: world.coverage,

@@ -7,7 +7,8 @@ use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Instant, Role as PairRole};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, Outcome as PrimaryOutcome};
 use primary::protocol::pace::Budget;
-use primary::protocol::{Options as PrimaryOptions, Primary, Start};
+use primary::protocol::{Options as PrimaryOptions, Patience, Primary, Start};
+use proxy::FlowPatience;
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome as SecondaryOutcome};
 
 use crate::checkers::Checkers;
@@ -24,6 +25,20 @@ impl World {
         let options = PrimaryOptions {
             mode: self.mode,
             checkpoint_every: self.checkpoint_every,
+            // A world lives for seconds.
+            patience: Patience {
+                window: Duration::from_millis(30),
+                backoff_min: Duration::from_millis(60),
+                backoff_max: Duration::from_millis(1_000),
+                cost: 5,
+                waiting: 5,
+                flow: FlowPatience {
+                    strikes: 1,
+                    row: Duration::from_millis(1_000),
+                    backoff_min: Duration::from_millis(100),
+                    backoff_max: Duration::from_millis(1_000),
+                },
+            },
             resume: self.resume,
             witness: self.has_witness,
             takeover_limit: TAKEOVER_LIMIT,

@@ -91,7 +91,11 @@ enum Trap {
 
 /// Returns what a seed's pair is set to.
 pub(crate) fn mode_of(seed: u64) -> Mode {
-    if seed % 3 == 2 { Mode::Buffered } else { Mode::Lockstep }
+    match seed % 3 {
+        0 => Mode::Auto,
+        1 => Mode::Lockstep,
+        _ => Mode::Buffered,
+    }
 }
 
 /// The world.

@@ -5,7 +5,7 @@
 //!   ends      orderly ends                                   garbage  hostile bytes on every port
 //!   starts    starts that must fail, and say why             journal  commits interrupted half-way
 //!   flows     connections whose numbers are translated       idle     what a pair costs that does nothing
-//!   resync    a broken pair is made whole by difference          modes    buffered output
+//!   resync    a broken pair is made whole by difference          modes    buffered output, and auto
 //!   bench     the benchmarks come to their end
 //!   ahead     pages shipped ahead of a stop
 //! ```

@@ -38,26 +38,32 @@ impl Primary {
         self.peer_loaded = true;
         self.comparator.loaded(now, tag.epoch);
         self.begin_ahead(now);
+        if let Some((asked, difference)) = self.loading.take() {
+            self.policy.checkpointed(now.since(asked), difference);
+        }
         if let Some(trigger) = self.wanted.take() {
             self.stop_for(now, trigger, actions);
         }
     }
 
     pub(super) fn stop_for(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) {
+        if mutants::on(Mutant::SwitchAtTheTrigger) && trigger != Trigger::Sync {
+            self.epoch_mode = self.next_mode(now, trigger, actions);
+        }
         self.state = State::Stopping { trigger, asked: now };
         actions.push(Action::PauseVm);
     }
 
-    pub(super) fn paused(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn paused(&mut self, now: Instant, actions: &mut Vec<Action>) {
         match self.state {
-            State::Stopping { trigger, asked } => self.stopped(trigger, asked, actions),
+            State::Stopping { trigger, asked } => self.stopped(now, trigger, asked, actions),
             State::Alone | State::Pairing | State::Syncing { .. } => self.record_end(actions),
             _ => {}
         }
     }
 
     /// Epoch *n* is over; what the guest does next is *n* + 1.
-    pub(super) fn stopped(&mut self, trigger: Trigger, asked: Instant, actions: &mut Vec<Action>) {
+    pub(super) fn stopped(&mut self, now: Instant, trigger: Trigger, asked: Instant, actions: &mut Vec<Action>) {
         let tag = self.tag();
         let blocks = if trigger == Trigger::Sync {
             self.changed.running_blocks().iter().collect()
@@ -65,7 +71,9 @@ impl Primary {
             Vec::new()
         };
         let both_ran = trigger != Trigger::Sync && self.epoch_mode == EpochMode::Lockstep;
-        let next = self.next_mode();
+        let difference = self.epoch_mode == EpochMode::Lockstep
+            && matches!(trigger, Trigger::Mismatch | Trigger::Unmatched | Trigger::Period);
+        let next = self.next_mode(now, trigger, actions);
         if trigger != Trigger::Sync {
             let stopped = self.comparator.stop(next);
             assert_eq!(
@@ -86,6 +94,7 @@ impl Primary {
             asked,
             tag,
             next,
+            difference,
             input: self.input,
             resumed: false,
             alike: Alike::Unasked,
@@ -183,6 +192,7 @@ impl Primary {
         *self.counters.checkpoints.entry(taken.trigger).or_default() += 1;
         self.counters.last_checkpoint = Some(now);
         self.peer_loaded = false;
+        self.loading = Some((taken.asked, taken.difference));
         self.state = State::Protected {
             since: now,
             stands: !taken.resumed && self.ending.is_some(),

@@ -26,6 +26,7 @@ mod loss;
 mod mode;
 pub mod pace;
 mod peer;
+mod policy;
 mod sync;
 
 use core::str::FromStr;
@@ -49,6 +50,8 @@ use ahead::Ahead;
 use alike::Alike;
 pub use mode::Mode;
 use pace::Budget;
+pub use policy::Patience;
+use policy::Policy;
 use sync::Known;
 pub use sync::SyncCounts;
 
@@ -100,6 +103,8 @@ pub struct Options {
     pub mode: Mode,
     /// The time between two checkpoints of buffered output.
     pub checkpoint_every: Duration,
+    /// How long the mode is watched before it is changed, if that is left to the primary.
+    pub patience: Patience,
     /// When the VM resumes after the stop for a checkpoint.
     pub resume: Resume,
     /// Whether a witness is configured; without one the primary goes on alone unasked.
@@ -164,6 +169,8 @@ pub struct Counters {
     pub page_bytes: u64,
     /// When the last checkpoint was acknowledged.
     pub last_checkpoint: Option<Instant>,
+    /// Changes of the mode, to buffered and back.
+    pub switches: u64,
     /// Length of the last stop.
     pub last_pause: Duration,
     /// The last initial sync.
@@ -204,6 +211,8 @@ struct Taken {
     tag: Tag,
     /// Of the epoch that has begun.
     next: EpochMode,
+    /// In lockstep, output waited for it.
+    difference: bool,
     /// Number of the last input before the stop.
     input: InputNumber,
     /// The VM runs again, in the next epoch.
@@ -242,6 +251,7 @@ pub struct Primary {
     epoch_mode: EpochMode,
     /// When the guest began to run it.
     began: Instant,
+    policy: Policy,
     committed: Epoch,
     liveness: Option<Liveness>,
     peer: Option<String>,
@@ -271,6 +281,8 @@ pub struct Primary {
     /// A checkpoint to be taken as soon as it has.
     wanted: Option<Trigger>,
     ahead: Ahead,
+    /// The checkpoint that is being loaded: when its stop was asked for, and whether output in lockstep waited for it.
+    loading: Option<(Instant, bool)>,
     ending: Option<Ending>,
     counters: Counters,
     verdicts: Vec<Verdict>,
@@ -304,12 +316,14 @@ impl Primary {
             epoch: last_epoch.next(),
             epoch_mode: EpochMode::default(),
             began: now,
+            policy: Policy::new(options.patience, options.checkpoint_every, now),
             committed: last_epoch,
             liveness: None,
             peer: None,
             comparator: Comparator::new(
                 ComparatorLimits {
                     unmatched: options.unmatched_max,
+                    flow_patience: (options.mode == Mode::Auto).then_some(options.patience.flow),
                     ..ComparatorLimits::default()
                 },
                 last_epoch.next(),
@@ -343,6 +357,7 @@ impl Primary {
             peer_loaded: false,
             wanted: None,
             ahead: Ahead::default(),
+            loading: None,
             ending: None,
             counters: Counters::default(),
             verdicts: Vec::new(),
@@ -389,7 +404,7 @@ impl Primary {
             Event::Hashed(hashes) => self.hashed(hashes, actions),
             Event::InputConsumed(delivery) => self.input_consumed(now, delivery, actions),
             Event::LinkClosed(cause) => self.link_lost(now, failover::Event::Lost, &cause, actions),
-            Event::Paused => self.paused(actions),
+            Event::Paused => self.paused(now, actions),
             Event::PeerSent(message) => self.peer_sent(now, message, actions),
             Event::RecordStored(record) => self.recorded(now, record, actions),
             Event::ShippedAhead(shipment) => self.shipped_ahead(shipment),

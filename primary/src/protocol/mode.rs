@@ -5,7 +5,8 @@
 use core::fmt;
 use core::str::FromStr;
 
-use super::{EpochMode, Instant, Primary, Trigger};
+use super::policy::Left;
+use super::{Action, EpochMode, Instant, Primary, Report, Trigger};
 
 /// When a checkpoint is taken, and whether the secondary's guest runs between two.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub enum Mode {
     Lockstep,
     /// Only the primary's guest runs; a checkpoint is taken every few milliseconds, and output waits for it.
     Buffered,
+    /// Lockstep; a flow on which the outputs keep differing waits for checkpoints, and the VM is buffered while that costs less.
+    Auto,
 }
 
 impl fmt::Display for Mode {
@@ -22,6 +25,7 @@ impl fmt::Display for Mode {
         f.write_str(match self {
             Self::Lockstep => "lockstep",
             Self::Buffered => "buffered",
+            Self::Auto => "auto",
         })
     }
 }
@@ -33,7 +37,8 @@ impl FromStr for Mode {
         match text {
             "lockstep" => Ok(Self::Lockstep),
             "buffered" => Ok(Self::Buffered),
-            _ => Err(format!("'{text}' is no mode: say lockstep or buffered")),
+            "auto" => Ok(Self::Auto),
+            _ => Err(format!("'{text}' is no mode: say lockstep, buffered or auto")),
         }
     }
 }
@@ -60,23 +65,48 @@ impl Primary {
                 "output waits for a checkpoint, one every {}; set with --mode",
                 self.options.checkpoint_every
             ),
+            Mode::Auto => format!("{} (auto)", self.policy),
         }
     }
 
-    /// Decides the mode of the epoch that begins.
-    pub(super) fn next_mode(&self) -> EpochMode {
+    /// Decides the mode of the epoch that begins with this checkpoint.
+    pub(super) fn next_mode(&mut self, now: Instant, trigger: Trigger, actions: &mut Vec<Action>) -> EpochMode {
         match self.options.mode {
-            Mode::Lockstep => EpochMode::Lockstep,
-            Mode::Buffered => EpochMode::Buffered,
+            Mode::Lockstep => return EpochMode::Lockstep,
+            Mode::Buffered => return EpochMode::Buffered,
+            Mode::Auto => {}
         }
+        let counters = self.comparator.counters();
+        let left = Left {
+            equal: counters.matched,
+            committed: counters.released_by_commit,
+        };
+        if trigger == Trigger::Sync {
+            self.policy.restart(now, left);
+            return EpochMode::Lockstep;
+        }
+        let next = self.policy.decide(now, left);
+        if next != self.epoch_mode {
+            self.counters.switches += 1;
+            actions.push(Action::Report(Report::Note(format!(
+                "{next} from here on: {}",
+                self.policy
+            ))));
+        }
+        next
     }
 
     /// Returns when the next checkpoint is due if nothing else asks for one, and what for; the last was acknowledged then.
     pub(super) fn checkpoint_due(&self, acknowledged: Instant) -> (Instant, Trigger) {
         let age = (acknowledged + self.options.epoch_age_max, Trigger::Age);
-        match self.epoch_mode {
-            EpochMode::Lockstep => age,
-            EpochMode::Buffered => age.min((self.began + self.options.checkpoint_every, Trigger::Period)),
-        }
+        let period = match self.epoch_mode {
+            EpochMode::Buffered => self.options.checkpoint_every,
+            // Frames behind them in the hold may wait for equals.
+            EpochMode::Lockstep if self.comparator.waits_for_commit() => {
+                self.options.checkpoint_every.min(self.options.unmatched_max)
+            }
+            EpochMode::Lockstep => return age,
+        };
+        age.min((self.began + period, Trigger::Period))
     }
 }

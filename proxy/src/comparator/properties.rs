@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use crate::comparator::ComparatorLimits;
 use crate::frame::{self, Body};
 use crate::seq::Seq;
+use crate::temper::FlowPatience;
 use crate::testkit::*;
 use crate::verdict::{Reason, Verdict};
 
@@ -123,9 +124,16 @@ struct World {
 }
 
 impl World {
-    fn new(base: u32, acks: u32) -> Self {
+    fn new(base: u32, acks: u32, buffers_flows: bool) -> Self {
+        let limits = ComparatorLimits {
+            flow_patience: buffers_flows.then_some(FlowPatience {
+                strikes: 1,
+                ..FlowPatience::default()
+            }),
+            ..ComparatorLimits::default()
+        };
         Self {
-            bench: Bench::with(ComparatorLimits::default()),
+            bench: Bench::with(limits),
             base,
             acks,
             flows: (0..FLOWS).map(|_| Model::default()).collect(),
@@ -375,9 +383,10 @@ proptest! {
     fn nothing_leaves_that_was_neither_equal_nor_committed(
         base in prop_oneof![Just(u32::MAX - 40), any::<u32>()],
         acks in prop_oneof![Just(u32::MAX - 10), any::<u32>()],
+        buffers_flows: bool,
         events in proptest::collection::vec(event(), 1..160),
     ) {
-        let mut world = World::new(base, acks);
+        let mut world = World::new(base, acks, buffers_flows);
         for event in &events {
             world.apply(event);
         }

@@ -17,6 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use primary::protocol::Mode;
 use random::Random;
 
 use crate::stage::tidy::{Owner, Tidy};
@@ -46,6 +47,9 @@ pub struct DemoOptions {
     /// How many of a thousand HTTP answers differ between the two VMs
     #[arg(long, value_name = "PERMILLE", default_value_t = 20, value_parser = clap::value_parser!(u16).range(0..=1000))]
     pub nondeterminism: u16,
+    /// What output waits for: lockstep, buffered or auto, as for a pair
+    #[arg(long, value_name = "MODE", default_value_t)]
+    pub mode: Mode,
     /// How long a silent host is waited for before it is held for dead
     #[arg(long, value_name = "SPAN", default_value = "300ms")]
     pub takeover_limit: Span,

@@ -30,7 +30,8 @@ const WATCH_PERIOD: Duration = Duration::from_millis(2);
 /// Runs a round and returns its numbers. If it can't be carried out, the roles' last words are in the error.
 pub(super) fn run(options: &DemoOptions, story: &Story, tidy: &Tidy, random: &mut Random) -> Result<Round> {
     let mut stage = Stage::new(tidy.folder("round")?, options.memory.to_string())?;
-    stage.start_pair(&["--takeover-limit", &options.takeover_limit.to_string()])?;
+    let (limit, mode) = (options.takeover_limit.to_string(), options.mode.to_string());
+    stage.start_pair(&["--takeover-limit", &limit, "--mode", &mode])?;
     let outcome = play(&mut stage, options, story, tidy, random);
     outcome.map_err(|error| {
         if tidy.is_interrupted() {

@@ -9,7 +9,7 @@ use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Epoch, Generation};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
 use primary::protocol::pace::Budget;
-use primary::protocol::{Mode, Primary, Resume, Start};
+use primary::protocol::{Mode, Patience, Primary, Resume, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome};
 
 use super::frames::Frames;
@@ -320,6 +320,7 @@ impl Pair {
         let options = primary::protocol::Options {
             mode: self.options.mode,
             checkpoint_every: self.options.checkpoint_every,
+            patience: Patience::default(),
             resume: self.options.resume,
             witness: self.options.witness,
             takeover_limit: checkpoint::limits::TAKEOVER_LIMIT_DEFAULT,
