@@ -3,6 +3,7 @@
 //! What a single order of events can show is told in `scenarios/*.txt` instead.
 
 use checkpoint::Epoch;
+use checkpoint::pair::Trigger;
 use harness::faults::Fault;
 use harness::node::{Node, Role};
 use harness::world::{Aim, World};
@@ -294,4 +295,27 @@ fn a_primary_whose_input_was_held_hears_its_clients_again_when_the_secondary_is_
     assert!(world.node(0).input_held);
     goes_on(&mut world, 0, 1_000);
     assert!(!world.node(0).input_held);
+}
+
+#[test]
+fn input_that_a_standing_guest_can_not_confirm_is_covered_by_a_checkpoint_before_it_is_too_much() {
+    // A buffered one.
+    let mut world = protected_in(World::new(2));
+    let delivery = checkpoint::pair::Delivery {
+        number: None,
+        wire: bytes::Bytes::from_static(b"a frame"),
+        guest: bytes::Bytes::from_static(b"a frame"),
+    };
+    let by_limit = |world: &World| match &world.node(0).role {
+        Role::Primary(primary) => primary.counters().checkpoints.get(&Trigger::Limit).copied(),
+        _ => panic!("the host is no primary"),
+    };
+    assert!(world.run_until(1_000, |world| world.phase(0) == "protected"));
+    assert_eq!(by_limit(&world), None);
+    for _ in 0..checkpoint::limits::INPUTS_UNCONFIRMED_MAX / 2 {
+        world.ask_primary(0, PrimaryEvent::InputConsumed(delivery.clone()));
+    }
+    assert!(!world.node(0).input_held);
+    assert!(world.run_until(1_000, |world| by_limit(world).is_some()));
+    serves(&mut world);
 }

@@ -91,7 +91,7 @@ pub struct PairOptions {
     /// Who runs between two checkpoints. `lockstep`: both hosts, and output leaves when it is the same on both, or a
     /// checkpoint covers it. `buffered`: this host only; a checkpoint is taken every few milliseconds, and output waits
     /// for it. `auto`: lockstep, but a flow whose output keeps differing waits for checkpoints, and while differences
-    /// cost more than that the whole VM is buffered. Set on the host that runs the VM [default: lockstep]
+    /// cost more than that the whole VM is buffered. The host that runs the VM decides [default: lockstep]
     #[arg(long, value_name = "MODE")]
     pub mode: Option<Mode>,
     /// The time between two checkpoints that output waits for, with --mode buffered or auto [default: 5ms]

@@ -234,7 +234,7 @@ mod tests {
         /// An epoch of this length ends, with a checkpoint that took so long.
         fn epoch(&mut self, length: Duration, took: Duration, difference: bool) {
             let before = self.policy.mode;
-            self.now = self.now + length;
+            self.now += length;
             if difference || before == EpochMode::Buffered {
                 self.left.committed += 3;
             } else {
@@ -244,7 +244,7 @@ mod tests {
             if mode != before {
                 self.switches.push((self.now, mode));
             }
-            self.now = self.now + took;
+            self.now += took;
             self.policy
                 .checkpointed(took, difference && before == EpochMode::Lockstep);
         }
