@@ -191,7 +191,7 @@ fn plan(seed: u64) -> Vec<Vec<Planned>> {
     // Where only one guest runs nothing is compared; the other seeds make up for it.
     let compares = |step: &&'static str| COMPARING.contains(step);
     let steps: Vec<_> = match mode_of(seed) {
-        Mode::Lockstep => STEPS.into_iter().chain(COMPARING).collect(),
+        Mode::Lockstep | Mode::Auto => STEPS.into_iter().chain(COMPARING).collect(),
         Mode::Buffered => STEPS.into_iter().filter(|step| !compares(step)).collect(),
     };
     let groups: Vec<_> = steps.into_iter().flat_map(groups).collect();
