@@ -48,6 +48,8 @@ pub enum Trigger {
     Admin,
     /// The epoch reached its maximum age.
     Age,
+    /// The pause would soon be longer than the operator wants.
+    Budget,
     /// A queue, overlay or stage came near its limit.
     Limit,
     /// The outputs differ.

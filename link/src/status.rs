@@ -121,6 +121,8 @@ pub struct Checkpoints {
     pub period: u64,
     /// A queue came near its limit.
     pub limit: u64,
+    /// The pause would soon have been longer than the budget.
+    pub budget: u64,
     /// The epoch reached its maximum age.
     pub age: u64,
     /// The operator asked.
@@ -138,6 +140,8 @@ pub struct LastCheckpoint {
     pub bytes: u64,
     /// Time that the guest stood still.
     pub pause_us: u64,
+    /// What was expected of it before.
+    pub predicted_us: u64,
     /// Time from the stop to the commit.
     pub commit_us: u64,
 }
@@ -157,6 +161,8 @@ pub struct CheckpointTrace {
     pub codecs: Vec<CodecTrace>,
     /// How long the guest stood.
     pub pause_us: f64,
+    /// How long it was expected to stand.
+    pub predicted_us: f64,
     /// What it stood for.
     pub parts: PauseParts,
     /// How long its pages were encoded and queued.
@@ -364,11 +370,12 @@ impl Status {
             return age;
         };
         format!(
-            "{age}: {} pages ({} ahead), {}, paused {}, committed after {}",
+            "{age}: {} pages ({} ahead), {}, paused {} ({} expected), committed after {}",
             last.pages,
             last.pages_ahead,
             size(last.bytes),
             span_us(last.pause_us),
+            span_us(last.predicted_us),
             span_us(last.commit_us)
         )
     }
@@ -430,6 +437,7 @@ impl Display for Checkpoints {
             ("unmatched", self.unmatched),
             ("period", self.period),
             ("limit", self.limit),
+            ("budget", self.budget),
             ("age", self.age),
             ("admin", self.admin),
         ];
@@ -544,6 +552,7 @@ mod tests {
                 pages_ahead: 4,
                 bytes: 41_000,
                 pause_us: 900,
+                predicted_us: 850,
                 commit_us: 12_000,
             }),
             last_sync: Some(LastSync {
@@ -600,7 +609,7 @@ mod tests {
         assert!(text.contains("checkpoints  9 (1 sync, 8 mismatch)"), "{text}");
         assert!(
             text.contains(
-                "last         412 ms ago: 10 pages (4 ahead), 40.0 KiB, paused 900 µs, committed after 12 ms"
+                "last         412 ms ago: 10 pages (4 ahead), 40.0 KiB, paused 900 µs (850 µs expected), committed after 12 ms"
             )
         );
         assert!(

@@ -372,7 +372,8 @@ impl Role {
         self.actions = actions;
         if self.traced != self.protocol.committed() {
             self.traced = self.protocol.committed();
-            self.traces.committed(self.traced);
+            let predicted = self.protocol.counters().last_predicted;
+            self.traces.committed(self.traced, predicted.into());
         }
         self.answer_asked();
         // A protected pair takes checkpoints all the time: that is no news.

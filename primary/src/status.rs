@@ -56,6 +56,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             unmatched: count(Trigger::Unmatched),
             period: count(Trigger::Period),
             limit: count(Trigger::Limit),
+            budget: count(Trigger::Budget),
             age: count(Trigger::Age),
             admin: count(Trigger::Admin),
         },
@@ -64,6 +65,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             pages_ahead: last.pages_ahead,
             bytes: last.bytes,
             pause_us: whole(last.pause_us),
+            predicted_us: whole(last.predicted_us),
             commit_us: whole(last.commit_us),
         }),
         last_sync: (counters.sync.pages_total > 0).then_some(LastSync {

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use checkpoint::pages::{Amount, Codec, CodecStats};
 use checkpoint::{Epoch, Tag};
 use link::status::{CheckpointTrace, CodecTrace, PauseParts};
+use tracing::debug;
 
 /// Checkpoints that are remembered.
 const TRACES_MAX: usize = 256;
@@ -110,10 +111,20 @@ impl Traces {
     }
 
     /// The secondary has acknowledged a checkpoint.
-    pub(crate) fn committed(&self, epoch: Epoch) {
+    pub(crate) fn committed(&self, epoch: Epoch, predicted: Duration) {
         for entry in self.entries().iter_mut().rev().take_while(|entry| !entry.committed) {
             if entry.tag.epoch == epoch {
                 entry.trace.commit_us = micros(entry.began.elapsed());
+                entry.trace.predicted_us = micros(predicted);
+                let trace = &entry.trace;
+                debug!(
+                    epoch = epoch.0,
+                    pages = trace.pages,
+                    ahead = trace.pages_ahead,
+                    pause_us = trace.pause_us,
+                    predicted_us = trace.predicted_us,
+                    "checkpoint"
+                );
                 entry.committed = true;
                 return;
             }
@@ -185,7 +196,7 @@ mod tests {
         taken(&traces, 1);
         taken(&traces, 2);
         assert!(traces.list().is_empty() && traces.last().is_none());
-        traces.committed(Epoch(2));
+        traces.committed(Epoch(2), Duration::from_micros(8));
         let told = traces.list();
         assert_eq!(told.len(), 1);
         assert_eq!(
@@ -193,6 +204,7 @@ mod tests {
             (2, 7, 3, 11)
         );
         assert!(told[0].commit_us >= told[0].pause_us && told[0].pause_us > 0.0);
+        assert!((told[0].predicted_us - 8.0).abs() < 1e-6);
         assert_eq!(traces.last().as_ref(), told.first());
     }
 
@@ -201,7 +213,7 @@ mod tests {
         let traces = Traces::default();
         let watch = Stopwatch::start();
         traces.begin(tag(1), &watch, 0);
-        traces.committed(Epoch(1));
+        traces.committed(Epoch(1), Duration::ZERO);
         assert!(traces.list().is_empty() && traces.last().is_some());
         traces.resumed(&Stopwatch::start());
         assert!(traces.list().is_empty(), "another stop's end");
@@ -214,7 +226,7 @@ mod tests {
         let traces = Traces::default();
         for epoch in 0..2_000 {
             taken(&traces, epoch);
-            traces.committed(Epoch(epoch));
+            traces.committed(Epoch(epoch), Duration::ZERO);
         }
         let told = traces.list();
         assert_eq!((told.len(), told[0].epoch), (TRACES_MAX, 2_000 - TRACES_MAX as u64));

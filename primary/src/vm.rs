@@ -225,9 +225,11 @@ impl Keeper {
         let dirty = self.vm.dirty_now()?;
         let cold = self.scout.look(&dirty, most);
         let ahead = cold.len();
+        if most > 0 {
+            self.unacknowledged_in(tag).union(&cold);
+        }
         if ahead > 0 {
             self.vm.clear_dirty(&cold)?;
-            self.unacknowledged_in(tag).union(&cold);
             self.courier.ship_ahead(tag, &cold, bulk);
         }
         Ok(Event::Looked(Look {

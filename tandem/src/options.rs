@@ -103,6 +103,10 @@ pub struct PairOptions {
     /// How long an output may wait for its equal before a checkpoint is taken [default: 200ms]
     #[arg(long, value_name = "SPAN")]
     pub unmatched_limit: Option<Span>,
+    /// How long the VM may stand for a checkpoint: one is taken before the pause that it is expected to take gets longer than this
+    /// [default: no budget]
+    #[arg(long, value_name = "SPAN")]
+    pub pause_budget: Option<Span>,
     /// Bytes a second that may be sent of pages that have gone quiet, while the VM runs, so that a stop has less to copy;
     /// 0 leaves all of them to the stop [default: 128M]
     #[arg(long, value_name = "SIZE")]
@@ -164,7 +168,7 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 21] = [
     "ahead-rate",
     "checkpoint-every",
     "cmdline",
@@ -179,6 +183,7 @@ const KEYS: [&str; 20] = [
     "mode",
     "name",
     "pair",
+    "pause-budget",
     "peer",
     "resume-after",
     "takeover-limit",
@@ -208,6 +213,7 @@ impl PairOptions {
             checkpoint_every: self.checkpoint_every.or(file.checkpoint_every),
             epoch_max_age: self.epoch_max_age.or(file.epoch_max_age),
             unmatched_limit: self.unmatched_limit.or(file.unmatched_limit),
+            pause_budget: self.pause_budget.or(file.pause_budget),
             ahead_rate: self.ahead_rate.or(file.ahead_rate),
             resume_after: self.resume_after.or(file.resume_after),
             vm: self.vm.or(file.vm),
@@ -230,6 +236,7 @@ impl PairOptions {
             "mode" => self.mode = Some(parsed(value)?),
             "name" => self.vm.name = Some(value.to_owned()),
             "pair" => self.pair = Some(value.to_owned()),
+            "pause-budget" => self.pause_budget = Some(parsed(value)?),
             "peer" => self.peer = Some(value.to_owned()),
             "resume-after" => self.resume_after = Some(parsed(value)?),
             "takeover-limit" => self.takeover_limit = Some(parsed(value)?),

@@ -138,6 +138,7 @@ struct RoleSettings {
     epoch_age_max: Duration,
     unmatched_max: Duration,
     ahead: Option<Budget>,
+    pause_budget: Option<Duration>,
     resume: Resume,
 }
 
@@ -155,10 +156,11 @@ impl From<Settings> for RoleSettings {
             checkpoint_every: settings.checkpoint_every.into(),
             epoch_age_max: settings.epoch_max_age.into(),
             unmatched_max: settings.unmatched_limit.into(),
-            ahead: (settings.ahead_rate > 0).then(|| Budget {
+            ahead: Some(Budget {
                 bytes_per_second: settings.ahead_rate,
                 ..Budget::default()
             }),
+            pause_budget: settings.pause_budget.map(Into::into),
             resume: settings.resume,
         }
     }
@@ -179,6 +181,7 @@ impl From<RunSettings> for RoleSettings {
             epoch_age_max: limits::EPOCH_AGE_MAX,
             unmatched_max: limits::UNMATCHED_MAX,
             ahead: None,
+            pause_budget: None,
             resume: Resume::default(),
         }
     }
@@ -424,6 +427,7 @@ impl Host {
                 epoch_age_max: self.settings.epoch_age_max,
                 unmatched_max: self.settings.unmatched_max,
                 ahead: self.settings.ahead,
+                pause_budget: self.settings.pause_budget,
                 memory_bytes: self.settings.vm.memory,
                 disk_bytes: self.image.size(),
                 mac: self.settings.vm.mac.0,

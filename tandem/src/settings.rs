@@ -32,6 +32,7 @@ const CHECKPOINT_EVERY_DEFAULT: Span = Span::ms(5);
 const CHECKPOINT_EVERY: RangeInclusive<Span> = Span::ms(1)..=Span::ms(1_000);
 const UNMATCHED_LIMIT_DEFAULT: Span = Span::ms(200);
 const UNMATCHED_LIMIT: RangeInclusive<Span> = Span::ms(1)..=Span::ms(10_000);
+const PAUSE_BUDGET: RangeInclusive<Span> = Span(Duration::from_micros(100))..=Span::ms(10_000);
 const NAME_BYTES_MAX: usize = 32;
 const INTERFACE_BYTES_MAX: usize = 15;
 
@@ -60,6 +61,8 @@ pub struct Settings {
     pub epoch_max_age: Duration,
     /// How long an output may wait for its equal.
     pub unmatched_limit: Duration,
+    /// How long the VM may stand for a checkpoint, if that matters.
+    pub pause_budget: Option<Duration>,
     /// Bytes a second that may be sent ahead of a stop; 0 for none.
     pub ahead_rate: u64,
     /// When the VM runs on after a stop for a checkpoint.
@@ -179,6 +182,10 @@ impl Settings {
                 UNMATCHED_LIMIT_DEFAULT,
                 &UNMATCHED_LIMIT,
             )?,
+            pause_budget: options
+                .pause_budget
+                .map(|given| span("pause-budget", Some(given), given, &PAUSE_BUDGET))
+                .transpose()?,
             ahead_rate: options
                 .ahead_rate
                 .map_or_else(|| Budget::default().bytes_per_second, |rate| rate.0),
@@ -436,6 +443,7 @@ mod tests {
         assert_eq!(settings.checkpoint_every, Duration::from_millis(5));
         assert_eq!(settings.unmatched_limit, Duration::from_millis(200));
         assert_eq!(settings.ahead_rate, 128 << 20);
+        assert_eq!(settings.pause_budget, None);
         assert_eq!(settings.vm.memory, 256 << 20);
         assert_eq!(settings.vm.control, Path::new("/run/tandem/shop-a.sock"));
         assert_eq!(settings.peer, Some("10.0.0.2:7100".parse().unwrap()));

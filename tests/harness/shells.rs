@@ -48,6 +48,7 @@ impl World {
                 every: Duration::from_millis(15),
                 ..Budget::default()
             }),
+            pause_budget: self.pause_budget,
             memory_bytes: PAGES * PAGE_BYTES as u64,
             disk_bytes: DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],

@@ -101,8 +101,10 @@ impl Shipping {
         let dirty = memory.dirty();
         let cold = self.scout.look(&dirty, most);
         let ahead = cold.len();
-        if ahead > 0 {
+        if most > 0 {
             self.unacknowledged_in(tag).union(&cold);
+        }
+        if ahead > 0 {
             if mutants::on(Mutant::CopyBeforeClear) {
                 let copied = |page| (page, Some(Arc::clone(&memory.pages[index(page)])));
                 self.unread.extend(cold.iter().map(copied));

@@ -107,6 +107,7 @@ pub struct World {
     pub(crate) nodes: [Node; 2],
     pub(crate) links: Vec<Link>,
     pub(crate) resume: Resume,
+    pub(crate) pause_budget: Option<Duration>,
     pub(crate) mode: Mode,
     pub(crate) checkpoint_every: Duration,
     /// The clients, and what they did and saw.
@@ -170,6 +171,8 @@ impl World {
             nodes,
             links: Vec::new(),
             resume,
+            // Near what a toy's stop takes.
+            pause_budget: (seed % 5 == 1).then(|| Duration::from_micros(250 + seed % 7 * 50)),
             mode: mode_of(seed),
             checkpoint_every: Duration::from_millis(5 + seed % 7 * 10),
             client_turns: vec![(0, None); clients.count()],

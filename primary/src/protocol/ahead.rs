@@ -1,9 +1,11 @@
-//! Shipping ahead of a stop: when the dirty pages are looked at, and what is known of them.
+//! Before a stop: when the dirty pages are looked at, what is shipped of them ahead, and when the stop must not wait longer.
 //!
 //! Only while the guest runs in an epoch on top of one that the secondary has loaded, and no stop is wanted: then what is shipped
 //! belongs to the checkpoint that will end this epoch, and builds on what the secondary has committed.
 
-use super::{Action, AheadShipment, Duration, Instant, Look, Mutant, Primary, State, Tag, mutants, pace};
+use super::{
+    Action, AheadShipment, Duration, Instant, Look, Mutant, Primary, Report, State, Tag, Taken, Trigger, mutants,
+};
 
 /// What is shipped ahead in one epoch.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,8 +19,10 @@ pub(super) struct Ahead {
     /// Pages and bytes queued.
     pub(super) pages: u64,
     pub(super) bytes: u64,
-    /// Pages that were dirty at the last look, and how long it took.
+    /// Pages that were dirty at the last look, how many there will be at the next if it goes on like this, and how long the look
+    /// took.
     pub(super) dirty: u64,
+    pub(super) expected: u64,
     pub(super) looked: Duration,
 }
 
@@ -45,21 +49,50 @@ impl Primary {
             return;
         }
         self.ahead.round = Some(now);
-        self.ahead.ordered = true;
-        actions.push(Action::ShipAhead {
-            tag: self.ahead.tag,
-            pages: pace::ROUND_PAGES_MAX,
-        });
+        let pages = self.options.ahead.map_or(0, |budget| budget.round_pages());
+        self.ahead.ordered |= pages > 0;
+        let tag = self.ahead.tag;
+        actions.push(Action::ShipAhead { tag, pages });
     }
 
-    pub(super) fn looked(&mut self, look: Look) {
+    pub(super) fn looked(&mut self, now: Instant, look: Look, actions: &mut Vec<Action>) {
         if look.tag != self.ahead.tag {
             return;
         }
+        self.ahead.expected = look.dirty + look.dirty.saturating_sub(self.ahead.dirty);
         self.ahead.dirty = look.dirty;
         self.ahead.looked = look.took;
         if look.ahead == 0 {
             self.end_round(0, look.took);
+        }
+        self.keep_budget(now, actions);
+    }
+
+    /// Takes a checkpoint if the pause would be too long at the next look.
+    fn keep_budget(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let Some(budget) = self.options.pause_budget else {
+            return;
+        };
+        let least = self.predictor.predict(0);
+        if least >= budget {
+            // Stopping all the time would make it no shorter.
+            if !core::mem::replace(&mut self.budget_told, true) {
+                actions.push(Action::Report(Report::Alarm(format!(
+                    "the pause budget of {budget} can't be kept: a stop without a dirty page is expected to take {least} on this host; \
+                     set a longer --pause-budget"
+                ))));
+            }
+        } else if self.predictor.predict(self.ahead.expected) >= budget {
+            self.trigger(now, Trigger::Budget, actions);
+        }
+    }
+
+    /// Takes note of a pause that has ended.
+    pub(super) fn paused_for(&mut self, pause: Duration, taken: &Taken) {
+        self.counters.last_pause = pause;
+        self.counters.last_predicted = taken.predicted;
+        if taken.trigger != Trigger::Sync {
+            self.predictor.learn(taken.pages, pause);
         }
     }
 

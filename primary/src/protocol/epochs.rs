@@ -97,6 +97,8 @@ impl Primary {
             difference,
             input: self.input,
             resumed: false,
+            predicted: self.predictor.predict(self.ahead.expected),
+            pages: 0,
             alike: Alike::Unasked,
         });
         actions.push(Action::SendCheckpoint {
@@ -108,16 +110,17 @@ impl Primary {
     }
 
     /// What is to be shipped of the VM no longer depends on it.
-    pub(super) fn copied(&mut self, now: Instant, tag: Tag, entropy: [u8; 32], actions: &mut Vec<Action>) {
+    pub(super) fn copied(&mut self, now: Instant, tag: Tag, pages: u64, entropy: [u8; 32], actions: &mut Vec<Action>) {
         let State::Copying(mut taken) = self.state else { return };
         if taken.tag != tag {
             return;
         }
+        taken.pages = pages;
         actions.push(Action::SeedEntropy(Some(entropy)));
         taken.resumed =
             self.options.resume == Resume::AfterCopy && taken.trigger != Trigger::Sync && self.ending.is_none();
         if taken.resumed {
-            self.counters.last_pause = now.since(taken.asked);
+            self.paused_for(now.since(taken.asked), &taken);
             self.began = now;
             actions.push(Action::ResumeVm);
         }
@@ -198,7 +201,7 @@ impl Primary {
             stands: !taken.resumed && self.ending.is_some(),
         };
         if !taken.resumed {
-            self.counters.last_pause = now.since(taken.asked);
+            self.paused_for(now.since(taken.asked), &taken);
             self.began = now;
             if self.ending.is_none() {
                 actions.push(Action::ResumeVm);

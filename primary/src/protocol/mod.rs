@@ -27,6 +27,7 @@ mod mode;
 pub mod pace;
 mod peer;
 mod policy;
+mod predict;
 mod sync;
 
 use core::str::FromStr;
@@ -52,6 +53,7 @@ pub use mode::Mode;
 use pace::Budget;
 pub use policy::Patience;
 use policy::Policy;
+use predict::Predictor;
 use sync::Known;
 pub use sync::SyncCounts;
 
@@ -115,8 +117,10 @@ pub struct Options {
     pub epoch_age_max: Duration,
     /// A frame never waits longer than this for its equal.
     pub unmatched_max: Duration,
-    /// What may be spent on shipping pages ahead of a stop; `None` ships none.
+    /// What may be spent on looking at dirty pages and shipping them ahead of a stop; `None` never looks.
     pub ahead: Option<Budget>,
+    /// A checkpoint is taken before the pause that it is expected to take is longer than this.
+    pub pause_budget: Option<Duration>,
     /// Size of guest memory in bytes.
     pub memory_bytes: u64,
     /// Size of the disk in bytes.
@@ -173,6 +177,8 @@ pub struct Counters {
     pub switches: u64,
     /// Length of the last stop.
     pub last_pause: Duration,
+    /// What was expected of it.
+    pub last_predicted: Duration,
     /// The last initial sync.
     pub sync: SyncCounts,
 }
@@ -218,6 +224,10 @@ struct Taken {
     /// The VM runs again, in the next epoch.
     resumed: bool,
     alike: Alike,
+    /// How long its pause was expected to take.
+    predicted: Duration,
+    /// Pages that were dirty at the stop.
+    pages: u64,
 }
 
 impl Taken {
@@ -283,6 +293,9 @@ pub struct Primary {
     ahead: Ahead,
     /// The checkpoint that is being loaded: when its stop was asked for, and whether output in lockstep waited for it.
     loading: Option<(Instant, bool)>,
+    predictor: Predictor,
+    /// The operator knows that the pause budget can't be kept.
+    budget_told: bool,
     ending: Option<Ending>,
     counters: Counters,
     verdicts: Vec<Verdict>,
@@ -358,6 +371,8 @@ impl Primary {
             wanted: None,
             ahead: Ahead::default(),
             loading: None,
+            predictor: Predictor::default(),
+            budget_told: false,
             ending: None,
             counters: Counters::default(),
             verdicts: Vec::new(),
@@ -389,10 +404,10 @@ impl Primary {
             Event::CheckpointAsked => self.trigger(now, Trigger::Admin, actions),
             Event::CheckpointSent(shipment) => self.checkpoint_sent(now, shipment, actions),
             Event::CompareAsked(tag) => self.compare_asked(tag, actions),
-            Event::Copied { tag, entropy, .. } => self.copied(now, tag, entropy, actions),
+            Event::Copied { tag, pages, entropy } => self.copied(now, tag, pages, entropy, actions),
             Event::Connected(welcome) => self.connected(now, welcome, actions),
             Event::DiskSynced(generation) if generation == self.contest.generation() => self.synced(now, None, actions),
-            Event::Looked(look) => self.looked(look),
+            Event::Looked(look) => self.looked(now, look, actions),
             Event::MemorySynced(shipment) if shipment.totals.tag() == self.tag() => {
                 self.synced(now, Some(shipment), actions)
             }

@@ -7,14 +7,14 @@
 use checkpoint::{Duration, Instant};
 
 /// Pages that one round ships at most.
-pub const ROUND_PAGES_MAX: u64 = 512;
+const ROUND_PAGES_MAX: u64 = 512;
 
 /// What may be spent on shipping ahead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// Shortest time from one look to the next.
     pub every: Duration,
-    /// Bytes on the link in a second.
+    /// Bytes on the link in a second; with none, pages are looked at and not shipped.
     pub bytes_per_second: u64,
     /// Share of the time, in percent, in which the threads may be busy with it.
     pub busy_percent: u64,
@@ -31,6 +31,12 @@ impl Default for Budget {
 }
 
 impl Budget {
+    /// Returns how many pages one round may ship.
+    #[must_use]
+    pub fn round_pages(&self) -> u64 {
+        if self.bytes_per_second == 0 { 0 } else { ROUND_PAGES_MAX }
+    }
+
     /// Returns when the next look is due after one that began at `began`, sent `bytes` and kept threads busy for `busy`.
     #[must_use]
     pub fn next(&self, began: Instant, bytes: u64, busy: Duration) -> Instant {

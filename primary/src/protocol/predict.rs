@@ -12,12 +12,12 @@ const SURPRISE_MAX: f64 = 4.0;
 /// What is expected before anything was learned: stops of so many pages took so many nanoseconds. Measured on a host
 /// under load (`docs/PERFORMANCE.md`).
 const EXPECTED: [(u32, f64); 2] = [(0, 300e3), (10_000, 10e6)];
-/// What these count for, beside a stop that was seen: a little for ever, so that the line has two points.
-const EXPECTED_WEIGHT: f64 = 0.1;
+/// What these count for, beside a stop that was seen: a little for ever, so that stops of nearly one size say nothing of the price.
+const EXPECTED_WEIGHT: f64 = 0.01;
 
 /// What stops have cost.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Predictor {
+pub(super) struct Predictor {
     seen: Sums,
 }
 
@@ -33,13 +33,12 @@ struct Sums {
 
 impl Predictor {
     /// Returns how long a stop with so many dirty pages is expected to take.
-    #[must_use]
-    pub fn predict(&self, pages: u64) -> Duration {
+    pub(super) fn predict(&self, pages: u64) -> Duration {
         duration(self.nanoseconds(count(pages)))
     }
 
     /// Takes note of what a stop took.
-    pub fn learn(&mut self, pages: u64, took: Duration) {
+    pub(super) fn learn(&mut self, pages: u64, took: Duration) {
         let x = count(pages);
         let y = count(took.0).min(SURPRISE_MAX * self.nanoseconds(x) + EXPECTED[0].1);
         self.seen = self.seen.scaled(REMEMBERED).plus(x, y, 1.0);
@@ -115,7 +114,7 @@ mod tests {
     fn both_parts_are_learned_from_stops_of_different_sizes() {
         let mut predictor = Predictor::default();
         for round in 0..60 {
-            let pages = 500 + 100 * (round % 7);
+            let pages = 500 + 1_000 * (round % 7);
             predictor.learn(pages, micros(2_000 + 3 * pages));
         }
         near(predictor.predict(100), micros(2_300), 10);

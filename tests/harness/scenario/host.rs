@@ -77,7 +77,7 @@ pub(super) enum Order {
     SendBlocks(Tag, Vec<u64>),
     SendHashes(Tag),
     Ship,
-    ShipAhead(Tag),
+    ShipAhead(Tag, u64),
     StageDevices(DeviceState),
     StagePages(PageBatch),
     Store(RecordUpdate),
@@ -102,7 +102,7 @@ impl Order {
             Self::Pause => "PauseVm",
             Self::Copy(..) => "SendCheckpoint",
             Self::Ship => "Ship",
-            Self::ShipAhead(_) => "ShipAhead",
+            Self::ShipAhead(..) => "ShipAhead",
             Self::Store(_) => "StoreRecord",
             Self::SendBlocks(..) => "SendBlocks",
             Self::Sync(..) => "SyncMemory",
@@ -422,7 +422,15 @@ impl Host {
     }
 
     /// Looks at the dirty pages; the script's guest writes so seldom that all of them have gone quiet.
-    pub(super) fn look(&mut self, tag: Tag) -> Look {
+    pub(super) fn look(&mut self, tag: Tag, most: u64) -> Look {
+        if most == 0 {
+            return Look {
+                tag,
+                dirty: self.dirty.len() as u64,
+                ahead: 0,
+                took: Duration(0),
+            };
+        }
         let cold = core::mem::take(&mut self.dirty);
         self.unacknowledged_in(tag).extend(&cold);
         self.unread = cold;

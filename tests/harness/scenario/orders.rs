@@ -165,8 +165,8 @@ impl Pair {
                 self.send_all(host, messages);
                 self.step(host, Event::Primary(PrimaryEvent::CheckpointSent(shipment)));
             }
-            Order::ShipAhead(tag) => {
-                let look = at.look(tag);
+            Order::ShipAhead(tag, most) => {
+                let look = at.look(tag, most);
                 if look.ahead > 0 {
                     at.order(Order::Ahead(tag));
                 }

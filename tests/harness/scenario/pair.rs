@@ -59,6 +59,8 @@ pub(super) struct Options {
     pub(super) ahead: bool,
     /// The pages of checkpoints are compared with the secondary's.
     pub(super) compare: bool,
+    /// How long a stop may take; with one, pages are only looked at.
+    pub(super) budget: Option<Duration>,
 }
 
 impl Pair {
@@ -79,6 +81,7 @@ impl Pair {
                 checkpoint_every: checkpoint::limits::CHECKPOINT_EVERY,
                 ahead: false,
                 compare: false,
+                budget: None,
             },
             witness: tempfile::tempdir().expect("a directory for the witness"),
             shows_heartbeats: false,
@@ -210,7 +213,7 @@ impl Pair {
                 PrimaryAction::Send(message) => self.send(host, Connection::Data, message),
                 PrimaryAction::SendBlocks { tag, blocks } => at.order(Order::SendBlocks(tag, blocks)),
                 PrimaryAction::SendControl(message) => self.send(host, Connection::Control, message),
-                PrimaryAction::ShipAhead { tag, .. } => at.order(Order::ShipAhead(tag)),
+                PrimaryAction::ShipAhead { tag, pages } => at.order(Order::ShipAhead(tag, pages)),
                 PrimaryAction::SendCheckpoint {
                     blocks,
                     totals,
@@ -328,8 +331,10 @@ impl Pair {
             unmatched_max: checkpoint::limits::UNMATCHED_MAX,
             ahead: self.options.ahead.then(|| Budget {
                 every: LOOK_EVERY,
+                bytes_per_second: if self.options.budget.is_some() { 0 } else { u64::MAX },
                 ..Budget::default()
             }),
+            pause_budget: self.options.budget,
             memory_bytes: super::starts::MEMORY_BYTES,
             disk_bytes: super::host::DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],

@@ -27,11 +27,15 @@ impl Pair {
                 Some(("compare", "yes")) => self.options.compare = true,
                 Some(("resume", policy)) => self.options.resume = policy.parse()?,
                 Some(("ahead", "yes")) => self.options.ahead = true,
+                Some(("budget", span)) => {
+                    self.options.ahead = true;
+                    self.options.budget = Some(span_of(&format!("+{span}"))?);
+                }
                 Some(("mode", mode)) => self.options.mode = mode.parse()?,
                 Some(("every", span)) => self.options.checkpoint_every = span_of(&format!("+{span}"))?,
                 _ => {
                     return Err(format!(
-                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes"
+                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms"
                     ));
                 }
             }
