@@ -54,7 +54,7 @@ pub enum Fault {
     WitnessDown(u64),
     /// The witness does what it is asked, and its answers are lost.
     WitnessMute(u64),
-    /// The witness takes up to half a second for an answer.
+    /// The witness takes up to half a second for an answer, and each comes again within a second.
     WitnessSlow(u64),
     /// The host's disk writes fail half-way.
     WriteFails(usize, u64),

@@ -321,17 +321,25 @@ impl World {
             Some(Claim::LostTo(owner)) => WitnessAnswer::LostTo(owner),
             None => WitnessAnswer::Unreachable("the witness does not answer".to_owned()),
         };
-        let slow = if self.witness.slow_until > self.now {
-            250 * MILLISECOND
-        } else {
-            0
+        // From here on the VM's state is what this host has, in its memory too.
+        if self.witness.latest() == Some((term, node)) && self.current.is_some_and(|current| current != node) {
+            self.current = None;
+        }
+        let answered = || match self.nodes[node].role {
+            Role::Primary(_) => {
+                Happening::PrimaryEvent(node, life, PrimaryEvent::WitnessAnswered(term, answer.clone()))
+            }
+            _ => Happening::SecondaryEvent(node, life, SecondaryEvent::WitnessAnswered(term, answer.clone())),
         };
-        let delay = 20_000 + self.random.below(300_000) + self.random.below(slow + 1);
-        let answered = match self.nodes[node].role {
-            Role::Primary(_) => Happening::PrimaryEvent(node, life, PrimaryEvent::WitnessAnswered(term, answer)),
-            _ => Happening::SecondaryEvent(node, life, SecondaryEvent::WitnessAnswered(term, answer)),
-        };
-        self.later(delay, answered);
+        let (first, again) = (answered(), answered());
+        let slow = self.witness.slow_until > self.now;
+        let extra = if slow { 250 * MILLISECOND } else { 0 };
+        let delay = 20_000 + self.random.below(300_000) + self.random.below(extra + 1);
+        self.later(delay, first);
+        if slow {
+            let delay = delay + self.random.below(1_000 * MILLISECOND);
+            self.later(delay, again);
+        }
     }
 
     /// Carries a claim out; nothing if no answer gets through, which does not mean that nothing was done.

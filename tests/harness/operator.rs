@@ -104,6 +104,10 @@ impl World {
             complete: true,
             clean: false,
         })?;
+        assert!(
+            self.current.is_none_or(|current| current == node),
+            "rule 4: host {node} boots the VM, and what was flushed is on the other's disk"
+        );
         let host = &mut self.nodes[node];
         let mut disk = vec![0; usize::try_from(host.image.size()).expect("small")];
         host.image.read_at(0, &mut disk).map_err(|error| error.to_string())?;

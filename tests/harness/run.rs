@@ -18,7 +18,7 @@ use crate::world::{World, mode_of};
 /// Steps of a checkpoint whose pages are compared.
 const COMPARING: [&str; 4] = ["comparing", "halting", "standing", "answering"];
 /// Rounds of faults in a seed; each ends with the pair protected again.
-const ROUNDS: u64 = 7;
+const ROUNDS: u64 = 8;
 /// Simulated milliseconds from a start, or from the last fault of a round, to a protected pair that serves.
 ///
 /// The longest fault lasts 1.5 s, a restart comes within 0.8 s of a death, and each may come twice.
