@@ -154,16 +154,7 @@ mutants! {
 
 impl Mutant {
     /// Those that the model of the contest must notice, and that the simulation is not asked about.
-    pub const MODEL_ONLY: &[Self] = &[
-        Self::AcceptOldAnswer,
-        Self::ClaimOwnTerm,
-        Self::ContendAfterGoodbye,
-        Self::ContendIncomplete,
-        Self::SkipTermAtFirstStart,
-        Self::StartFollower,
-        Self::StartSuperseded,
-        Self::UnreachableIsWon,
-    ];
+    pub const MODEL_ONLY: &[Self] = &[Self::ContendAfterGoodbye, Self::SkipTermAtFirstStart];
 }
 
 /// Whether this build can have mutants.

@@ -139,12 +139,18 @@ fn an_operator_who_keeps_the_word_does_not_make_two_owners() {
 fn the_model_notices_every_mutant_of_the_contest() {
     // The simulation is asked about these as well.
     let shared = [
+        Mutant::AcceptOldAnswer,
         Mutant::ClaimOnce,
+        Mutant::ClaimOwnTerm,
+        Mutant::ContendIncomplete,
         Mutant::ContendWithinLease,
         Mutant::GoAloneUnasked,
         Mutant::IgnoreLease,
         Mutant::RunAfterLosing,
         Mutant::RunBeforeRecord,
+        Mutant::StartFollower,
+        Mutant::StartSuperseded,
+        Mutant::UnreachableIsWon,
     ];
     let mutants = Mutant::MODEL_ONLY.iter().chain(&shared);
     let mut survivors = Vec::new();
