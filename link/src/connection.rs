@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf, Bytes, BytesMut};
+use checkpoint::Instant;
 use checkpoint::wire::{Encoded, HEADER_BYTES, Header, Message, WireError, decode, encode};
-use checkpoint::{Duration, Instant};
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -29,10 +29,8 @@ const BODY_SHARED_MIN: usize = 16 * 1024;
 const PIECES_MAX: usize = 64;
 /// A body up to this size is put into one piece with its header.
 const PIECE_JOINED_MAX: usize = 2 * 1024;
-/// Messages up to this size are written by the sender itself when the connection is idle.
+/// A thread that sends writes by itself while no more than this is queued.
 const IMMEDIATE_BYTES_MAX: usize = 64 * 1024;
-/// A connection is idle when its last write is this long ago; what comes sooner is gathered by the writing task.
-const IDLE_MIN: Duration = Duration::from_micros(50);
 /// Bytes that tell a connection's speed.
 const MEASURED_BYTES_MIN: u64 = 1024 * 1024;
 /// The kernel's buffers for one connection, in bytes, where it lets us ask for them. What is to be sent shall wait in
@@ -157,8 +155,8 @@ impl Incoming {
 
 /// The writing half of a connection.
 ///
-/// Senders put messages into a queue. Whoever holds `writing` moves them to the socket: the sender itself when
-/// the connection is idle, which saves the way through another thread; else the task that runs [`Self::write`].
+/// Senders put messages into a queue. Whoever holds `writing` moves them to the socket: the task that runs
+/// [`Self::write`]; or the sender itself, when it is done for now or is on a thread of its own.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     stream: Arc<TcpStream>,
@@ -169,7 +167,6 @@ pub(crate) struct Outgoing {
     writing: Mutex<Writing>,
     work: Notify,
     drained: Notify,
-    last_write: AtomicU64,
     /// The last measurement that nobody has taken, or 0.
     speed: AtomicU64,
     broken: AtomicBool,
@@ -179,6 +176,8 @@ pub(crate) struct Outgoing {
 struct Queue {
     pieces: VecDeque<Bytes>,
     ended: bool,
+    /// Threads that wait for room.
+    waiting: usize,
 }
 
 #[derive(Debug, Default)]
@@ -219,7 +218,6 @@ impl Outgoing {
             writing: Mutex::default(),
             work: Notify::new(),
             drained: Notify::new(),
-            last_write: AtomicU64::new(0),
             speed: AtomicU64::new(0),
             broken: AtomicBool::new(false),
         }
@@ -230,10 +228,19 @@ impl Outgoing {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Queues a message; writes it at once if nothing else is under way. Never blocks.
+    /// Queues a message, to be written by the task when it gets its turn. Never blocks.
     pub(crate) fn send(&self, message: &Message) {
-        let pieces = pieces(message);
-        self.push(pieces, self.queue());
+        if self.push(pieces(message), self.queue()).is_some() {
+            self.work.notify_one();
+        }
+    }
+
+    /// Writes what is queued, from the calling thread, as far as the kernel takes it at once: what was sent in one go
+    /// leaves in one go, and without the way through the task. Never blocks.
+    pub(crate) fn write_soon(&self) {
+        if self.queued_bytes() > 0 && !self.write_now() {
+            self.work.notify_one();
+        }
     }
 
     /// Queues a message once fewer than `queued_bytes_max` bytes wait before it. Blocks the calling thread.
@@ -241,12 +248,18 @@ impl Outgoing {
         let pieces = pieces(message);
         let mut queue = self.queue();
         while !queue.ended && self.queued_bytes() >= queued_bytes_max {
+            queue.waiting += 1;
             queue = self.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.waiting -= 1;
         }
         if queue.ended {
             return Err(Closed);
         }
-        self.push(pieces, queue);
+        if let Some(bytes) = self.push(pieces, queue)
+            && !(bytes <= IMMEDIATE_BYTES_MAX && self.write_now())
+        {
+            self.work.notify_one();
+        }
         Ok(())
     }
 
@@ -306,25 +319,17 @@ impl Outgoing {
         self.work.notify_one();
     }
 
-    fn push(&self, pieces: [Bytes; 2], mut queue: MutexGuard<'_, Queue>) {
+    /// Returns how many bytes are queued now, if any will ever be written.
+    fn push(&self, pieces: [Bytes; 2], mut queue: MutexGuard<'_, Queue>) -> Option<usize> {
         if queue.ended {
-            return;
+            return None;
         }
-        let before = self.queued_bytes();
         let mut added = 0;
         for piece in pieces.into_iter().filter(|piece| !piece.is_empty()) {
             added += piece.len();
             queue.pieces.push_back(piece);
         }
-        self.bytes.fetch_add(added, Ordering::Relaxed);
-        drop(queue);
-        if !(before == 0 && added <= IMMEDIATE_BYTES_MAX && self.is_idle() && self.write_now()) {
-            self.work.notify_one();
-        }
-    }
-
-    fn is_idle(&self) -> bool {
-        clock::now().since(Instant(self.last_write.load(Ordering::Relaxed))) >= IDLE_MIN
+        Some(self.bytes.fetch_add(added, Ordering::Relaxed) + added)
     }
 
     /// Writes from the calling thread; false if the task has to look after what is queued.
@@ -376,13 +381,15 @@ impl Outgoing {
     }
 
     fn wrote(&self, written: usize) {
-        self.last_write.store(clock::now().0, Ordering::Relaxed);
         // Under the queue's lock, so that a blocked sender can't miss the news.
         let queue = self.queue();
         let before = self.bytes.load(Ordering::Relaxed);
         self.bytes.store(before.saturating_sub(written), Ordering::Relaxed);
+        let is_awaited = queue.waiting > 0;
         drop(queue);
-        self.room.notify_all();
+        if is_awaited {
+            self.room.notify_all();
+        }
         if before == written {
             self.drained.notify_waiters();
         }
@@ -438,7 +445,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use checkpoint::wire::{Output, encode_into};
-    use checkpoint::{Epoch, Generation, Tag};
+    use checkpoint::{Duration, Epoch, Generation, Tag};
     use proptest::prelude::*;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;

@@ -19,6 +19,7 @@ pub mod contest;
 pub mod control;
 pub mod entropy;
 pub mod listener;
+pub mod mailbox;
 pub mod operator;
 pub mod peer;
 pub mod port;

@@ -139,6 +139,11 @@ impl Link {
         self.0.data.send(&message);
     }
 
+    /// Writes what was sent on the data connection now, and not only when the loop next waits.
+    pub fn flush(&self) {
+        self.0.data.write_soon();
+    }
+
     /// Returns the bytes that wait to be written to the data connection.
     #[must_use]
     pub fn queued_bytes(&self) -> usize {

@@ -1,51 +1,31 @@
 //! The guest's network port: where frames wait for the guest, and where they come out of it.
 //!
-//! The role's loop puts frames in; the device's worker takes them out when the guest has room and
-//! tells the loop of each that reached the guest and of each that the guest sent. The port outlives a
-//! change of role: what waits in it at a takeover is delivered by the next role.
+//! The role's loop puts frames in, and takes the network card's turns: each moves frames to the guest as it has
+//! room and tells the loop of those that reached the guest and of those that the guest sent. The port outlives
+//! a change of role: what waits in it at a takeover is delivered by the next role.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use checkpoint::pair::Delivery;
-use machine::devices::{block, net};
-use rustix::event::{EventfdFlags, eventfd};
+use machine::devices::{self, block, net};
+use tokio::io::unix::AsyncFd;
 
 /// Frames that may wait for the guest before the port counts as full.
 pub const INBOX_FRAMES_MAX: usize = 512;
 
 /// Frames on their way into one guest.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Port {
     inbox: Mutex<VecDeque<Delivery>>,
-    ready: OwnedFd,
 }
 
 impl Port {
-    /// Makes an empty port.
-    ///
-    /// # Errors
-    /// Fails if the host has no file descriptor left.
-    pub fn new() -> std::io::Result<Arc<Self>> {
-        let ready = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Arc::new(Self {
-            inbox: Mutex::default(),
-            ready,
-        }))
-    }
-
-    /// Puts a frame behind those that wait.
+    /// Puts a frame behind those that wait; then a turn of the card is due.
     pub fn deliver(&self, delivery: Delivery) {
-        let mut inbox = self.inbox();
-        let waits = !inbox.is_empty();
-        inbox.push_back(delivery);
-        drop(inbox);
-        // With others before it the worker has been woken: it sleeps only after it has seen the inbox empty.
-        if !waits {
-            self.wake();
-        }
+        self.inbox().push_back(delivery);
     }
 
     /// Forgets the frames that wait.
@@ -68,14 +48,9 @@ impl Port {
     fn inbox(&self) -> MutexGuard<'_, VecDeque<Delivery>> {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn wake(&self) {
-        // The counter can't overflow: the worker resets it. A full one means that it is readable, as wanted.
-        let _ = rustix::io::write(&self.ready, &1_u64.to_ne_bytes());
-    }
 }
 
-/// What a port tells its role's loop, from the device's worker thread. Both may block for back-pressure.
+/// What a port tells its role's loop, in the card's turn, which the loop itself takes. Must not block.
 pub trait Observer: Send {
     /// The guest sent a frame.
     fn sent(&mut self, frame: Bytes);
@@ -93,7 +68,6 @@ pub struct PortBackend<O> {
 impl<O: Observer> PortBackend<O> {
     /// Makes the back end of one role.
     pub fn new(port: Arc<Port>, observer: O) -> Self {
-        port.wake();
         Self {
             port,
             observer,
@@ -108,14 +82,7 @@ impl<O: Observer> net::Backend for PortBackend<O> {
     }
 
     fn receive(&mut self) -> Option<Bytes> {
-        let next = {
-            let mut inbox = self.port.inbox();
-            let next = inbox.pop_front();
-            if next.is_none() {
-                let _ = rustix::io::read(&self.port.ready, &mut [0_u8; 8]);
-            }
-            next
-        };
+        let next = self.port.inbox().pop_front();
         let frame = next.as_ref().map(|delivery| delivery.guest.clone());
         self.current = next;
         frame
@@ -128,7 +95,51 @@ impl<O: Observer> net::Backend for PortBackend<O> {
     }
 
     fn readiness(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.port.ready.as_fd()]
+        Vec::new()
+    }
+}
+
+/// The network card's turns, taken by a role's loop.
+pub struct Turns {
+    card: AsyncFd<devices::Turns>,
+    due: bool,
+}
+
+impl Turns {
+    /// Makes the loop take the turns of `card` from now on. The first is due.
+    ///
+    /// # Errors
+    /// Fails if the runtime can't watch the card.
+    pub fn new(card: devices::Turns) -> std::io::Result<Self> {
+        #[expect(
+            deprecated,
+            reason = "its replacement is unsafe; the card keeps one descriptor open for as long as it lives"
+        )]
+        let card = AsyncFd::new(card)?;
+        Ok(Self { card, due: true })
+    }
+
+    /// Makes a turn due: there is a frame for the guest.
+    pub fn make_due(&mut self) {
+        self.due = true;
+    }
+
+    /// Waits until a turn is due. Nothing is lost if the wait is given up.
+    pub async fn due(&mut self) {
+        if !self.due {
+            // Fails only when the runtime ends, and its tasks with it.
+            if let Ok(mut kicked) = self.card.readable().await {
+                kicked.clear_ready();
+            }
+            self.due = true;
+        }
+    }
+
+    /// Takes a turn if one is due.
+    pub fn take(&mut self) {
+        if self.due {
+            self.due = self.card.get_ref().take();
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::devices::block::{self, Block};
 use crate::devices::console::Console;
 use crate::devices::entropy::{Entropy, EntropySource};
 use crate::devices::net::{self, Net};
-use crate::devices::{DeviceError, VirtioMmio};
+use crate::devices::{DeviceError, Turns, VirtioMmio};
 use crate::dirty::DirtyLog;
 use crate::doorbell::{Doorbell, Interrupt};
 use crate::kvm::{Host, HostError, refused};
@@ -296,6 +296,10 @@ impl Vm for KvmVm {
         self.devices.block.set_backend(block)?;
         self.devices.net.set_backend(net);
         Ok(())
+    }
+
+    fn net_turns(&self) -> Turns {
+        self.devices.net.mmio().turns()
     }
 
     fn set_entropy_seed(&mut self, seed: Option<[u8; 32]>) {

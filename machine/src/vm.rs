@@ -11,7 +11,7 @@ use std::io;
 
 use thiserror::Error;
 
-use crate::devices::{DeviceError, block, net};
+use crate::devices::{DeviceError, Turns, block, net};
 use crate::kvm::HostError;
 use crate::vcpu::state::RegisterError;
 use crate::{GuestRam, MachineState, PageSet, StateError};
@@ -65,6 +65,12 @@ pub trait Vm: Send {
     /// # Panics
     /// If the machine is not paused.
     fn set_backends(&mut self, net: Box<dyn net::Backend>, block: Box<dyn block::Backend>) -> Result<(), VmError>;
+
+    /// Lets the holder take the network card's turns, which a thread of the card's does else.
+    ///
+    /// # Panics
+    /// If someone has them already.
+    fn net_turns(&self) -> Turns;
 
     /// Draws the guest's random bytes from the start of this seed's stream from now on, or from the host.
     fn set_entropy_seed(&mut self, seed: Option<[u8; 32]>);

@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backends;
 pub mod encoding;
 pub mod event;
 pub mod protocol;

@@ -7,25 +7,25 @@ use std::time::Duration as StdDuration;
 
 use bytes::Bytes;
 use checkpoint::handshake::{self, Local};
-use checkpoint::pair::Delivery;
 use checkpoint::wire::{Held, MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Instant};
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
-use link::port::{Observer, Port, PortBackend};
+use link::mailbox::{self, mailbox};
+use link::port::{Port, PortBackend, Turns};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
-use link::{Alarms, Established, Events as LinkEvents, Link, LinkEvent, Worker};
-use machine::devices::block;
+use link::{Alarms, BulkSender, Established, Events as LinkEvents, Link, LinkEvent, Worker};
 use machine::tap::Tap;
-use machine::{GuestRam, PowerEvent, Vm};
+use machine::{PowerEvent, Vm};
+use storage::FileImage;
 use storage::witness::DirectoryWitness;
-use storage::{FileImage, Image};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
+use crate::backends::{Disk, Events, give_back_image};
 use crate::event::{Action, Event, GuestEnd, Outcome};
 use crate::protocol::{Options, Primary, Start};
 use crate::trace::Traces;
@@ -35,12 +35,12 @@ use crate::vm::{self, Command, DiskCommand, VmThread};
 const EVENTS_MAX: usize = 4_096;
 /// Frames taken from the TAP in one go.
 const FRAMES_PER_TURN: usize = 64;
+/// Events of the machine taken in one go; more than a turn of the network card makes.
+const EVENTS_PER_TURN: usize = 256;
 /// Messages of the peer taken in one go.
 const MESSAGES_PER_TURN: usize = 64;
 /// Longest time that an orderly end of the connections takes.
 const GOODBYE_MAX: StdDuration = StdDuration::from_millis(500);
-/// Time after a takeover before memory that is held twice is given back.
-const GIVE_BACK_AFTER: StdDuration = StdDuration::from_secs(2);
 /// Time between two attempts to reach a secondary.
 const DIAL_EVERY: StdDuration = StdDuration::from_millis(250);
 
@@ -93,17 +93,13 @@ pub struct Outside {
 /// # Errors
 /// Fails if the host refuses a thread or a descriptor at the start.
 pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Outcome> {
-    let (events, inbox) = mpsc::channel(EVENTS_MAX);
+    let (events, inbox) = mailbox(EVENTS_MAX);
     let (folded, ready) = setup.image_ready.take().map_or((None, None), |image_ready| {
         let (open, ready) = std::sync::mpsc::channel();
         (Some((image_ready, open)), Some(ready))
     });
     let net = PortBackend::new(Arc::clone(&setup.port), Events(events.clone()));
-    let disk = Disk {
-        image: Arc::clone(&setup.image),
-        ready,
-        events: events.clone(),
-    };
+    let disk = Disk::new(Arc::clone(&setup.image), ready, events.clone());
     setup
         .vm
         .set_backends(Box::new(net), Box::new(disk))
@@ -112,6 +108,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         give_back_image(setup.vm.ram())?;
     }
     let traces = Traces::default();
+    let card = Turns::new(setup.vm.net_turns())?;
     let vm = vm::spawn(setup.vm, Arc::clone(&setup.image), traces.clone(), events.clone())?;
     let disk = vm::spawn_disk(Arc::clone(&setup.image), setup.record, folded, events.clone())?;
     let (dialled, answers) = mpsc::channel(1);
@@ -143,6 +140,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         peer: setup.peer,
         tap: setup.tap,
         port: setup.port,
+        card,
         witness: setup.witness,
         sentinel: setup.sentinel,
         hold: false,
@@ -163,97 +161,12 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
     role.run(inbox, answers, setup.power, outside).await
 }
 
-/// After a takeover the committed image is of no more use where the guest has copies of its own: its memory goes back to
-/// the host, a little at a time.
-fn give_back_image(ram: GuestRam) -> std::io::Result<()> {
-    const PAGES_AT_ONCE: u64 = 4_096;
-    std::thread::Builder::new()
-        .name("give-back".to_owned())
-        .spawn(move || {
-            // Clients come first: right after the takeover they need the processors.
-            std::thread::sleep(GIVE_BACK_AFTER);
-            let mut pages = 0;
-            for first in (0..ram.pages()).step_by(PAGES_AT_ONCE.try_into().expect("a small number")) {
-                match ram.give_back_image(first..(first + PAGES_AT_ONCE).min(ram.pages())) {
-                    Ok(count) => pages += count,
-                    Err(error) => return warn!("{}", link::describe(&error)),
-                }
-                std::thread::yield_now();
-            }
-            info!(pages, "memory that was held twice is given back");
-        })?;
-    Ok(())
-}
-
-/// The machine's threads tell the loop through this; they block while it is behind.
-struct Events(mpsc::Sender<Event>);
-
-impl Observer for Events {
-    fn sent(&mut self, frame: Bytes) {
-        // A closed channel means that the role has ended.
-        let _ = self.0.blocking_send(Event::GuestSent(frame));
-    }
-
-    fn consumed(&mut self, delivery: Delivery) {
-        let _ = self.0.blocking_send(Event::InputConsumed(delivery));
-    }
-}
-
-/// The block device's back end: the image, and each write told to the loop before the guest hears of it.
-struct Disk {
-    image: Arc<FileImage>,
-    /// Opened by the disk's thread; closed for good if the image could not be brought up to date.
-    ready: Option<std::sync::mpsc::Receiver<()>>,
-    events: mpsc::Sender<Event>,
-}
-
-impl Disk {
-    fn wait(&mut self) -> std::io::Result<()> {
-        if let Some(ready) = &self.ready {
-            ready.recv().map_err(std::io::Error::other)?;
-            self.ready = None;
-        }
-        Ok(())
-    }
-}
-
-impl block::Backend for Disk {
-    fn size(&self) -> u64 {
-        self.image.size()
-    }
-
-    fn read(&mut self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
-        self.wait()?;
-        self.image.read_at(offset, bytes)
-    }
-
-    fn write(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
-        self.wait()?;
-        let written = self.image.write_at(offset, bytes);
-        let mut data = bytes.to_vec();
-        if written.is_err() {
-            // Some of it may be there: whatever is, the secondary's disk gets it too.
-            self.image.read_at(offset, &mut data)?;
-        }
-        let _ = self.events.blocking_send(Event::GuestWrote {
-            offset,
-            data: data.into(),
-        });
-        written
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.wait()?;
-        self.image.flush()
-    }
-}
-
 struct Role {
     protocol: Primary,
     actions: Vec<Action>,
     vm: VmThread,
     disk: Worker<DiskCommand>,
-    events: mpsc::Sender<Event>,
+    events: mailbox::Sender<Event>,
     link: Option<(Link, LinkEvents)>,
     /// The peer has been told that this end is in order.
     goodbye: bool,
@@ -265,6 +178,7 @@ struct Role {
     peer: Option<SocketAddr>,
     tap: Arc<Tap>,
     port: Arc<Port>,
+    card: Turns,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
     hold: bool,
@@ -286,7 +200,7 @@ struct Role {
 impl Role {
     async fn run(
         mut self,
-        mut inbox: mpsc::Receiver<Event>,
+        mut inbox: mailbox::Receiver<Event>,
         mut answers: mpsc::Receiver<Established>,
         mut power: mpsc::UnboundedReceiver<PowerEvent>,
         outside: &mut Outside,
@@ -304,12 +218,8 @@ impl Role {
         while self.outcome.is_none() {
             let deadline = clock::sleep_until(self.protocol.deadline());
             tokio::select! {
-                event = inbox.recv() => {
-                    self.step(event.expect("the loop holds a sender"));
-                    while let Ok(event) = inbox.try_recv() {
-                        self.step(event);
-                    }
-                }
+                event = inbox.recv() => self.step(event),
+                () = self.card.due() => {}
                 event = next_link_event(&mut self.link) => {
                     self.link_event(event);
                     for _ in 1..MESSAGES_PER_TURN {
@@ -331,6 +241,14 @@ impl Role {
                     self.step(Event::StopAsked);
                 }
                 () = deadline => self.step(Event::Timeout),
+            }
+            self.card.take();
+            for _ in 0..EVENTS_PER_TURN {
+                let Some(event) = inbox.try_recv() else { break };
+                self.step(event);
+            }
+            if let Some((link, _)) = &self.link {
+                link.flush();
             }
         }
         self.wind_up().await
@@ -395,16 +313,14 @@ impl Role {
             Action::Claim(term) => self.claim(term),
             Action::CloseLink => self.drop_link(),
             Action::CompareBlocks(hashes) => {
-                if let Some((link, _)) = &self.link {
-                    let key = link::entropy::hash_key(self.session);
-                    self.disk.send(DiskCommand::Compare {
-                        hashes,
-                        key,
-                        bulk: link.bulk(),
-                    });
-                }
+                let Some(bulk) = self.bulk() else { return };
+                let key = link::entropy::hash_key(self.session);
+                self.disk.send(DiskCommand::Compare { hashes, key, bulk });
             }
-            Action::Deliver(delivery) => self.port.deliver(delivery),
+            Action::Deliver(delivery) => {
+                self.port.deliver(delivery);
+                self.card.make_due();
+            }
             Action::Dial => self.dial(),
             Action::End(outcome) => self.outcome = Some(outcome),
             Action::HoldInput(hold) => self.hold = hold,
@@ -424,33 +340,22 @@ impl Role {
                 totals,
                 both_ran,
             } => {
-                if let Some((link, _)) = &self.link {
-                    self.vm.send(Command::Ship {
-                        tag,
-                        blocks,
-                        totals,
-                        both_ran,
-                        bulk: link.bulk(),
-                    });
-                }
+                let Some(bulk) = self.bulk() else { return };
+                self.vm.send(Command::Ship {
+                    tag,
+                    blocks,
+                    totals,
+                    both_ran,
+                    bulk,
+                });
             }
             Action::ShipAhead { tag, pages } => {
-                if let Some((link, _)) = &self.link {
-                    self.vm.send(Command::ShipAhead {
-                        tag,
-                        pages,
-                        bulk: link.bulk(),
-                    });
-                }
+                let Some(bulk) = self.bulk() else { return };
+                self.vm.send(Command::ShipAhead { tag, pages, bulk });
             }
             Action::SendBlocks { tag, blocks } => {
-                if let Some((link, _)) = &self.link {
-                    self.disk.send(DiskCommand::Send {
-                        tag,
-                        blocks,
-                        bulk: link.bulk(),
-                    });
-                }
+                let Some(bulk) = self.bulk() else { return };
+                self.disk.send(DiskCommand::Send { tag, blocks, bulk });
             }
             Action::SendControl(message) => {
                 self.goodbye = matches!(message, Message::Goodbye(_));
@@ -461,16 +366,20 @@ impl Role {
             Action::SeedEntropy(seed) => self.vm.send(Command::Seed(seed)),
             Action::StoreRecord(update) => self.disk.send(DiskCommand::Store(update)),
             Action::SyncMemory { totals, difference } => {
-                if let Some((link, _)) = &self.link {
-                    self.vm.send(Command::Sync {
-                        totals,
-                        difference,
-                        bulk: link.bulk(),
-                    });
-                }
+                let Some(bulk) = self.bulk() else { return };
+                self.vm.send(Command::Sync {
+                    totals,
+                    difference,
+                    bulk,
+                });
             }
             Action::Transmit { frames, not_after } => self.transmit(&frames, not_after),
         }
+    }
+
+    /// Returns the way for bulk data, unless the link has gone since the order was given.
+    fn bulk(&self) -> Option<BulkSender> {
+        self.link.as_ref().map(|(link, _)| link.bulk())
     }
 
     /// The clock is read right before the frames are written: a process that was stopped in between drops them.
@@ -496,8 +405,7 @@ impl Role {
         let Some(witness) = &self.witness else { return };
         let events = self.events.clone();
         link::contest::claim(witness, term, move |answer| {
-            // A closed channel means that the role has ended.
-            let _ = events.blocking_send(Event::WitnessAnswered(term, answer));
+            events.send(Event::WitnessAnswered(term, answer));
         });
     }
 

@@ -21,13 +21,13 @@ use checkpoint::pages::identical::PageMatches;
 use checkpoint::pages::{BASE_BYTES_DEFAULT, BATCH_BYTES, BatchEncoder, Chooser, Page, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
+use link::mailbox;
 use link::peer::BulkSender;
 use link::worker::{Inbox, Worker};
 use link::{clock, describe};
 use machine::{GuestRam, MemoryError, PageSet, VmError};
 use storage::verify::block_range;
 use storage::{FileImage, Image};
-use tokio::sync::mpsc as events;
 
 use crate::encoding::{Encoding, timed};
 use crate::event::{AheadShipment, Event, Shipment};
@@ -159,7 +159,7 @@ impl Courier {
         image: Arc<FileImage>,
         ram: GuestRam,
         traces: Traces,
-        events: events::Sender<Event>,
+        events: mailbox::Sender<Event>,
     ) -> std::io::Result<Self> {
         let unread = Unread::default();
         let (give_back, returned) = mpsc::channel();
@@ -232,7 +232,7 @@ struct Carrier {
     image: Arc<FileImage>,
     ram: GuestRam,
     traces: Traces,
-    events: events::Sender<Event>,
+    events: mailbox::Sender<Event>,
     unread: Unread,
     few: Copies,
     give_back: mpsc::Sender<Copies>,
@@ -279,8 +279,7 @@ impl Carrier {
     }
 
     fn report(&self, event: Event) {
-        // A closed channel means that the role has ended; the next receive ends this thread.
-        let _ = self.events.blocking_send(event);
+        self.events.send(event);
     }
 
     fn of(&mut self, tag: Tag) -> Option<&mut (Box<Parcel>, checkpoint::Instant)> {

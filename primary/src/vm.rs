@@ -9,6 +9,7 @@ use checkpoint::Tag;
 use checkpoint::pages::identical::PageMatches;
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message, Section};
+use link::mailbox;
 use link::peer::BulkSender;
 use link::record::RecordPlace;
 use link::worker::{Inbox, Worker};
@@ -16,7 +17,6 @@ use link::{clock, describe};
 use machine::{GuestRam, PageSet, Vm};
 use storage::verify::{BlockHash, HashKey, block_count};
 use storage::{FileImage, Image as _};
-use tokio::sync::mpsc as events;
 
 use crate::event::{Event, Look, Shipment};
 use crate::scout::Scout;
@@ -61,7 +61,7 @@ pub(crate) fn spawn(
     vm: Box<dyn Vm>,
     image: Arc<FileImage>,
     traces: Traces,
-    events: events::Sender<Event>,
+    events: mailbox::Sender<Event>,
 ) -> std::io::Result<VmThread> {
     let ram = vm.ram();
     let keeper = Keeper {
@@ -84,7 +84,7 @@ struct Keeper {
     ram: GuestRam,
     courier: Courier,
     scout: Scout,
-    events: events::Sender<Event>,
+    events: mailbox::Sender<Event>,
     /// The epoch that `unacknowledged` belongs to, unless it was abandoned.
     open: Option<Tag>,
     /// Pages of the checkpoint that is not acknowledged yet, shipped ahead or at the stop, with those of the sync before it.
@@ -185,8 +185,7 @@ impl Keeper {
     }
 
     fn report(&self, event: Event) {
-        // A closed channel means that the role has ended; the next receive ends this thread.
-        let _ = self.events.blocking_send(event);
+        self.events.send(event);
     }
 
     /// Nothing became of what was taken or cleared since the last acknowledgement.
@@ -331,14 +330,13 @@ pub(crate) fn spawn_disk(
     image: Arc<FileImage>,
     record: RecordPlace,
     folded: Option<Folded>,
-    events: events::Sender<Event>,
+    events: mailbox::Sender<Event>,
 ) -> std::io::Result<Worker<DiskCommand>> {
     Worker::spawn("disk", move |inbox| {
         if let Some((image_ready, open)) = folded
             && let Err(reason) = wait_for(&image_ready, &open)
         {
-            // A closed channel means that the role has ended.
-            let _ = events.blocking_send(Event::VmFailed(reason));
+            events.send(Event::VmFailed(reason));
             return;
         }
         while let Some(order) = inbox.next() {
@@ -350,8 +348,7 @@ pub(crate) fn spawn_disk(
                 DiskCommand::Store(update) => Some(store(&record, update)),
             };
             if let Some(event) = event {
-                // A closed channel means that the role has ended; what is queued is still to be done.
-                let _ = events.blocking_send(event);
+                events.send(event);
             }
         }
     })
@@ -401,7 +398,7 @@ mod tests {
     use checkpoint::{Epoch, Generation, Role};
     use storage::Record;
 
-    fn disk(dir: &std::path::Path, folded: Option<Folded>) -> (Worker<DiskCommand>, events::Receiver<Event>) {
+    fn disk(dir: &std::path::Path, folded: Option<Folded>) -> (Worker<DiskCommand>, mailbox::Receiver<Event>) {
         let path = dir.join("disk.img");
         std::fs::write(&path, [0; 4096]).unwrap();
         let image = Arc::new(FileImage::open(&path).unwrap());
@@ -411,7 +408,7 @@ mod tests {
             node: "left".to_owned(),
             witness: None,
         };
-        let (sender, inbox) = events::channel(8);
+        let (sender, inbox) = mailbox::mailbox(8);
         (spawn_disk(image, place, folded, sender).unwrap(), inbox)
     }
 
@@ -425,30 +422,31 @@ mod tests {
         }
     }
 
-    #[test]
-    fn nothing_is_done_with_the_image_before_a_takeover_is_in_it() {
+    #[tokio::test]
+    async fn nothing_is_done_with_the_image_before_a_takeover_is_in_it() {
         let dir = tempfile::tempdir().unwrap();
         let (done, image_ready) = mpsc::channel();
         let (open, ready) = mpsc::channel();
         let (worker, mut inbox) = disk(dir.path(), Some((image_ready, open)));
         worker.send(DiskCommand::Store(update()));
-        assert!(ready.try_recv().is_err() && inbox.try_recv().is_err());
+        assert!(ready.try_recv().is_err() && inbox.try_recv().is_none());
         done.send(Ok(())).unwrap();
         ready.recv().unwrap();
-        assert!(matches!(inbox.blocking_recv(), Some(Event::RecordStored(record)) if record == update()));
+        assert!(matches!(inbox.recv().await, Event::RecordStored(record) if record == update()));
     }
 
-    #[test]
-    fn case_30_a_takeover_that_is_not_in_the_image_ends_the_role_and_no_request_is_answered() {
+    #[tokio::test]
+    async fn case_30_a_takeover_that_is_not_in_the_image_ends_the_role_and_no_request_is_answered() {
         let dir = tempfile::tempdir().unwrap();
         let (done, image_ready) = mpsc::channel();
         let (open, ready) = mpsc::channel();
         let (worker, mut inbox) = disk(dir.path(), Some((image_ready, open)));
         worker.send(DiskCommand::Store(update()));
         done.send(Err("the disk is broken".to_owned())).unwrap();
-        assert!(matches!(inbox.blocking_recv(), Some(Event::VmFailed(reason)) if reason == "the disk is broken"));
+        assert!(matches!(inbox.recv().await, Event::VmFailed(reason) if reason == "the disk is broken"));
         ready.recv().unwrap_err();
         ready.recv().unwrap_err();
-        assert!(inbox.blocking_recv().is_none(), "the record is not written");
+        worker.join();
+        assert!(inbox.try_recv().is_none(), "the record is not written");
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use checkpoint::pair::RecordUpdate;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message};
 use checkpoint::{Epoch, Tag};
+use link::mailbox;
 use link::peer::BulkSender;
 use link::record::RecordPlace;
 use link::worker::{Orders, Worker};
@@ -15,7 +16,6 @@ use machine::devices::block;
 use storage::replica::ReserveError;
 use storage::verify::{HashKey, block_count};
 use storage::{CommitJob, FileImage, Image, Replica};
-use tokio::sync::mpsc as events;
 
 use crate::event::Event;
 use crate::vm;
@@ -54,11 +54,11 @@ impl Disk {
 /// The block device's back end while this side follows.
 pub(crate) struct Follower {
     disk: Disk,
-    events: events::Sender<Event>,
+    events: mailbox::Sender<Event>,
 }
 
 impl Follower {
-    pub(crate) fn new(disk: Disk, events: events::Sender<Event>) -> Self {
+    pub(crate) fn new(disk: Disk, events: mailbox::Sender<Event>) -> Self {
         Self { disk, events }
     }
 }
@@ -79,8 +79,7 @@ impl block::Backend for Follower {
             replica.near_limit()
         };
         if near && !self.disk.asked.swap(true, Ordering::Relaxed) {
-            // A closed channel means that the role has ended.
-            let _ = self.events.blocking_send(Event::NearLimit);
+            self.events.send(Event::NearLimit);
         }
         Ok(())
     }
@@ -115,7 +114,7 @@ pub(crate) enum Command {
 pub(crate) fn spawn(
     disk: Disk,
     place: RecordPlace,
-    events: events::Sender<Event>,
+    events: mailbox::Sender<Event>,
     vm: Orders<vm::Command>,
 ) -> io::Result<Worker<Command>> {
     Worker::spawn("disk", move |inbox| {
@@ -129,15 +128,14 @@ pub(crate) fn spawn(
                 Command::Store(update) => match place.store(update) {
                     Ok(()) => Some(Event::RecordStored(update)),
                     Err(error) => {
-                        let _ = events.blocking_send(Event::VmFailed(link::describe(&error)));
+                        events.send(Event::VmFailed(link::describe(&error)));
                         return;
                     }
                 },
                 order => obey(&disk, order),
             };
             if let Some(event) = event {
-                // A closed channel means that the role has ended; what is queued is still to be done.
-                let _ = events.blocking_send(event);
+                events.send(event);
             }
         }
     })

@@ -9,7 +9,8 @@ use checkpoint::wire::{Begin, Message, Session};
 use checkpoint::{Generation, Instant};
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
-use link::port::{Observer, Port, PortBackend};
+use link::mailbox::{self, mailbox};
+use link::port::{Observer, Port, PortBackend, Turns};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
@@ -27,6 +28,8 @@ use crate::vm::{self, Command, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
 const EVENTS_MAX: usize = 4_096;
+/// Events of the machine taken in one go; more than a turn of the network card makes.
+const EVENTS_PER_TURN: usize = 256;
 /// Messages of the peer taken in one go.
 const MESSAGES_PER_TURN: usize = 64;
 /// Longest time that an orderly end of the connections takes.
@@ -81,7 +84,7 @@ pub async fn run(
     control: &mut mpsc::Receiver<ControlRequest>,
     stop: &mut watch::Receiver<bool>,
 ) -> std::io::Result<Finished> {
-    let (events, inbox) = mpsc::channel(EVENTS_MAX);
+    let (events, inbox) = mailbox(EVENTS_MAX);
     let disk = Disk::new(Arc::clone(&setup.image), setup.replica);
     let net = PortBackend::new(Arc::clone(&setup.port), Events(events.clone()));
     let block = Follower::new(disk.clone(), events.clone());
@@ -89,6 +92,7 @@ pub async fn run(
         .vm
         .set_backends(Box::new(net), Box::new(block))
         .map_err(std::io::Error::other)?;
+    let card = Turns::new(setup.vm.net_turns())?;
     let vm = vm::spawn(setup.vm, events.clone())?;
     let thread = disk::spawn(disk.clone(), setup.record, events.clone(), vm.orders())?;
     let primary = setup.established.hello.node;
@@ -109,6 +113,7 @@ pub async fn run(
         pair: setup.pair,
         node: setup.node,
         port: setup.port,
+        card,
         witness: setup.witness,
         sentinel: setup.sentinel,
         alarms: Alarms::default(),
@@ -122,17 +127,16 @@ pub async fn run(
         .await
 }
 
-/// The machine's threads tell the loop through this; they block while it is behind.
-struct Events(mpsc::Sender<Event>);
+/// What happens in a turn of the network card, which the loop takes itself.
+struct Events(mailbox::Sender<Event>);
 
 impl Observer for Events {
     fn sent(&mut self, frame: Bytes) {
-        // A closed channel means that the role has ended.
-        let _ = self.0.blocking_send(Event::GuestSent(frame));
+        self.0.post(Event::GuestSent(frame));
     }
 
     fn consumed(&mut self, delivery: Delivery) {
-        let _ = self.0.blocking_send(Event::InputConsumed(delivery));
+        self.0.post(Event::InputConsumed(delivery));
     }
 }
 
@@ -142,7 +146,7 @@ struct Role {
     vm: VmThread,
     disk: Disk,
     thread: Worker<disk::Command>,
-    events: mpsc::Sender<Event>,
+    events: mailbox::Sender<Event>,
     link: Link,
     session: Session,
     /// The peer has been told that this end is in order.
@@ -154,6 +158,7 @@ struct Role {
     pair: String,
     node: String,
     port: Arc<Port>,
+    card: Turns,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
     alarms: Alarms,
@@ -168,7 +173,7 @@ struct Role {
 impl Role {
     async fn run(
         mut self,
-        mut inbox: mpsc::Receiver<Event>,
+        mut inbox: mailbox::Receiver<Event>,
         mut peer: LinkEvents,
         mut power: mpsc::UnboundedReceiver<PowerEvent>,
         control: &mut mpsc::Receiver<ControlRequest>,
@@ -181,12 +186,8 @@ impl Role {
         while self.outcome.is_none() {
             let deadline = clock::sleep_until(self.protocol.deadline());
             tokio::select! {
-                event = inbox.recv() => {
-                    self.step(event.expect("the loop holds a sender"));
-                    while let Ok(event) = inbox.try_recv() {
-                        self.step(event);
-                    }
-                }
+                event = inbox.recv() => self.step(event),
+                () = self.card.due() => {}
                 Some(event) = peer.recv() => {
                     self.link_event(event);
                     for _ in 1..MESSAGES_PER_TURN {
@@ -202,6 +203,12 @@ impl Role {
                 }
                 () = deadline => self.step(Event::Timeout),
             }
+            self.card.take();
+            for _ in 0..EVENTS_PER_TURN {
+                let Some(event) = inbox.try_recv() else { break };
+                self.step(event);
+            }
+            self.link.flush();
         }
         drop(inbox);
         self.wind_up(power).await
@@ -296,7 +303,10 @@ impl Role {
                     self.thread.send(disk::Command::Run(job));
                 }
             }
-            Action::Deliver(delivery) => self.port.deliver(delivery),
+            Action::Deliver(delivery) => {
+                self.port.deliver(delivery);
+                self.card.make_due();
+            }
             Action::DropDeliveries => self.port.clear(),
             Action::DropStage => self.vm.send(Command::DropStage),
             Action::End(outcome) => self.outcome = Some(outcome),
@@ -315,10 +325,8 @@ impl Role {
             Action::StageWrite(write) => {
                 let staged = self.disk.replica().stage(write.tag.epoch, write.offset, &write.data);
                 if let Err(error) = staged {
-                    // Delivered after this step: actions are carried out in order.
-                    let events = self.events.clone();
-                    let event = Event::StageFailed(error.to_string());
-                    tokio::spawn(async move { events.send(event).await });
+                    // Taken after this step: actions are carried out in order.
+                    self.events.post(Event::StageFailed(error.to_string()));
                 }
             }
             Action::StoreRecord(update) => self.thread.send(disk::Command::Store(update)),
@@ -329,8 +337,7 @@ impl Role {
         let Some(witness) = &self.witness else { return };
         let events = self.events.clone();
         link::contest::claim(witness, term, move |answer| {
-            // A closed channel means that the role has ended.
-            let _ = events.blocking_send(Event::WitnessAnswered(term, answer));
+            events.send(Event::WitnessAnswered(term, answer));
         });
     }
 

@@ -10,9 +10,9 @@ use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError, decode
 use checkpoint::wire::{DeviceState, PageBatch};
 use checkpoint::{Epoch, Tag};
 use link::describe;
+use link::mailbox;
 use link::worker::{Inbox, Worker};
 use machine::{GuestRam, MachineState, MemoryError, Section, Vm};
-use tokio::sync::mpsc as events;
 
 use crate::event::Event;
 
@@ -38,7 +38,7 @@ pub(crate) enum Command {
 pub(crate) type VmThread = Worker<Command, Box<dyn Vm>>;
 
 /// Starts the thread that owns the VM.
-pub(crate) fn spawn(vm: Box<dyn Vm>, events: events::Sender<Event>) -> std::io::Result<VmThread> {
+pub(crate) fn spawn(vm: Box<dyn Vm>, events: mailbox::Sender<Event>) -> std::io::Result<VmThread> {
     let ram = vm.ram();
     let loader = Loader {
         vm,
@@ -66,7 +66,7 @@ struct Stage {
 struct Loader {
     vm: Box<dyn Vm>,
     ram: GuestRam,
-    events: events::Sender<Event>,
+    events: mailbox::Sender<Event>,
     stage: Stage,
     decoder: BatchDecoder,
     /// The epoch that the committed image holds, once one was loaded in this pairing.
@@ -77,8 +77,7 @@ impl Loader {
     fn run(mut self, inbox: &Inbox<Command>) -> Box<dyn Vm> {
         while let Some(order) = inbox.next() {
             if let Some(event) = self.obey(order) {
-                // A closed channel means that the role has ended; the next receive ends this thread.
-                let _ = self.events.blocking_send(event);
+                self.events.send(event);
             }
         }
         self.vm

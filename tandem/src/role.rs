@@ -110,7 +110,7 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let (_server, control) = Server::start(&host.settings.vm.control)?;
     let (generation, last_epoch) = host.contest()?;
     let mut outside = Outside { control, stop };
-    let port = Port::new().context("the host refuses a descriptor: raise its limits (ulimit -n)")?;
+    let port = Arc::new(Port::default());
     let (mut vm, power) = host.machine(Mapping::Shared, &port)?;
     vm.boot(GUEST_IMAGE, &host.settings.vm.cmdline)
         .context("the guest can't be booted")?;

@@ -5,8 +5,8 @@
 //!        └──ioeventfd──► worker thread ──► net │ block │ console │ entropy ──► back end
 //! ```
 //!
-//! Each device has a worker thread of its own, the only one that touches the guest's queues. Between
-//! two requests it can be frozen: then nothing is in flight, and no guest memory is read or written
+//! Each device has a worker thread of its own, the only one that touches the guest's queues, unless someone
+//! else takes its turns ([`Turns`]). Between two requests it can be frozen: then nothing is in flight, and no guest memory is read or written
 //! until it is thawed. Whatever the guest has queued stays in guest memory and is carried there.
 //!
 //! Everything a guest can write, registers, rings and descriptors, is hostile here: a queue that
@@ -19,8 +19,8 @@ pub mod net;
 pub mod virtio;
 
 pub use crate::doorbell::Interrupt;
-pub use virtio::DeviceError;
 pub use virtio::mmio::{Notifier, VirtioMmio};
+pub use virtio::{DeviceError, Turns};
 
 #[cfg(test)]
 mod tests;

@@ -70,7 +70,7 @@ impl Primary {
         let mut frames = Vec::new();
         let mut trigger = None;
         let mut violation = None;
-        for verdict in core::mem::take(&mut self.verdicts) {
+        for verdict in self.verdicts.drain(..) {
             match verdict {
                 Verdict::Release(frame) => frames.push(frame),
                 Verdict::Diverged(divergence) => {

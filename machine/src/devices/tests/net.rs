@@ -1,7 +1,7 @@
 //! The network card, alone and handed over between two cards under load.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use rustix::event::EventfdFlags;
 use super::driver::{
     DriverQueue, PAGE, Piece, QUEUE_SIZE, bell, get, put, ram, read32, start, wait_for, written_pages,
 };
+use crate::devices::Turns;
 use crate::devices::net::{Backend, Net};
 use crate::memory::Memory;
 
@@ -243,6 +244,59 @@ fn another_network_behind_the_card_gets_its_frames() {
     new.push(frame(5));
     receive.wait_used();
     assert_eq!((old.delivered(), new.delivered()), (1, 2));
+}
+
+#[test]
+fn lent_turns_are_the_holders_until_it_gives_them_back() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = card(&ram, &wire);
+    let (mut receive, transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    for place in [0x9000, 0xa000, 0xb000] {
+        receive.offer(&[Piece::Write(place, 1526)]);
+    }
+    let turns = net.mmio().turns();
+    wire.push(frame(1));
+    receive.notify(net.mmio());
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(receive.used_idx(), 0, "the card's own thread takes no turn");
+    assert!(is_due(&turns));
+    assert!(!turns.take());
+    assert_eq!(receive.wait_used().1, 72);
+
+    net.mmio().freeze().unwrap();
+    wire.push(frame(2));
+    assert!(!turns.take());
+    assert_eq!(
+        (receive.used_idx(), is_due(&turns)),
+        (1, false),
+        "frozen means frozen for everyone"
+    );
+    net.mmio().thaw();
+    assert!(is_due(&turns), "the turn that was missed is due at the thaw");
+    assert!(!turns.take());
+    receive.wait_used();
+    net.mmio().freeze().unwrap();
+    net.mmio().thaw();
+    assert!(!is_due(&turns), "nothing was missed");
+
+    drop(turns);
+    wire.push(frame(3));
+    receive.wait_used();
+
+    // Its thread comes to a frozen gate, as between two roles.
+    net.mmio().freeze().unwrap();
+    receive.notify(net.mmio());
+    std::thread::sleep(Duration::from_millis(20));
+    drop(net.mmio().turns());
+}
+
+/// Says whether a turn has become due since the last call, and forgets it.
+fn is_due(turns: &Turns) -> bool {
+    // SAFETY: the descriptor lives as long as `turns`, which outlives the borrow.
+    let kick = unsafe { BorrowedFd::borrow_raw(turns.as_raw_fd()) };
+    rustix::io::read(kick, &mut [0; 8]).is_ok()
 }
 
 /// How long the thread of this name has computed, once it has begun.

@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::persist::Saved;
 use super::queue::{QueueError, Ring};
 use super::registers::{Effect, Identity, QueueSetup, Registers};
-use super::worker::{Core, Shared, Worker};
+use super::worker::{Core, Shared, Turns, Worker};
 use super::{Device, DeviceError, FREEZE_LIMIT, VERSION_1, lock};
 use crate::devices::Interrupt;
 use crate::memory::Memory;
@@ -109,7 +109,7 @@ impl VirtioMmio {
         let mut registers = self.registers();
         match registers.write(offset, u32::from_le_bytes(data), &self.identity, &self.shared().ram) {
             Effect::None => {}
-            Effect::Notify(queue) => self.shared().notify(queue),
+            Effect::Notify => self.shared().kick(),
             Effect::Acknowledge(bits) => self.shared().acknowledge(bits),
             Effect::Activate => self.activate(&registers),
             Effect::Reset => self.reset_locked(&mut registers),
@@ -119,17 +119,16 @@ impl VirtioMmio {
     /// Duplicates the events that stand for the queues' notifications.
     pub fn notifiers(&self) -> Result<Vec<Notifier>, DeviceError> {
         let offset = VIRTIO_MMIO_QUEUE_NOTIFY.into();
-        let clone = |(datamatch, event): (u32, &EventFd)| {
-            event
-                .try_clone()
-                .map(|fd| Notifier { offset, datamatch, fd })
+        let clone = |datamatch: u32| {
+            let kick = self.shared().kick.try_clone();
+            kick.map(|fd| Notifier { offset, datamatch, fd })
                 .map_err(|source| DeviceError::Start {
                     device: self.name().to_owned(),
                     what: "a descriptor",
                     source,
                 })
         };
-        (0..).zip(&self.shared().kicks).map(clone).collect()
+        (0..).take(self.shared().queues).map(clone).collect()
     }
 
     /// Brings the device to rest: no request is in flight, and guest memory is not touched until
@@ -204,13 +203,22 @@ impl VirtioMmio {
         self.shared().set_broken(saved.broken);
         self.shared().set_interrupt_status(saved.interrupt_status);
         *registers = saved.registers;
-        self.shared().wake();
+        self.shared().kick();
         Ok(())
     }
 
     /// Brings the device back to how it was made, as a driver's reset does.
     pub fn reset(&self) {
         self.reset_locked(&mut self.registers());
+    }
+
+    /// Lets the holder take the turns from now on, which the worker does else.
+    ///
+    /// # Panics
+    /// If someone has them already.
+    #[must_use]
+    pub fn turns(&self) -> Turns {
+        Turns::borrow(&self.worker.shared)
     }
 
     pub(crate) fn freeze_within(&self, limit: Duration) -> Result<(), DeviceError> {
@@ -264,7 +272,7 @@ impl VirtioMmio {
         }
         core.device.activate(registers.driver_features);
         drop(core);
-        self.shared().wake();
+        self.shared().kick();
     }
 
     fn reset_locked(&self, registers: &mut Registers) {
@@ -291,7 +299,7 @@ impl VirtioMmio {
                 section: section.name.clone(),
             });
         }
-        Saved::read(section, &self.identity, self.shared().kicks.len(), &self.shared().ram)
+        Saved::read(section, &self.identity, self.shared().queues, &self.shared().ram)
     }
 }
 

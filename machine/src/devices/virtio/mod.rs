@@ -17,6 +17,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 
 use self::queue::{QueueError, Ring};
+pub use self::worker::Turns;
 use crate::devices::Interrupt;
 use crate::memory::Memory;
 

@@ -52,7 +52,7 @@ pub(super) struct QueueSetup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Effect {
     None,
-    Notify(u32),
+    Notify,
     Acknowledge(u32),
     Activate,
     Reset,
@@ -107,7 +107,7 @@ impl Registers {
             reg::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
             reg::VIRTIO_MMIO_DRIVER_FEATURES => self.accept(value),
             reg::VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
-            reg::VIRTIO_MMIO_QUEUE_NOTIFY => return Effect::Notify(value),
+            reg::VIRTIO_MMIO_QUEUE_NOTIFY => return Effect::Notify,
             reg::VIRTIO_MMIO_INTERRUPT_ACK => return Effect::Acknowledge(value),
             reg::VIRTIO_MMIO_STATUS => return self.set_status(value, identity),
             reg::VIRTIO_MMIO_QUEUE_READY => self.set_ready(value, ram),

@@ -1,17 +1,20 @@
 //! The thread behind a device: sleeps until a queue was kicked or the back end has something, then takes a turn.
 //!
 //! ```text
-//!   asleep ──kick, readiness, wake──► at the gate ──not frozen──► turn ──► asleep, or the gate again if there is more
-//!                                         '──frozen──► waits for the thaw
+//!   asleep ──kick, readiness──► at the gate ──not frozen──► turn ──► asleep, or the gate again if there is more
+//!                                   '──frozen──► waits for the thaw
 //! ```
 //!
 //! A turn is bounded, looks at all queues in their order, and between two requests sees that it is to stop.
-//! Freezing or thawing an idle worker wakes nobody. The only one that reads or writes the guest's queues.
+//! Freezing or thawing an idle worker wakes nobody. Only a turn reads or writes the guest's queues.
+//!
+//! Someone else may take the turns ([`Turns`]): a loop that has the frames in its hand already would only wake
+//! this thread for each, and be woken by it for the answer. The thread then waits at the gate.
 
 use std::any::Any;
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -25,8 +28,8 @@ use super::{Complaints, Device, Signal, Turn, Work, lock};
 use crate::devices::Interrupt;
 use crate::memory::Memory;
 
-const CONTROL: u64 = u64::MAX;
-const READINESS: u64 = u64::MAX - 1;
+const KICK: u64 = 0;
+const READINESS: u64 = 1;
 
 /// A device and its worker's thread, which ends when this is dropped.
 pub(super) struct Worker {
@@ -39,7 +42,9 @@ pub(super) struct Shared {
     pub(super) name: String,
     pub(super) ram: Memory,
     pub(super) signal: Signal,
-    pub(super) kicks: Vec<EventFd>,
+    pub(super) queues: usize,
+    /// Written when a turn is due: by the guest's notification of any queue, and by whoever changes the device.
+    pub(super) kick: EventFd,
     /// Locked by the worker for a turn, else by whoever changes the device.
     pub(super) core: Mutex<Core>,
     /// The guest broke a queue; the device does nothing until it is reset.
@@ -48,7 +53,6 @@ pub(super) struct Shared {
     moved: Condvar,
     complaints: Mutex<Complaints>,
     stop: AtomicBool,
-    control: EventFd,
     epoll: Epoll,
 }
 
@@ -66,6 +70,67 @@ struct Gate {
     frozen: bool,
     busy: bool,
     exit: bool,
+    /// [`Turns`] takes the turns.
+    lent: bool,
+    /// The worker's thread waits here.
+    parked: bool,
+    /// A lent turn was due while frozen.
+    missed: bool,
+}
+
+/// The right to take a device's turns, instead of its worker, on one thread of the holder's. The first is due when it is
+/// lent; given back when dropped.
+pub struct Turns(Arc<Shared>);
+
+impl Turns {
+    pub(super) fn borrow(shared: &Arc<Shared>) -> Self {
+        let mut gate = lock(&shared.gate);
+        assert!(!gate.lent, "one at a time takes the turns of a device");
+        gate.lent = true;
+        drop(gate);
+        shared.moved.notify_all();
+        // Asleep it would take the holder's kicks, and with them the edges.
+        shared.kick();
+        let parked = shared
+            .moved
+            .wait_while(lock(&shared.gate), |gate| !gate.parked)
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(parked);
+        Self(Arc::clone(shared))
+    }
+
+    /// Takes a turn and says whether there is more to do at once. While the device is frozen nothing happens, and
+    /// a turn is due again at the thaw.
+    #[must_use]
+    pub fn take(&self) -> bool {
+        let shared = &*self.0;
+        let mut gate = lock(&shared.gate);
+        if gate.frozen {
+            gate.missed = true;
+            return false;
+        }
+        if gate.exit {
+            return false;
+        }
+        gate.busy = true;
+        drop(gate);
+        shared.turn_at_gate()
+    }
+}
+
+impl AsRawFd for Turns {
+    /// A descriptor with an edge each time that a turn is due. It is not read, and so stays readable.
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.kick.as_raw_fd()
+    }
+}
+
+impl Drop for Turns {
+    fn drop(&mut self) {
+        lock(&self.0.gate).lent = false;
+        self.0.moved.notify_all();
+        self.0.kick();
+    }
 }
 
 impl Worker {
@@ -77,14 +142,9 @@ impl Worker {
         line: Arc<dyn Interrupt>,
     ) -> Result<Self, (&'static str, io::Error)> {
         let descriptor = |source| ("a descriptor", source);
-        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(descriptor);
         let epoll = Epoll::new().map_err(descriptor)?;
-        let kicks = (0..device.queues()).map(|_| event()).collect::<Result<Vec<_>, _>>()?;
-        let control = event()?;
-        watch(&epoll, &control, CONTROL).map_err(descriptor)?;
-        for (number, kick) in (0..).zip(&kicks) {
-            watch(&epoll, kick, number).map_err(descriptor)?;
-        }
+        let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(descriptor)?;
+        control(&epoll, ControlOperation::Add, &kick, KICK).map_err(descriptor)?;
         let readiness = duplicate(device.as_ref()).map_err(descriptor)?;
         let shared = Arc::new(Shared {
             name: name.to_owned(),
@@ -93,7 +153,8 @@ impl Worker {
                 status: AtomicU32::new(0),
                 line,
             },
-            kicks,
+            queues: device.queues(),
+            kick,
             core: Mutex::new(Core {
                 device,
                 rings: Vec::new(),
@@ -105,7 +166,6 @@ impl Worker {
             moved: Condvar::new(),
             complaints: Mutex::default(),
             stop: AtomicBool::new(false),
-            control,
             epoll,
         });
         let thread = thread::Builder::new()
@@ -127,7 +187,7 @@ impl Drop for Worker {
         self.shared.stop.store(true, Ordering::Release);
         lock(&self.shared.gate).exit = true;
         self.shared.moved.notify_all();
-        self.shared.wake();
+        self.shared.kick();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -155,8 +215,12 @@ impl Shared {
         let mut gate = lock(&self.gate);
         gate.frozen = false;
         self.stop.store(false, Ordering::Release);
+        let missed = mem::take(&mut gate.missed);
         drop(gate);
         self.moved.notify_all();
+        if missed {
+            self.kick();
+        }
     }
 
     /// Says whether the worker is at rest and stays so.
@@ -165,16 +229,10 @@ impl Shared {
         gate.frozen && !gate.busy
     }
 
-    /// Makes the worker look at all queues.
-    pub(super) fn wake(&self) {
-        kick(&self.control);
-    }
-
-    /// Makes the worker look at queue `number`, if there is one.
-    pub(super) fn notify(&self, number: u32) {
-        if let Some(event) = self.kicks.get(crate::index(number.into())) {
-            kick(event);
-        }
+    /// Makes a turn due, which looks at all queues.
+    pub(super) fn kick(&self) {
+        // Fails only when the counter is full, and then a turn is due anyway.
+        let _ = self.kick.write(1);
     }
 
     pub(super) fn is_broken(&self) -> bool {
@@ -208,7 +266,7 @@ impl Shared {
         );
         core.rewatch(&self.epoll, &self.name);
         drop(core);
-        self.wake();
+        self.kick();
         result
     }
 
@@ -238,27 +296,27 @@ impl Shared {
     }
 
     fn run(&self) {
-        let mut events = vec![EpollEvent::default(); self.kicks.len() + 2];
+        let mut events = [EpollEvent::default(); 2];
         let mut more = false;
         loop {
             if !more {
                 self.sleep(&mut events);
             }
             let mut gate = lock(&self.gate);
-            while gate.frozen && !gate.exit {
+            while (gate.frozen || gate.lent) && !gate.exit {
+                if gate.lent && !gate.parked {
+                    gate.parked = true;
+                    self.moved.notify_all();
+                }
                 gate = self.moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
             }
+            gate.parked = false;
             if gate.exit {
                 return;
             }
             gate.busy = true;
             drop(gate);
-            more = self.turn();
-            let mut gate = lock(&self.gate);
-            gate.busy = false;
-            if gate.frozen {
-                self.moved.notify_all();
-            }
+            more = self.turn_at_gate();
         }
     }
 
@@ -268,15 +326,21 @@ impl Shared {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => panic!("the worker's own epoll descriptor is valid: {error}"),
         };
-        for event in &events[..count] {
-            let source = match event.data() {
-                READINESS => continue,
-                CONTROL => Some(&self.control),
-                number => self.kicks.get(crate::index(number)),
-            };
+        if events[..count].iter().any(|event| event.data() == KICK) {
             // An empty counter is as good as one that was emptied.
-            let _ = source.map(EventFd::read);
+            let _ = self.kick.read();
         }
+    }
+
+    /// Takes a turn, once the gate says busy, and leaves the gate again.
+    fn turn_at_gate(&self) -> bool {
+        let more = self.turn();
+        let mut gate = lock(&self.gate);
+        gate.busy = false;
+        if gate.frozen || gate.lent {
+            self.moved.notify_all();
+        }
+        more
     }
 
     /// Takes a turn and says whether there is more to do at once.
@@ -335,15 +399,6 @@ fn duplicate(device: &dyn Device) -> io::Result<Vec<OwnedFd>> {
         .collect()
 }
 
-fn watch(epoll: &Epoll, descriptor: &impl AsRawFd, token: u64) -> io::Result<()> {
-    control(epoll, ControlOperation::Add, descriptor, token)
-}
-
 fn control(epoll: &Epoll, operation: ControlOperation, descriptor: &impl AsRawFd, token: u64) -> io::Result<()> {
     epoll.ctl(operation, descriptor.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
-}
-
-fn kick(event: &EventFd) {
-    // Fails only when the counter is full, and then the worker is woken anyway.
-    let _ = event.write(1);
 }
