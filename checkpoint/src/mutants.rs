@@ -108,6 +108,8 @@ mutants! {
     MatchAcrossEpochs "match-across-epochs"
     /// Disk writes between a trigger and the stop are not mirrored.
     MirrorStopsAtTrigger "mirror-stops-at-trigger"
+    /// A guest runs on though its epoch is full and can't end yet.
+    OutrunTheLink "outrun-the-link"
     /// Pages that were to be shipped ahead and were not read before the stop are read after it.
     ReadAheadAfterStop "read-ahead-after-stop"
     /// Reads don't see a commit whose disk writes are still under way.

@@ -26,7 +26,7 @@ use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
 use primary::Outside;
 use primary::event::Outcome as PrimaryOutcome;
 use primary::protocol::pace::Budget;
-use primary::protocol::{Mode, Patience, Resume, Start};
+use primary::protocol::{Mode, Patience, Resume, Room, Start};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
 use storage::{FileImage, Image, Record, Recovery, Replica};
@@ -428,6 +428,7 @@ impl Host {
                 unmatched_max: self.settings.unmatched_max,
                 ahead: self.settings.ahead,
                 pause_budget: self.settings.pause_budget,
+                room: Room::default(),
                 memory_bytes: self.settings.vm.memory,
                 disk_bytes: self.image.size(),
                 mac: self.settings.vm.mac.0,

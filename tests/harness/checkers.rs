@@ -202,11 +202,17 @@ impl Checkers {
     pub fn bounded(primary: &Primary) {
         let comparator = primary.comparator();
         let (held, pending) = (comparator.held(), comparator.pending());
+        let room = primary.options().room;
+        let written = match primary.state_name() {
+            "protected" | "checkpointing" => primary.writes_uncommitted_bytes(),
+            _ => 0,
+        };
         assert!(
-            held.bytes <= 2 * limits::HELD_BYTES_MAX
+            held.bytes <= 2 * room.held_bytes + limits::FRAME_BYTES_MAX
+                && written <= 2 * room.written_bytes
                 && pending.bytes <= limits::PENDING_BYTES_MAX + limits::FRAME_BYTES_MAX
                 && primary.inputs_unconfirmed() <= 2 * limits::INPUTS_UNCONFIRMED_MAX,
-            "rule 5: a queue is over its bound: {held:?}, {pending:?}, {} inputs",
+            "rule 5: a queue is over its bound: {held:?}, {pending:?}, {} inputs, {written} bytes written",
             primary.inputs_unconfirmed()
         );
     }

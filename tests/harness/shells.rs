@@ -49,6 +49,7 @@ impl World {
                 ..Budget::default()
             }),
             pause_budget: self.pause_budget,
+            room: self.room,
             memory_bytes: PAGES * PAGE_BYTES as u64,
             disk_bytes: DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],

@@ -12,7 +12,7 @@ use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, PageBatch};
 use checkpoint::{Duration, Generation, Tag};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
-use primary::protocol::{Mode, Resume};
+use primary::protocol::{Mode, Resume, Room};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent};
 
 use crate::checkers::Checkers;
@@ -108,6 +108,7 @@ pub struct World {
     pub(crate) links: Vec<Link>,
     pub(crate) resume: Resume,
     pub(crate) pause_budget: Option<Duration>,
+    pub(crate) room: Room,
     pub(crate) mode: Mode,
     pub(crate) checkpoint_every: Duration,
     /// The clients, and what they did and saw.
@@ -172,6 +173,13 @@ impl World {
             links: Vec::new(),
             resume,
             // Near what a toy's stop takes.
+            room: match seed % 4 {
+                1 => Room {
+                    held_bytes: 4_096,
+                    written_bytes: 8_192,
+                },
+                _ => Room::default(),
+            },
             pause_budget: (seed % 5 == 1).then(|| Duration::from_micros(250 + seed % 7 * 50)),
             mode: mode_of(seed),
             checkpoint_every: Duration::from_millis(5 + seed % 7 * 10),

@@ -18,7 +18,7 @@ impl Primary {
         }
     }
 
-    fn want(&mut self, trigger: Trigger) {
+    pub(super) fn want(&mut self, trigger: Trigger) {
         self.wanted = self.wanted.or(Some(trigger));
     }
 
@@ -86,6 +86,7 @@ impl Primary {
         self.epoch = self.epoch.next();
         self.epoch_mode = next;
         self.write_bytes = 0;
+        self.is_full = false;
         let totals = Totals::new(self.tag(), Some(tag.epoch));
         let totals = core::mem::replace(&mut self.totals, totals);
         self.wanted = None;
@@ -195,7 +196,8 @@ impl Primary {
         *self.counters.checkpoints.entry(taken.trigger).or_default() += 1;
         self.counters.last_checkpoint = Some(now);
         self.peer_loaded = false;
-        self.loading = Some((taken.asked, taken.difference));
+        // The first one of a pairing has all that was written during the sync: it says nothing of others.
+        self.loading = (taken.trigger != Trigger::Sync).then_some((taken.asked, taken.difference));
         self.state = State::Protected {
             since: now,
             stands: !taken.resumed && self.ending.is_some(),

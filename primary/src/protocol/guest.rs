@@ -11,6 +11,7 @@ impl Primary {
         let frame = self.network.leaving(frame);
         self.comparator.primary_output(now, frame, &mut self.verdicts);
         self.act_on_verdicts(now, actions);
+        self.stand_if_full(actions);
     }
 
     pub(super) fn input_consumed(&mut self, now: Instant, delivery: Delivery, actions: &mut Vec<Action>) {
@@ -46,8 +47,9 @@ impl Primary {
         };
         self.totals.write(&write).expect("the sums are of the running epoch");
         actions.push(Action::Send(Message::Write(write)));
-        if self.write_bytes >= limits::EPOCH_WRITES_BYTES_MAX {
+        if self.write_bytes >= self.options.room.written_bytes {
             self.trigger(now, Trigger::Limit, actions);
+            self.stand_if_full(actions);
         }
     }
 

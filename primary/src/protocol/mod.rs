@@ -28,6 +28,7 @@ pub mod pace;
 mod peer;
 mod policy;
 mod predict;
+mod room;
 mod sync;
 
 use core::str::FromStr;
@@ -54,6 +55,7 @@ use pace::Budget;
 pub use policy::Patience;
 use policy::Policy;
 use predict::Predictor;
+pub use room::Room;
 use sync::Known;
 pub use sync::SyncCounts;
 
@@ -121,6 +123,8 @@ pub struct Options {
     pub ahead: Option<Budget>,
     /// A checkpoint is taken before the pause that it is expected to take is longer than this.
     pub pause_budget: Option<Duration>,
+    /// What an epoch may keep waiting.
+    pub room: Room,
     /// Size of guest memory in bytes.
     pub memory_bytes: u64,
     /// Size of the disk in bytes.
@@ -278,6 +282,8 @@ pub struct Primary {
     /// When the pairing is given up if no more hashes have come, as long as some are missing.
     hashes_by: Option<Instant>,
     write_bytes: u64,
+    /// The guest stands, because the running epoch is full before it can end.
+    is_full: bool,
     changed: ChangedBlocks,
     /// Checkpoints that the secondary's memory may be, to which the dirty pages are the difference.
     memory_known: Known,
@@ -335,6 +341,7 @@ impl Primary {
             peer: None,
             comparator: Comparator::new(
                 ComparatorLimits {
+                    held_bytes: options.room.held_bytes,
                     unmatched: options.unmatched_max,
                     flow_patience: (options.mode == Mode::Auto).then_some(options.patience.flow),
                     ..ComparatorLimits::default()
@@ -356,6 +363,7 @@ impl Primary {
             hashed: 0,
             hashes_by: None,
             write_bytes: 0,
+            is_full: false,
             changed: ChangedBlocks::new(
                 options.disk_bytes,
                 Tag {
@@ -532,6 +540,12 @@ impl Primary {
     #[must_use]
     pub fn comparator(&self) -> &Comparator {
         &self.comparator
+    }
+
+    /// Returns what the operator set.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
     }
 
     /// Returns the bytes of disk writes of the running epoch.

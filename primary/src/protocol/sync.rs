@@ -76,6 +76,7 @@ impl Primary {
         self.totals = Totals::new(tag, base.memory.map(|tag| tag.epoch));
         self.hashed = 0;
         self.write_bytes = 0;
+        self.is_full = false;
         self.input = InputNumber(0);
         self.confirmed = InputNumber(0);
         self.state = State::Syncing {

@@ -9,7 +9,7 @@ use checkpoint::wire::{Begin, Message};
 use checkpoint::{Duration, Epoch, Generation};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
 use primary::protocol::pace::Budget;
-use primary::protocol::{Mode, Patience, Primary, Resume, Start};
+use primary::protocol::{Mode, Patience, Primary, Resume, Room, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome};
 
 use super::frames::Frames;
@@ -335,6 +335,7 @@ impl Pair {
                 ..Budget::default()
             }),
             pause_budget: self.options.budget,
+            room: Room::default(),
             memory_bytes: super::starts::MEMORY_BYTES,
             disk_bytes: super::host::DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],
