@@ -497,8 +497,7 @@ impl Role {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
             Question::History => Ok(Answer::History(self.traces.list())),
             Question::Checkpoint if self.is_protected() => {
-                // The one under way, or the next: either covers all that the guest has done until now.
-                self.asked.push((self.protocol.committed().next(), request.reply));
+                self.asked.push((self.protocol.covering(), request.reply));
                 return self.step(Event::CheckpointAsked);
             }
             Question::Checkpoint => Err(format!(

@@ -542,6 +542,15 @@ impl Primary {
         &self.comparator
     }
 
+    /// Returns the epoch whose commit covers all that the guest has done until now.
+    #[must_use]
+    pub fn covering(&self) -> Epoch {
+        match self.state {
+            State::Copying(taken) | State::Sending(taken) | State::Awaiting(taken) if !taken.resumed => taken.tag.epoch,
+            _ => self.epoch,
+        }
+    }
+
     /// Returns what the operator set.
     #[must_use]
     pub fn options(&self) -> &Options {

@@ -1,6 +1,6 @@
 //! How often a pair in buffered mode takes checkpoints while clients keep it at work, and what each costs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use link::control::ask_history;
@@ -65,6 +65,7 @@ fn measure(stage: &mut Stage, every_ms: u64, span: Duration, tidy: &Tidy) -> Res
     let pids = [stage.role(Host::A)?.pid(), stage.role(Host::B)?.pid()];
     let before = stage.role(Host::A)?.status()?.context("the primary tells no status")?;
     let used = Used::by(&pids)?;
+    let began = Instant::now();
     let client = stage
         .lab()
         .client()
@@ -72,10 +73,11 @@ fn measure(stage: &mut Stage, every_ms: u64, span: Duration, tidy: &Tidy) -> Res
     let outcome = client.context("can't start a load")?.join();
     let outcome = outcome.map_err(|_| anyhow!("the load panicked"))??;
     let used = Used::by(&pids)?.since(&used).own();
+    // Longer than the load: its connections are opened one after the other, and each waits for a checkpoint.
+    let seconds = began.elapsed().as_secs_f64();
     let after = stage.role(Host::A)?.status()?.context("the primary tells no status")?;
     let history = ask_history(stage.role(Host::A)?.control()).context("the primary tells no history")?;
     let spread = |of: fn(&link::status::CheckpointTrace) -> f64| Spread::of(history.iter().map(of).collect());
-    let seconds = (load.warm_up + load.span).as_secs_f64();
     let taken = after.checkpoints.total.saturating_sub(before.checkpoints.total);
     Ok(Buffered {
         every_ms,

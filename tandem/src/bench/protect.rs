@@ -11,7 +11,7 @@
 //! The disk images lie on the file system that the user chose: an increment is answered once it is on the disk.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
@@ -123,6 +123,8 @@ struct Taken {
     lost: u64,
     busy: f64,
     used: BTreeMap<String, Duration>,
+    /// The time for which `used` and `checkpoints` are.
+    took: Duration,
     checkpoints: u64,
     divergences: u64,
 }
@@ -237,7 +239,7 @@ fn measure(stages: &mut Stages, quick: bool, rounds: usize, tidy: &Tidy, progres
                     .with_context(|| format!("{told}, {:?}", subjects[at]))?;
             }
         }
-        let scenario = scenario(load, rounds, &taken);
+        let scenario = scenario(load, &taken);
         for mode in &scenario.modes {
             progress.tell(&format!(
                 "{:10} {:3} connections: {:.0} {} of two, {} {:.0}, {:.2} of it",
@@ -277,6 +279,7 @@ impl Stages {
             before = loaded[0].role(Host::A)?.status()?;
         }
         let used = Used::by(&pids)?;
+        let began = Instant::now();
         for stage in &loaded {
             let client = stage.lab().client();
             let loader = client.thread("load", move || load::run(&Target::bundled(), load));
@@ -288,6 +291,8 @@ impl Stages {
             let outcome = loader.join().map_err(|_| anyhow!("the load panicked"))?;
             taken.note(outcome?, &mut rate);
         }
+        // With the time that opening the connections took, which in buffered mode is a checkpoint each.
+        taken.took += began.elapsed();
         for (thread, time) in Used::by(&pids)?.since(&used).threads {
             *taken.used.entry(thread).or_default() += time;
         }
@@ -316,8 +321,7 @@ impl Taken {
             p99: percentile(&latencies, 0.99),
             p999: percentile(&latencies, 0.999),
         });
-        let seconds = (load.warm_up + load.span).as_secs_f64() * self.rates.len() as f64;
-        let share = |time: &Duration| time.as_secs_f64() * 100.0 / seconds;
+        let share = |time: &Duration| time.as_secs_f64() * 100.0 / self.took.as_secs_f64();
         Figures {
             rate: median(self.rates.clone()),
             latency_us,
@@ -333,11 +337,10 @@ impl Taken {
 }
 
 /// The subjects are in the order of `measure`.
-fn scenario(load: Load, rounds: usize, taken: &[Taken]) -> Scenario {
+fn scenario(load: Load, taken: &[Taken]) -> Scenario {
     let (two, bare) = (taken[0].figures(load), taken[1].figures(load));
     let ratios =
         |of: &Taken, to: &Taken| median(of.rates.iter().zip(&to.rates).map(|(of, to)| ratio(*of, *to)).collect());
-    let seconds = (load.warm_up + load.span).as_secs_f64() * rounds as f64;
     let modes = MODES.iter().zip(&taken[2..]).map(|((mode, _), own)| {
         let figures = own.figures(load);
         let latency_to_two = figures.latency_us.zip(two.latency_us).map(|(own, two)| Latency {
@@ -351,7 +354,7 @@ fn scenario(load: Load, rounds: usize, taken: &[Taken]) -> Scenario {
             to_bare: ratios(own, &taken[1]),
             figures,
             latency_to_two,
-            checkpoints_per_s: own.checkpoints as f64 / seconds,
+            checkpoints_per_s: own.checkpoints as f64 / own.took.as_secs_f64(),
             divergences: own.divergences,
         }
     });
@@ -394,7 +397,7 @@ mod tests {
             taken(&[90.0, 180.0, 10.0]),
             taken(&[10.0, 20.0, 10.0]),
         ];
-        let scenario = scenario(load, 3, &all);
+        let scenario = scenario(load, &all);
         let mode = &scenario.modes[0];
         assert_eq!((mode.to_two, mode.to_bare), (0.9, 0.45));
         assert_eq!(mode.latency_to_two.unwrap().p99, 1.0);

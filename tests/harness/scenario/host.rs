@@ -26,7 +26,7 @@ use crate::node::durable_checkpoint;
 /// Bytes of a scenario's disk: two blocks of the comparison.
 pub(super) const DISK_BYTES: u64 = 2 * 65_536;
 /// Bytes of a write of the guest.
-const SECTOR: usize = 512;
+pub(super) const SECTOR: usize = 512;
 /// Seed of every epoch.
 pub(super) const ENTROPY: [u8; 32] = [1; 32];
 const KEY: HashKey = HashKey([7; 32]);

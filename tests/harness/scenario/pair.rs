@@ -61,6 +61,8 @@ pub(super) struct Options {
     pub(super) compare: bool,
     /// How long a stop may take; with one, pages are only looked at.
     pub(super) budget: Option<Duration>,
+    /// What an epoch may keep waiting.
+    pub(super) room: Room,
 }
 
 impl Pair {
@@ -82,6 +84,7 @@ impl Pair {
                 ahead: false,
                 compare: false,
                 budget: None,
+                room: Room::default(),
             },
             witness: tempfile::tempdir().expect("a directory for the witness"),
             shows_heartbeats: false,
@@ -335,7 +338,7 @@ impl Pair {
                 ..Budget::default()
             }),
             pause_budget: self.options.budget,
-            room: Room::default(),
+            room: self.options.room,
             memory_bytes: super::starts::MEMORY_BYTES,
             disk_bytes: super::host::DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],
