@@ -7,27 +7,19 @@
 //!
 //! A block is [`BLOCK_BYTES`] long. The map costs 128 bytes for each 64 MiB of disk that has a mark.
 //!
-//! Driven by the primary's protocol core. The stored form is for an orderly stop: it is removed when it is read,
-//! because after a crash a map on disk would miss the last marks.
+//! Driven by the primary's protocol core.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
-use std::path::{Path, PathBuf};
 
+use checkpoint::Tag;
 use checkpoint::limits::BLOCK_BYTES;
 use checkpoint::mutants::{self, Mutant};
-use checkpoint::{Epoch, Generation, Tag};
-
-use crate::beside;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 const WORDS: usize = 16;
 const GROUP_BLOCKS: u64 = WORDS as u64 * 64;
 /// Closed epochs kept apart; beyond that the two oldest are joined, which clears blocks later but never too early.
 const EPOCHS_MAX: usize = 16;
-const MAGIC: [u8; 8] = *b"TandemC1";
-const HEAD: usize = 40;
-const GROUP_RECORD: usize = 8 + WORDS * 8;
 
 /// A set of block numbers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,27 +101,6 @@ pub struct ChangedBlocks {
     running: BlockSet,
 }
 
-/// Why a stored map is not used. The cure is always the same: without it the whole disk is compared.
-#[derive(Debug, thiserror::Error)]
-pub enum ChangedError {
-    /// Not a map, torn or changed.
-    #[error("{path} is damaged ({what}); delete it, the disks will then be compared as a whole")]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        what: &'static str,
-    },
-    /// The file could not be read, written or removed.
-    #[error("cannot access {path}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-}
-
 impl ChangedBlocks {
     /// Starts with nothing changed: both sides have the same content of `size` bytes as of `since`.
     #[must_use]
@@ -172,15 +143,6 @@ impl ChangedBlocks {
         for block in offset / BLOCK..=last / BLOCK {
             self.running.insert(block);
         }
-    }
-
-    /// Notes blocks changed in the running epoch: after a takeover, those of the overlay.
-    ///
-    /// # Panics
-    /// If a block is outside the disk.
-    pub fn mark_blocks(&mut self, blocks: &BlockSet) {
-        assert!(blocks.last() < Some(self.size.div_ceil(BLOCK)), "blocks of this disk");
-        self.running.union(blocks);
     }
 
     /// Ends the running epoch, at the stop of its checkpoint.
@@ -230,122 +192,6 @@ impl ChangedBlocks {
         }
         all
     }
-
-    /// Returns the map as bytes; closed epochs count as abandoned.
-    #[must_use]
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let all = self.all_blocks();
-        let mut bytes = Vec::with_capacity(HEAD + all.groups.len() * GROUP_RECORD + 4);
-        bytes.extend_from_slice(&MAGIC);
-        for field in [
-            self.size,
-            self.since.generation.0,
-            self.since.epoch.0,
-            all.groups.len() as u64,
-        ] {
-            bytes.extend_from_slice(&field.to_le_bytes());
-        }
-        for (group, words) in &all.groups {
-            bytes.extend_from_slice(&group.to_le_bytes());
-            words
-                .iter()
-                .for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
-        }
-        bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
-        bytes
-    }
-
-    /// Reads [`to_bytes`](Self::to_bytes) back for a disk of `size` bytes.
-    ///
-    /// # Errors
-    /// What is wrong with the bytes.
-    pub fn from_bytes(bytes: &[u8], size: u64) -> Result<Self, &'static str> {
-        let (body, checksum) = bytes.split_last_chunk::<4>().ok_or("too short")?;
-        if body.len() < HEAD || body[..8] != MAGIC {
-            return Err("not a map of changed blocks");
-        }
-        if *checksum != crc32fast::hash(body).to_le_bytes() {
-            return Err("its checksum does not hold");
-        }
-        let mut numbers = body[8..]
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .map(|number| u64::from_le_bytes(*number));
-        let mut next = || numbers.next().ok_or("too short");
-        if next()? != size {
-            return Err("it belongs to a disk of another size");
-        }
-        let since = Tag {
-            generation: Generation(next()?),
-            epoch: Epoch(next()?),
-        };
-        let count = next()?;
-        if count.checked_mul(GROUP_RECORD as u64) != Some((body.len() - HEAD) as u64) {
-            return Err("its length is wrong");
-        }
-        let mut running = BlockSet::default();
-        for _ in 0..count {
-            let group = next()?;
-            let mut words = [0; WORDS];
-            for word in &mut words {
-                *word = next()?;
-            }
-            if group > size / BLOCK / GROUP_BLOCKS || words == [0; WORDS] {
-                return Err("a block beyond the end of the disk");
-            }
-            running.groups.insert(group, words);
-        }
-        if running.last() >= Some(size.div_ceil(BLOCK)) {
-            return Err("a block beyond the end of the disk");
-        }
-        Ok(Self {
-            size,
-            since,
-            closed: VecDeque::new(),
-            running,
-        })
-    }
-
-    /// Returns where the map of an image is stored.
-    #[must_use]
-    pub fn path_for(image: &Path) -> PathBuf {
-        beside::with_suffix(image, ".changed")
-    }
-
-    /// Stores the map durably, at an orderly stop.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
-    pub fn store(&self, path: &Path) -> Result<(), ChangedError> {
-        beside::replace(path, &self.to_bytes()).map_err(|source| ChangedError::Io {
-            path: path.into(),
-            source,
-        })
-    }
-
-    /// Reads a stored map and removes it durably, before anything is written to the image again.
-    ///
-    /// # Errors
-    /// If the file cannot be read or removed, or is damaged; a damaged one stays where it is.
-    pub fn take(path: &Path, size: u64) -> Result<Option<Self>, ChangedError> {
-        let io_error = |source| ChangedError::Io {
-            path: path.into(),
-            source,
-        };
-        let groups = size / BLOCK / GROUP_BLOCKS + 1;
-        let limit = HEAD as u64 + groups * GROUP_RECORD as u64 + 4;
-        let Some(bytes) = beside::read(path, limit).map_err(io_error)? else {
-            return Ok(None);
-        };
-        let map = Self::from_bytes(&bytes, size).map_err(|what| ChangedError::Damaged {
-            path: path.into(),
-            what,
-        })?;
-        std::fs::remove_file(path).map_err(io_error)?;
-        beside::sync_parent(path).map_err(io_error)?;
-        Ok(Some(map))
-    }
 }
 
 fn place(block: u64) -> (usize, u64) {
@@ -355,6 +201,8 @@ fn place(block: u64) -> (usize, u64) {
 
 #[cfg(test)]
 mod tests {
+    use checkpoint::{Epoch, Generation};
+
     use super::*;
     use proptest::prelude::*;
 
@@ -394,10 +242,7 @@ mod tests {
     #[test]
     fn an_abandoned_epoch_joins_the_running_one() {
         let mut map = ChangedBlocks::new(SIZE, tag(0));
-        let mut blocks_written = BlockSet::default();
-        map.mark_blocks(&blocks_written);
-        blocks_written.insert(5);
-        map.mark_blocks(&blocks_written);
+        map.mark(5 * BLOCK, 1);
         map.close(tag(1));
         map.reopen();
         map.clear_committed(tag(1));
@@ -423,49 +268,6 @@ mod tests {
         assert_eq!(map.all_blocks().len(), 40);
         map.clear_committed(tag(40));
         assert!(map.all_blocks().is_empty());
-    }
-
-    #[test]
-    fn case_40_a_stored_map_is_taken_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = ChangedBlocks::path_for(&dir.path().join("disk.img"));
-        let mut map = ChangedBlocks::new(SIZE, tag(9));
-        map.mark(7 * BLOCK, BLOCK * 3);
-        map.store(&path).unwrap();
-        assert_eq!(ChangedBlocks::take(&path, SIZE).unwrap(), Some(map));
-        assert_eq!(ChangedBlocks::take(&path, SIZE).unwrap(), None);
-    }
-
-    #[test]
-    fn a_torn_map_is_refused_at_every_length_and_bit() {
-        let mut map = ChangedBlocks::new(SIZE, tag(9));
-        map.mark(0, SIZE);
-        let bytes = map.to_bytes();
-        assert_eq!(ChangedBlocks::from_bytes(&bytes, SIZE), Ok(map));
-        for len in 0..bytes.len() {
-            ChangedBlocks::from_bytes(&bytes[..len], SIZE).unwrap_err();
-        }
-        for at in 0..bytes.len() {
-            let mut bytes = bytes.clone();
-            bytes[at] ^= 0x10;
-            ChangedBlocks::from_bytes(&bytes, SIZE).unwrap_err();
-        }
-        ChangedBlocks::from_bytes(&bytes, SIZE + 512).unwrap_err();
-    }
-
-    #[test]
-    fn a_forged_map_with_a_good_checksum_is_refused() {
-        for (count, group, word) in [(1, 1_000_000_u64, 1_u64), (u64::MAX, 0, 1), (1, 3, 1 << 63), (1, 0, 0)] {
-            let mut bytes = MAGIC.to_vec();
-            for field in [SIZE, 1, 1, count, group] {
-                bytes.extend_from_slice(&field.to_le_bytes());
-            }
-            for _ in 0..WORDS {
-                bytes.extend_from_slice(&word.to_le_bytes());
-            }
-            bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
-            ChangedBlocks::from_bytes(&bytes, SIZE).unwrap_err();
-        }
     }
 
     proptest! {

@@ -15,8 +15,8 @@
 //! before or the state after, never a mixture.
 //!
 //! The cores here ([`replica`], [`changed`], [`mirror`]) hold no thread and no clock. Slow work is a value, the
-//! [`replica::CommitJob`], that the shell runs on a thread of its own. Files are touched by [`image`], [`record`],
-//! [`witness`] and by the stored form of [`changed`] only. [`sim`] is a disk that loses and tears writes.
+//! [`replica::CommitJob`], that the shell runs on a thread of its own. Files are touched by [`image`], [`record`]
+//! and [`witness`] only. [`sim`] is a disk that loses and tears writes.
 
 #![forbid(unsafe_code)]
 

@@ -353,17 +353,6 @@ impl<I: Image + ?Sized> Replica<I> {
         self.pending.iter().map(|pending| pending.batch.bytes()).sum()
     }
 
-    /// Returns the blocks that the guest wrote since the last commit. Asked right before
-    /// [`take_over`](Self::take_over), they are what this disk then differs by from the last common state.
-    #[must_use]
-    pub fn overlay_blocks(&self) -> BlockSet {
-        let mut blocks = BlockSet::default();
-        for (number, _) in self.overlay.iter() {
-            blocks.insert(number * CHUNK_BYTES as u64 / BLOCK);
-        }
-        blocks
-    }
-
     /// Finds room for everything up to `epoch`, before the commit point. No more writes are taken for it.
     ///
     /// # Errors

@@ -89,7 +89,6 @@ impl Primary {
 
     /// Takes note of a pause that has ended.
     pub(super) fn paused_for(&mut self, pause: Duration, taken: &Taken) {
-        self.counters.last_pause = pause;
         self.counters.last_predicted = taken.predicted;
         if taken.trigger != Trigger::Sync {
             self.predictor.learn(taken.pages, pause);

@@ -179,8 +179,6 @@ pub struct Counters {
     pub last_checkpoint: Option<Instant>,
     /// Changes of the mode, to buffered and back.
     pub switches: u64,
-    /// Length of the last stop.
-    pub last_pause: Duration,
     /// What was expected of it.
     pub last_predicted: Duration,
     /// The last initial sync.

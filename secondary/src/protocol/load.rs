@@ -19,7 +19,8 @@ impl Secondary {
                 actions,
             );
         }
-        self.counters.last_shipment = (mark.pages, 0);
+        self.counters.last_shipment = (mark.pages, self.counters.page_bytes - self.page_bytes_before);
+        self.page_bytes_before = self.counters.page_bytes;
         self.flight = Flight::Checking(mark);
         if mutants::on(Mutant::AcknowledgeEarly) {
             actions.push(Action::Send(Message::Acknowledge(mark.tag)));

@@ -152,6 +152,8 @@ pub struct Secondary {
     /// Why this side is fenced.
     fenced: String,
     counters: Counters,
+    /// Page bytes received up to the last end mark.
+    page_bytes_before: u64,
 }
 
 impl Secondary {
@@ -181,6 +183,7 @@ impl Secondary {
             leaving: None,
             fenced: String::new(),
             counters: Counters::default(),
+            page_bytes_before: 0,
             options,
         }
     }
