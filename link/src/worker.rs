@@ -3,6 +3,7 @@
 //! Orders are obeyed in the order in which they were given. The thread ends after the last order that was
 //! given before its handle was dropped or joined. It decides nothing.
 
+use core::ops::ControlFlow;
 use std::io;
 use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
@@ -83,6 +84,15 @@ impl<C> Inbox<C> {
     pub fn next(&self) -> Option<C> {
         self.0.recv().ok().flatten()
     }
+
+    /// Returns the next order if there is one; `Break` when the thread is to end.
+    pub fn poll(&self) -> ControlFlow<(), Option<C>> {
+        match self.0.try_recv() {
+            Ok(Some(order)) => ControlFlow::Continue(Some(order)),
+            Err(mpsc::TryRecvError::Empty) => ControlFlow::Continue(None),
+            Ok(None) | Err(mpsc::TryRecvError::Disconnected) => ControlFlow::Break(()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -101,6 +111,19 @@ mod tests {
             worker.send(order);
         }
         assert_eq!(worker.join(), Some(5050));
+    }
+
+    #[test]
+    fn an_inbox_can_be_looked_at() {
+        let (orders, inbox) = mpsc::channel();
+        let (orders, inbox) = (Orders(orders), Inbox(inbox));
+        assert_eq!(inbox.poll(), ControlFlow::Continue(None));
+        orders.send(7);
+        assert_eq!(inbox.poll(), ControlFlow::Continue(Some(7)));
+        orders.stop();
+        assert_eq!(inbox.poll(), ControlFlow::Break(()));
+        drop(orders);
+        assert_eq!(inbox.poll(), ControlFlow::<(), Option<u8>>::Break(()));
     }
 
     #[test]

@@ -239,6 +239,23 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Makes what the guest sees of `pages` the committed image. The guest must be stopped.
+    pub fn commit_own(&self, pages: &PageSet) -> Result<(), MemoryError> {
+        if self.mapping == Mapping::Shared {
+            return Ok(());
+        }
+        let mut content = vec![0; COMMIT_PAGES * PAGE_BYTES];
+        for run in pages.runs() {
+            for first in run.clone().step_by(COMMIT_PAGES) {
+                let count = (run.end - first).min(COMMIT_PAGES as u64);
+                let content = &mut content[..index(count * PAGE)];
+                self.read_run(first, content)?;
+                self.write_committed_run(first, content)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Drops the guest's own copies of `pages`, so that it sees the committed image there. A shared
     /// machine has no copies, and nothing happens. The guest must be stopped.
     pub fn revert(&self, pages: &PageSet) -> Result<(), MemoryError> {
@@ -407,6 +424,8 @@ impl GuestRam {
     }
 }
 
+/// Pages that become the image at a time: what stays in a processor's cache.
+const COMMIT_PAGES: usize = 16;
 /// Ranges that one call can take.
 const RANGES_MAX: usize = 1024;
 

@@ -9,16 +9,16 @@
 //! Who drives it says truly when a checkpoint is acknowledged: with the first page of the next, and never before. That, and that
 //! every page shipped goes through here, is what deltas rest on. Pure: it neither reads guest memory nor sends.
 
-use std::collections::{BTreeSet, VecDeque};
-
 use checkpoint::mutants::{self, Mutant};
-use checkpoint::pages::identical::{HASHES_MAX, PageHasher, PageHashes, PageMatches};
+use checkpoint::pages::identical::{PageHasher, PageHashes, PageMatches};
 use checkpoint::pages::{
     Asking, BATCH_BYTES, BaseCache, BatchEncoder, Chooser, Codec, CodecStats, Page, Pushed, Question, is_zero,
 };
 use checkpoint::staging::Totals;
 use checkpoint::wire::PageBatch;
 use checkpoint::{Duration, Instant, Tag};
+
+use crate::comparison::{Comparison, Next};
 
 /// What is known for encoding pages, and the sums of those shipped ahead.
 pub struct Encoding {
@@ -33,19 +33,8 @@ pub struct Encoding {
     before: CodecStats,
     asking: Asking,
     comparison: Comparison,
-    /// What encoding took in it: pages, bytes, time.
+    /// Pages of its stop that were sent otherwise than as alike, their bytes, and the time of all of them.
     spent: (u64, u64, Duration),
-}
-
-/// A comparison of copied pages with those of the secondary's stopped VM; empty while there is none.
-#[derive(Default)]
-struct Comparison {
-    /// Places in the copy that are still to be asked about.
-    places: VecDeque<usize>,
-    /// Pages that the open question is about.
-    open: Vec<u64>,
-    /// Those that are alike.
-    alike: BTreeSet<u64>,
 }
 
 impl Encoding {
@@ -60,7 +49,7 @@ impl Encoding {
             ahead: None,
             before: CodecStats::default(),
             asking: Asking::default(),
-            comparison: Comparison::default(),
+            comparison: nothing_to_compare(),
             spent: (0, 0, Duration(0)),
         }
     }
@@ -78,7 +67,7 @@ impl Encoding {
         self.ahead = None;
         self.encoder.rebase(self.cache.committed());
         self.before = *self.encoder.stats();
-        self.comparison = Comparison::default();
+        self.comparison = nothing_to_compare();
         self.spent = (0, 0, Duration(0));
     }
 
@@ -95,16 +84,16 @@ impl Encoding {
 
     /// As `push`, taking note of the time that it takes by that clock.
     pub fn push_timed(&mut self, page: u64, content: &Page, clock: impl Fn() -> Instant) -> bool {
-        let pushed = if self.comparison.alike.remove(&page) {
+        let pushed = if self.comparison.take_alike(page) {
             self.encoder.push_own(page)
         } else {
             let reference = self.cache.base(page);
-            let (pushed, took) = timed(&mut self.chooser, clock, |chooser| {
+            let pushed = timed(&mut self.chooser, clock, |chooser| {
                 self.encoder.push(page, content, reference, chooser)
             });
             if !matches!(pushed.codec, Codec::Zero | Codec::Unchanged) {
                 let (pages, bytes, time) = self.spent;
-                self.spent = (pages + 1, bytes + pushed.bytes as u64, Duration(time.0 + took.0));
+                self.spent = (pages + 1, bytes + pushed.bytes as u64, time);
             }
             pushed
         };
@@ -117,74 +106,77 @@ impl Encoding {
         self.chooser.link_measured(speed);
     }
 
-    /// Returns the places of those of the copied pages that would take bytes: not zero, and not as in the base.
-    pub fn worth_asking<'a>(&mut self, pages: impl Iterator<Item = (u64, &'a Page)>) -> Vec<usize> {
-        let mut worth = |page, content| {
-            let base = self.cache.base(page);
-            base.is_none_or(|base| base.page != content) && !is_zero(content)
-        };
-        let worth = pages
-            .enumerate()
-            .filter_map(|(place, (page, content))| worth(page, content).then_some(place));
-        worth.collect()
+    /// Decides how many of the copied pages of a stop to ask about.
+    pub fn choose(&mut self, pages: usize) -> Question {
+        self.asking.decide(pages as u64, self.chooser.link())
     }
 
-    /// Decides about which of these places to ask; about none if that does not pay.
-    pub fn choose(&mut self, places: Vec<usize>) -> Vec<usize> {
-        let few = match self.asking.decide(places.len() as u64, self.chooser.link()) {
-            Question::Nothing => return Vec::new(),
-            Question::All => return places,
-            Question::Some(few) => usize::try_from(few).unwrap_or(usize::MAX),
-        };
-        let step = places.len().div_ceil(few).max(1);
-        places.into_iter().step_by(step).collect()
+    /// Begins with the copied pages of the open checkpoint. Questions have at most `chunk` pages, or as many as is good.
+    /// Says whether the secondary's VM must stop.
+    pub fn compare(&mut self, pages: usize, asks: Question, chunk: Option<usize>) -> bool {
+        self.comparison = Comparison::new(pages, asks, chunk);
+        self.spent = (0, 0, Duration(0));
+        asks != Question::Nothing
     }
 
-    /// Begins to ask about the pages at these places of the copy.
-    pub fn compare(&mut self, places: Vec<usize>) {
-        self.comparison.places = places.into();
+    /// Says what to do next with the copied pages.
+    pub fn next_step(&mut self) -> Next {
+        self.comparison.next()
     }
 
-    /// Returns the next question, if there is one (more). Both VMs stand, or what they had is copied, before the seed is
-    /// drawn; `page` gives a page of the copy.
+    /// The secondary's VM stands for this checkpoint.
+    pub fn halted(&mut self) {
+        self.comparison.halted();
+    }
+
+    /// Makes the question that is next, if pages are left to ask about: not zero, and not as in the base. Both VMs stand, or what they had is
+    /// copied, before the seed is drawn; `page` gives a page of the copy.
     pub fn question<'a>(
         &mut self,
         tag: Tag,
         seed: [u8; 32],
         page: impl Fn(usize) -> (u64, &'a Page),
     ) -> Option<PageHashes> {
-        let places = &mut self.comparison.places;
-        if places.is_empty() {
-            return None;
-        }
         let hasher = PageHasher::new(&seed);
-        let hash = |place| {
+        let mut hashes = Vec::new();
+        let worth = |place| {
             let (number, content) = page(place);
-            (number, hasher.hash(content))
+            let base = self.cache.base(number);
+            let worth = base.is_none_or(|base| base.page != content) && !is_zero(content);
+            worth.then(|| {
+                hashes.push((number, hasher.hash(content)));
+                number
+            })
         };
-        let pages: Vec<_> = places.drain(..places.len().min(HASHES_MAX)).map(hash).collect();
-        self.comparison.open = pages.iter().map(|(page, _)| *page).collect();
-        Some(PageHashes { tag, seed, pages })
+        self.comparison.question(worth)?;
+        Some(PageHashes {
+            tag,
+            seed,
+            pages: hashes,
+        })
     }
 
-    /// Takes the answer to the last question, which came after that time.
+    /// Takes the answer to the last question, which came after that time; for the first one since the secondary's VM was to stop.
     ///
     /// # Panics
     /// Panics if it is about another number of pages, which the protocol refuses.
     pub fn answered(&mut self, matches: &PageMatches, took: Duration) {
-        let asked = core::mem::take(&mut self.comparison.open);
-        assert_eq!(asked.len(), matches.alike.len(), "an answer to the last question");
-        let count = asked.len() as u64;
-        let alike = asked.into_iter().zip(&matches.alike);
-        let alike: Vec<u64> = alike.filter_map(|(page, alike)| alike.then_some(page)).collect();
-        self.asking.answered(count, alike.len() as u64, took);
-        self.comparison.alike.extend(alike);
+        let (asked, alike, tells) = self.comparison.answered(&matches.alike);
+        self.asking.answered(asked, alike, took, tells);
+        let more = self.comparison.unasked();
+        let asks = self.asking.goes_on(more, asked, alike, self.chooser.link());
+        self.comparison.go_on(asks);
+    }
+
+    /// Takes note of the time that some of the copied pages took until they were queued.
+    pub fn took(&mut self, time: Duration) {
+        self.spent.2.0 += time.0;
     }
 
     /// The open checkpoint is shipped: what its pages took is known.
     pub fn shipped(&mut self) {
         let (pages, bytes, took) = self.spent;
-        self.asking.encoded(pages, bytes, took);
+        self.asking.sent(pages, bytes, took);
     }
 
     /// Ends the batch and counts it in `totals`; none if nothing is in it.
@@ -228,7 +220,7 @@ impl Encoding {
         self.cache.abandon();
         self.open = None;
         self.ahead = None;
-        self.comparison = Comparison::default();
+        self.comparison = nothing_to_compare();
     }
 
     /// Forgets what a secondary holds: there will be another, or the same with another state.
@@ -240,17 +232,21 @@ impl Encoding {
     }
 }
 
+fn nothing_to_compare() -> Comparison {
+    Comparison::new(0, Question::Nothing, None)
+}
+
 /// Encodes a page, and tells the chooser how long that took.
 pub(crate) fn timed(
     chooser: &mut Chooser,
     clock: impl Fn() -> Instant,
     push: impl FnOnce(&mut Chooser) -> Pushed,
-) -> (Pushed, Duration) {
+) -> Pushed {
     let begun = clock();
     let pushed = push(chooser);
     let took = clock().since(begun);
     if let Some(codec) = pushed.timed {
         chooser.timed(codec, 1, took);
     }
-    (pushed, took)
+    pushed
 }

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod backends;
+pub mod comparison;
 pub mod encoding;
 pub mod event;
 pub mod protocol;

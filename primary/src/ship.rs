@@ -10,6 +10,7 @@
 //! Where it pays, the secondary is asked first which of the copied pages its stopped VM has alike: then the parcel waits here.
 //! The protocol sees only numbers and digests. No decision is made here.
 
+use core::ops::{ControlFlow, Range};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
@@ -18,7 +19,7 @@ use bytes::Bytes;
 use checkpoint::Tag;
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::identical::PageMatches;
-use checkpoint::pages::{BASE_BYTES_DEFAULT, BATCH_BYTES, BatchEncoder, Chooser, Page, is_zero};
+use checkpoint::pages::{Amount, BASE_BYTES_DEFAULT, BATCH_BYTES, BatchEncoder, Chooser, Page, Question, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
 use link::mailbox;
@@ -29,6 +30,7 @@ use machine::{GuestRam, MemoryError, PageSet, VmError};
 use storage::verify::block_range;
 use storage::{FileImage, Image};
 
+use crate::comparison::Next;
 use crate::encoding::{Encoding, timed};
 use crate::event::{AheadShipment, Event, Shipment};
 use crate::trace::Traces;
@@ -88,7 +90,12 @@ impl Copies {
     }
 
     fn iter(&self) -> impl Iterator<Item = (u64, &Page)> {
-        self.numbers.iter().copied().zip(self.content.as_chunks().0)
+        self.range(0..self.numbers.len())
+    }
+
+    fn range(&self, places: Range<usize>) -> impl Iterator<Item = (u64, &Page)> {
+        let content = &self.content.as_chunks().0[places.clone()];
+        self.numbers[places].iter().copied().zip(content)
     }
 }
 
@@ -139,9 +146,13 @@ pub(crate) struct Parcel {
 /// What the courier is told.
 enum Errand {
     Abandon,
-    Alike(PageMatches),
+    /// With the time at which it came.
+    Alike(PageMatches, checkpoint::Instant),
     Ask(Tag),
-    Ahead { tag: Tag, bulk: BulkSender },
+    Ahead {
+        tag: Tag,
+        bulk: BulkSender,
+    },
     Forget,
     Ship(Box<Parcel>),
 }
@@ -174,7 +185,7 @@ impl Courier {
             few: Copies::default(),
             give_back,
             encoding: Encoding::new(BASE_BYTES_DEFAULT),
-            waiting: None,
+            shipping: None,
         };
         let thread = Worker::spawn("courier", move |inbox| carrier.run(&inbox))?;
         Ok(Self {
@@ -200,7 +211,7 @@ impl Courier {
         self.unread.take_back()
     }
 
-    /// Ships; answered by `CheckpointSent`, or first by `CompareAsked`.
+    /// Ships; answered by `CheckpointSent`, and by `CompareAsked` before.
     pub(crate) fn send(&self, parcel: Parcel) {
         self.thread.send(Errand::Ship(Box::new(parcel)));
     }
@@ -212,7 +223,7 @@ impl Courier {
 
     /// The answer to `Hashed`; answered by the next one, or by `CheckpointSent`.
     pub(crate) fn alike(&self, matches: PageMatches) {
-        self.thread.send(Errand::Alike(matches));
+        self.thread.send(Errand::Alike(matches, clock::now()));
     }
 
     /// The checkpoint that is being shipped will not be acknowledged.
@@ -237,95 +248,188 @@ struct Carrier {
     few: Copies,
     give_back: mpsc::Sender<Copies>,
     encoding: Encoding,
-    /// It waits for the secondary since then.
-    waiting: Option<(Box<Parcel>, checkpoint::Instant)>,
+    /// The checkpoint that is being shipped.
+    shipping: Option<Shipping>,
+}
+
+/// A checkpoint on its way.
+struct Shipping {
+    parcel: Box<Parcel>,
+    out: Outbox,
+    began: Instant,
+    /// What of it was shipped ahead.
+    ahead: Amount,
+    /// When the open question was asked; the first one counts from when the secondary's VM was to stop.
+    asked: checkpoint::Instant,
+    is_asked: bool,
+    /// Bytes of questions and answers.
+    bytes_asked: u64,
+    /// Nothing can be done before the secondary has answered.
+    waits: bool,
 }
 
 impl Carrier {
     fn run(mut self, inbox: &Inbox<Errand>) {
-        while let Some(errand) = inbox.next() {
-            let event = match errand {
-                Errand::Abandon => {
-                    self.encoding.abandon();
-                    if let Some((parcel, _)) = self.waiting.take() {
-                        self.give_back(parcel);
-                    }
-                    continue;
-                }
-                Errand::Forget => {
-                    self.encoding.forget();
-                    continue;
-                }
-                Errand::Ahead { tag, bulk } => self.ship_ahead(tag, bulk),
-                Errand::Alike(matches) => {
-                    let Some((_, since)) = self.of(matches.tag) else {
-                        continue;
-                    };
-                    let now = clock::now();
-                    let took = now.since(core::mem::replace(since, now));
-                    self.encoding.answered(&matches, took);
-                    self.ask(matches.tag)
-                }
-                Errand::Ask(tag) if self.of(tag).is_some() => self.ask(tag),
-                Errand::Ask(_) => continue,
-                Errand::Ship(parcel) => self.compare_or_ship(parcel),
+        loop {
+            // Between two steps of a checkpoint an answer may come, or its end.
+            let errand = if self.shipping.as_ref().is_some_and(|shipping| !shipping.waits) {
+                inbox.poll()
+            } else {
+                inbox
+                    .next()
+                    .map_or(ControlFlow::Break(()), |errand| ControlFlow::Continue(Some(errand)))
             };
-            match event {
-                Ok(event) => self.report(event),
-                Err(ShipError::Link) => {}
-                Err(ShipError::Vm(reason)) => self.report(Event::VmFailed(reason)),
+            let done = match errand {
+                ControlFlow::Break(()) => return,
+                ControlFlow::Continue(Some(errand)) => self.obey(errand),
+                ControlFlow::Continue(None) => self.go_on(),
+            };
+            match done {
+                Ok(Some(event)) => self.report(event),
+                Ok(None) => {}
+                Err(error) => {
+                    self.end_shipping();
+                    if let ShipError::Vm(reason) = error {
+                        self.report(Event::VmFailed(reason));
+                    }
+                }
             }
         }
+    }
+
+    fn obey(&mut self, errand: Errand) -> Result<Option<Event>, ShipError> {
+        match errand {
+            Errand::Abandon => {
+                self.encoding.abandon();
+                self.end_shipping();
+            }
+            Errand::Forget => self.encoding.forget(),
+            Errand::Ahead { tag, bulk } => return self.ship_ahead(tag, bulk).map(Some),
+            Errand::Alike(matches, at) => {
+                if let Some(shipping) = of(&mut self.shipping, matches.tag) {
+                    self.encoding.answered(&matches, at.since(shipping.asked));
+                    shipping.bytes_asked += matches.encode().len() as u64;
+                    shipping.waits = false;
+                }
+            }
+            Errand::Ask(tag) => {
+                if let Some(shipping) = of(&mut self.shipping, tag) {
+                    self.encoding.halted();
+                    shipping.waits = false;
+                }
+            }
+            Errand::Ship(parcel) => return self.begin(parcel),
+        }
+        Ok(None)
     }
 
     fn report(&self, event: Event) {
         self.events.send(event);
     }
 
-    fn of(&mut self, tag: Tag) -> Option<&mut (Box<Parcel>, checkpoint::Instant)> {
-        self.waiting.as_mut().filter(|(parcel, _)| parcel.totals.tag() == tag)
+    fn end_shipping(&mut self) {
+        if let Some(shipping) = self.shipping.take() {
+            self.give_back(*shipping.parcel);
+        }
     }
 
-    fn give_back(&self, parcel: Box<Parcel>) {
+    fn give_back(&self, parcel: Parcel) {
         // Closed when the role has ended.
         let _ = self.give_back.send(parcel.copies);
     }
 
-    /// Has the secondary's VM stopped if it pays to ask what it has alike; else ships.
-    fn compare_or_ship(&mut self, parcel: Box<Parcel>) -> Result<Event, ShipError> {
+    /// Begins to ship a checkpoint; has the secondary's VM stopped if it pays to ask what it has alike.
+    fn begin(&mut self, parcel: Box<Parcel>) -> Result<Option<Event>, ShipError> {
         let tag = parcel.totals.tag();
+        self.encoding.begin(tag);
+        let ahead = self.encoding.stats().total();
+        let mut totals = parcel.totals.clone();
+        let totals_ahead = self.encoding.take_ahead();
+        if totals_ahead.pages_counted() > 0 {
+            totals.go_on_with_pages(&totals_ahead);
+        }
+        let shipping = self.shipping.insert(Shipping {
+            began: Instant::now(),
+            ahead,
+            out: Outbox::new(totals, parcel.bulk.clone()),
+            asked: clock::now(),
+            is_asked: false,
+            bytes_asked: 0,
+            waits: false,
+            parcel,
+        });
+        let parcel = &shipping.parcel;
+        let pages = parcel.copies.numbers.len();
         // While pages are left that were not copied the VM stands, and is not to wait for the secondary.
-        if parcel.both_ran && parcel.beyond.is_empty() {
-            self.encoding.begin(tag);
-            let worth = self.encoding.worth_asking(parcel.copies.iter());
-            let places = self.encoding.choose(worth);
-            if !places.is_empty() {
-                self.encoding.compare(places);
-                self.waiting = Some((parcel, clock::now()));
-                return Ok(Event::CompareAsked(tag));
-            }
+        let asks = if parcel.both_ran && parcel.beyond.is_empty() {
+            self.encoding.choose(pages)
+        } else {
+            Question::Nothing
+        };
+        let compares = self.encoding.compare(pages, asks, None);
+        if !parcel.beyond.is_empty() {
+            ship_beyond(&self.ram, &mut self.encoding, &mut shipping.out, &parcel.beyond)?;
+            let (pages, entropy) = (parcel.pages, parcel.entropy);
+            return Ok(Some(Event::Copied { tag, pages, entropy }));
         }
-        self.ship_all(parcel)
+        Ok(compares.then_some(Event::CompareAsked(tag)))
     }
 
-    /// Asks the next question, or ships. The secondary's VM stands by now.
-    fn ask(&mut self, tag: Tag) -> Result<Event, ShipError> {
-        let (parcel, since) = self.waiting.take().expect("looked at before");
-        let mut seed = [0; 32];
-        link::entropy::fill(&mut seed);
-        match self.encoding.question(tag, seed, |place| parcel.copies.at(place)) {
-            Some(hashes) => {
-                self.waiting = Some((parcel, since));
-                Ok(Event::Hashed(hashes))
+    /// Does what comes next in shipping a checkpoint.
+    fn go_on(&mut self) -> Result<Option<Event>, ShipError> {
+        let Some(shipping) = &mut self.shipping else {
+            return Ok(None);
+        };
+        let parcel = &shipping.parcel;
+        match self.encoding.next_step() {
+            Next::Ask => {
+                let mut seed = [0; 32];
+                link::entropy::fill(&mut seed);
+                let tag = parcel.totals.tag();
+                let question = self.encoding.question(tag, seed, |place| parcel.copies.at(place));
+                return Ok(question.map(|hashes| {
+                    if core::mem::replace(&mut shipping.is_asked, true) {
+                        shipping.asked = clock::now();
+                    }
+                    shipping.bytes_asked += hashes.encode().len() as u64;
+                    Event::Hashed(hashes)
+                }));
             }
-            None => self.ship_all(parcel),
+            Next::Encode(places) => {
+                let began = clock::now();
+                push(&mut self.encoding, &mut shipping.out, parcel.copies.range(places))?;
+                self.encoding.took(clock::now().since(began));
+            }
+            Next::Wait => shipping.waits = true,
+            Next::Done => return self.finish().map(Some),
         }
+        Ok(None)
     }
 
-    fn ship_all(&mut self, mut parcel: Box<Parcel>) -> Result<Event, ShipError> {
-        let sent = self.ship(&mut parcel);
-        self.give_back(parcel);
-        sent.map(Event::CheckpointSent)
+    /// Ships what follows the pages.
+    fn finish(&mut self) -> Result<Event, ShipError> {
+        let mut shipping = self.shipping.take().expect("a checkpoint is being shipped");
+        let sent = self.send_rest(&mut shipping);
+        let Shipping { parcel, out, .. } = shipping;
+        let entropy = parcel.entropy;
+        self.give_back(*parcel);
+        sent?;
+        Ok(Event::CheckpointSent(out.shipment(entropy)))
+    }
+
+    fn send_rest(&mut self, shipping: &mut Shipping) -> Result<(), ShipError> {
+        let Shipping { parcel, out, .. } = shipping;
+        finish(&mut self.encoding, out)?;
+        for &block in &parcel.blocks {
+            let (offset, data) = read_block(&*self.image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
+            out.write(offset, data)?;
+        }
+        out.devices(core::mem::take(&mut parcel.sections))?;
+        self.encoding.shipped();
+        let (tag, took, stats) = (parcel.totals.tag(), shipping.began.elapsed(), self.encoding.stats());
+        let bytes = shipping.out.bytes + shipping.bytes_asked;
+        self.traces.sent(tag, took, &stats, shipping.ahead, bytes);
+        Ok(())
     }
 
     /// Ships the pages that are unread, until there are none: they are shipped, or a stop has taken them back.
@@ -335,9 +439,9 @@ impl Carrier {
         let mut out = Outbox::new(self.encoding.take_ahead(), bulk);
         let mut few = core::mem::take(&mut self.few);
         while self.unread.read(&self.ram, &mut few)? {
-            self.push(&mut out, few.iter())?;
+            push(&mut self.encoding, &mut out, few.iter())?;
         }
-        self.finish(&mut out)?;
+        finish(&mut self.encoding, &mut out)?;
         self.few = few;
         let (pages, bytes) = (out.pages, out.bytes);
         self.encoding.keep_ahead(out.totals);
@@ -349,67 +453,43 @@ impl Carrier {
             took,
         }))
     }
+}
 
-    fn ship(&mut self, parcel: &mut Parcel) -> Result<Shipment, ShipError> {
-        let began = Instant::now();
-        let tag = parcel.totals.tag();
-        self.encoding.begin(tag);
-        let shipped_ahead = self.encoding.stats().total();
-        let mut totals = parcel.totals.clone();
-        let ahead = self.encoding.take_ahead();
-        if ahead.pages_counted() > 0 {
-            totals.go_on_with_pages(&ahead);
-        }
-        let mut out = Outbox::new(totals, parcel.bulk.clone());
-        if !parcel.beyond.is_empty() {
-            self.ship_beyond(&mut out, &parcel.beyond)?;
-            self.report(Event::Copied {
-                tag,
-                pages: parcel.pages,
-                entropy: parcel.entropy,
-            });
-        }
-        self.push(&mut out, parcel.copies.iter())?;
-        self.finish(&mut out)?;
-        for &block in &parcel.blocks {
-            let (offset, data) = read_block(&*self.image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
-            out.write(offset, data)?;
-        }
-        out.devices(core::mem::take(&mut parcel.sections))?;
-        self.encoding.shipped();
-        self.traces
-            .sent(tag, began.elapsed(), &self.encoding.stats(), shipped_ahead, out.bytes);
-        Ok(out.shipment(parcel.entropy))
+fn of(shipping: &mut Option<Shipping>, tag: Tag) -> Option<&mut Shipping> {
+    shipping.as_mut().filter(|shipping| shipping.parcel.totals.tag() == tag)
+}
+
+/// Ships pages out of memory: the VM stands.
+fn ship_beyond(ram: &GuestRam, encoding: &mut Encoding, out: &mut Outbox, pages: &[u64]) -> Result<(), ShipError> {
+    let mut content = [0; PAGE_BYTES];
+    for &page in pages {
+        ram.read_page(page, &mut content)?;
+        push(encoding, out, [(page, &content)].into_iter())?;
     }
+    Ok(finish(encoding, out)?)
+}
 
-    /// Ships pages out of memory: the VM stands.
-    fn ship_beyond(&mut self, out: &mut Outbox, pages: &[u64]) -> Result<(), ShipError> {
-        let mut content = [0; PAGE_BYTES];
-        for &page in pages {
-            self.ram.read_page(page, &mut content)?;
-            self.push(out, [(page, &content)].into_iter())?;
-        }
-        Ok(self.finish(out)?)
-    }
-
-    /// Encodes pages, and sends the batches that they fill.
-    fn push<'a>(&mut self, out: &mut Outbox, pages: impl Iterator<Item = (u64, &'a Page)>) -> Result<(), LinkGone> {
-        for (page, content) in pages {
-            if self.encoding.push_timed(page, content, clock::now) {
-                if let Some(speed) = out.bulk.take_speed() {
-                    self.encoding.link_measured(speed);
-                }
-                self.finish(out)?;
+/// Encodes pages, and sends the batches that they fill.
+fn push<'a>(
+    encoding: &mut Encoding,
+    out: &mut Outbox,
+    pages: impl Iterator<Item = (u64, &'a Page)>,
+) -> Result<(), LinkGone> {
+    for (page, content) in pages {
+        if encoding.push_timed(page, content, clock::now) {
+            if let Some(speed) = out.bulk.take_speed() {
+                encoding.link_measured(speed);
             }
+            finish(encoding, out)?;
         }
-        Ok(())
     }
+    Ok(())
+}
 
-    fn finish(&mut self, out: &mut Outbox) -> Result<(), LinkGone> {
-        match self.encoding.finish(&mut out.totals) {
-            Some(batch) => out.send_pages(batch),
-            None => Ok(()),
-        }
+fn finish(encoding: &mut Encoding, out: &mut Outbox) -> Result<(), LinkGone> {
+    match encoding.finish(&mut out.totals) {
+        Some(batch) => out.send_pages(batch),
+        None => Ok(()),
     }
 }
 
@@ -473,7 +553,7 @@ impl Outbox {
             if skip_zero && is_zero(&content) {
                 continue;
             }
-            let (pushed, _) = timed(&mut chooser, clock::now, |chooser| {
+            let pushed = timed(&mut chooser, clock::now, |chooser| {
                 encoder.push(page, &content, None, chooser)
             });
             if pushed.full {

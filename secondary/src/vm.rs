@@ -4,7 +4,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError, decode_batch};
 use checkpoint::wire::{DeviceState, PageBatch};
@@ -12,7 +11,7 @@ use checkpoint::{Epoch, Tag};
 use link::describe;
 use link::mailbox;
 use link::worker::{Inbox, Worker};
-use machine::{GuestRam, MachineState, MemoryError, Section, Vm};
+use machine::{GuestRam, MachineState, MemoryError, PageSet, Section, Vm};
 
 use crate::event::Event;
 
@@ -61,6 +60,8 @@ struct Stage {
     devices: Option<MachineState>,
     /// Pages that the stopped VM was found to have as the primary has them.
     alike: BTreeSet<u64>,
+    /// Those of them that are staged as the VM's own: it stands until the load, which takes them from there.
+    own: BTreeSet<u64>,
 }
 
 struct Loader {
@@ -175,7 +176,7 @@ impl Loader {
         decoded.map_err(|error| format!("a page can't be staged: {}", describe(&error)))
     }
 
-    /// The VM stands, and does until the load: what is found alike here is what will be copied to the stage.
+    /// The VM stands, and does until the load: what is found alike here is what will be copied to the image.
     fn compare(&mut self, hashes: &PageHashes) -> Result<PageMatches, MemoryError> {
         let matches = hashes.answer(|page, content| self.ram.read_page(page, content))?;
         let alike = hashes.pages.iter().zip(&matches.alike);
@@ -197,6 +198,9 @@ impl Loader {
         self.vm.pause()?;
         let own = self.vm.take_dirty()?;
         self.ram.write_committed_pages(&stage.pages, &stage.content)?;
+        let mut alike = PageSet::new(self.ram.pages());
+        alike.extend(stage.own);
+        self.ram.commit_own(&alike)?;
         self.ram.revert(&own)?;
         Ok(self.vm.restore(&devices)?)
     }
@@ -215,20 +219,22 @@ enum StageError {
 
 impl Stage {
     fn put(&mut self, ram: &GuestRam, page: u64, content: Content<'_>) -> Result<(), StageError> {
+        // What comes last of a page counts.
+        if let Content::Own = content {
+            if !self.alike.contains(&page) {
+                return Err(StageError::NotAlike(page));
+            }
+            self.own.insert(page);
+            return Ok(());
+        }
+        self.own.remove(&page);
         let place = self.places.get(&page).copied();
         let staged = place.map(|place| &mut self.content.as_chunks_mut().0[place]);
         match (content, staged) {
             (Content::Page(bytes), Some(staged)) => *staged = *bytes,
             (Content::Page(bytes), None) => self.add(page, bytes),
-            (Content::Own, _) if !self.alike.contains(&page) => return Err(StageError::NotAlike(page)),
-            (Content::Own, Some(staged)) => ram.read_page(page, staged)?,
-            (Content::Own, None) => {
-                let mut own = [0; PAGE_BYTES];
-                ram.read_page(page, &mut own)?;
-                self.add(page, &own);
-            }
             (Content::Unchanged, Some(staged)) => ram.read_committed(page, staged)?,
-            (Content::Unchanged, None) => {}
+            (Content::Unchanged | Content::Own, _) => {}
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use checkpoint::pages::Question;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
@@ -66,10 +67,6 @@ pub struct Node {
     clock_speed: u64,
     /// How far it is from its power's end: told by its disk.
     pub doomed: bool,
-    /// The last life that was asked to end in order.
-    pub(crate) stopping: Option<u64>,
-    /// The last life that said goodbye as secondary, or heard it.
-    pub(crate) parted: Option<u64>,
     /// The operator lets it be until then.
     pub off_until: u64,
     /// Longest additional time of a disk operation, and until when.
@@ -154,8 +151,6 @@ impl Node {
             input_held: false,
             outcome: None,
             doomed: false,
-            stopping: None,
-            parted: None,
             off_until: 0,
             slow_disk: (0, 0),
             disk_until: 0,
@@ -274,11 +269,6 @@ impl Node {
             limits,
             at,
         ));
-    }
-
-    /// Tells whether it has been asked to end in order, and has not ended.
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.stopping == Some(self.life)
     }
 
     /// Kills it.
@@ -443,7 +433,7 @@ impl Node {
     }
 
     /// Copies what a checkpoint ships; returns how many pages, and the seed of the next epoch.
-    pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, compares: bool, entropy: u64) -> (u64, [u8; 32]) {
+    pub fn copy(&mut self, blocks: &[u64], mut totals: Totals, asks: Question, entropy: u64) -> (u64, [u8; 32]) {
         let tag = totals.tag();
         let copied = self.shipping.stop(&mut self.vm.memory, tag);
         let pages = copied.len() as u64;
@@ -478,7 +468,7 @@ impl Node {
                 link,
                 totals,
                 pages: copied,
-                compares,
+                asks,
                 waits: false,
                 rest,
                 begun: false,

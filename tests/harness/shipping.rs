@@ -9,11 +9,12 @@ use std::sync::Arc;
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::pages::identical::{PageHashes, PageMatches};
-use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError};
+use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError, Question};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{Message, PageBatch};
 use checkpoint::{Epoch, Tag};
 use machine::PageSet;
+use primary::comparison::Next;
 use primary::encoding::Encoding;
 use primary::event::{AheadShipment, Look, Shipment};
 use primary::scout::Scout;
@@ -24,6 +25,8 @@ use crate::toy_vm::{Memory, PAGES, index};
 const CACHE_BYTES: usize = 24 * (PAGE_BYTES + 128);
 /// Pages of a batch: few, so that there are many.
 const BATCH_PAGES: usize = 8;
+/// Pages of a question: few, so that several are open one after the other while batches are sent.
+const QUESTION_PAGES: usize = 5;
 
 /// A page's content at one moment.
 type Copied = Arc<Vec<u8>>;
@@ -50,12 +53,12 @@ impl Errand {
 pub(crate) struct Parcel {
     pub(crate) link: usize,
     pub(crate) totals: Totals,
-    pub(crate) pages: VecDeque<(u64, Copied)>,
+    pub(crate) pages: Vec<(u64, Copied)>,
     /// What follows the pages: counted already.
     pub(crate) rest: VecDeque<Message>,
     pub(crate) begun: bool,
-    /// Its pages are compared with the secondary's first.
-    pub(crate) compares: bool,
+    /// How many of its pages the secondary is asked about.
+    pub(crate) asks: Question,
     /// For the secondary.
     pub(crate) waits: bool,
     pub(crate) sent: u64,
@@ -65,6 +68,7 @@ pub(crate) struct Parcel {
 /// What a step of the courier leads to.
 pub(crate) enum Step {
     CompareAsked(Tag),
+    Hashed(PageHashes),
     Send(Message),
     ShippedAhead(AheadShipment),
     Sent(Shipment),
@@ -131,7 +135,7 @@ impl Shipping {
     }
 
     /// Takes the dirty pages at a stop, with those that are still to be shipped ahead, and copies them.
-    pub(crate) fn stop(&mut self, memory: &mut Memory, tag: Tag) -> VecDeque<(u64, Copied)> {
+    pub(crate) fn stop(&mut self, memory: &mut Memory, tag: Tag) -> Vec<(u64, Copied)> {
         let mut dirty = memory.harvest();
         self.scout.stopped();
         if !mutants::on(Mutant::ReadAheadAfterStop) {
@@ -193,7 +197,7 @@ impl Shipping {
     }
 
     /// Takes the courier's next step, if it has any errand.
-    pub(crate) fn step(&mut self, memory: &mut Memory) -> Option<Step> {
+    pub(crate) fn step(&mut self, memory: &mut Memory, seed: u64) -> Option<Step> {
         match self.errands.front_mut()? {
             Errand::Ahead { done, .. } => {
                 let mut done = *done;
@@ -225,24 +229,35 @@ impl Shipping {
                     if ahead.pages_counted() > 0 {
                         parcel.totals.go_on_with_pages(&ahead);
                     }
-                    let pages = parcel.pages.iter().map(|(page, content)| (*page, page_of(content)));
-                    let worth = self.encoding.worth_asking(pages);
-                    parcel.waits = parcel.compares && !worth.is_empty();
-                    if parcel.waits {
-                        self.encoding.compare(worth);
+                    if self
+                        .encoding
+                        .compare(parcel.pages.len(), parcel.asks, Some(QUESTION_PAGES))
+                    {
                         return Some(Step::CompareAsked(parcel.totals.tag()));
                     }
                 }
-                if parcel.waits {
-                    return None;
-                }
-                while !parcel.pages.is_empty() {
-                    let count = parcel.pages.len().min(BATCH_PAGES);
-                    let few: Vec<_> = parcel.pages.drain(..count).collect();
-                    let few = few.iter().map(|(page, content)| (*page, content));
-                    if let Some(batch) = batch(&mut self.encoding, few, &mut parcel.totals) {
-                        parcel.sent += u64::from(batch.count);
-                        return Some(Step::Send(Message::Pages(batch)));
+                loop {
+                    match self.encoding.next_step() {
+                        Next::Ask => {
+                            let mut full = [0; 32];
+                            full[..8].copy_from_slice(&seed.to_le_bytes());
+                            let page = |place: usize| (parcel.pages[place].0, page_of(&parcel.pages[place].1));
+                            if let Some(hashes) = self.encoding.question(parcel.totals.tag(), full, page) {
+                                return Some(Step::Hashed(hashes));
+                            }
+                        }
+                        Next::Encode(places) => {
+                            let few = parcel.pages[places].iter().map(|(page, content)| (*page, content));
+                            if let Some(batch) = batch(&mut self.encoding, few, &mut parcel.totals) {
+                                parcel.sent += u64::from(batch.count);
+                                return Some(Step::Send(Message::Pages(batch)));
+                            }
+                        }
+                        Next::Wait => {
+                            parcel.waits = true;
+                            return None;
+                        }
+                        Next::Done => break,
                     }
                 }
                 if let Some(message) = parcel.rest.pop_front() {
@@ -265,26 +280,26 @@ impl Shipping {
         }
     }
 
-    /// Returns the next question about the pages of a checkpoint; without one they can be shipped.
-    pub(crate) fn ask(&mut self, tag: Tag, seed: [u8; 32]) -> Option<PageHashes> {
-        let Some(Errand::Parcel(parcel)) = self.errands.front_mut() else {
-            return None;
-        };
-        if parcel.totals.tag() != tag {
-            return None;
+    /// The secondary's guest stands.
+    pub(crate) fn halted(&mut self, tag: Tag) {
+        if let Some(parcel) = self.parcel(tag) {
+            parcel.waits = false;
+            self.encoding.halted();
         }
-        let page = |place: usize| (parcel.pages[place].0, page_of(&parcel.pages[place].1));
-        let hashes = self.encoding.question(tag, seed, page);
-        parcel.waits = hashes.is_some();
-        hashes
     }
 
     /// Takes the secondary's answer.
     pub(crate) fn answered(&mut self, matches: &PageMatches) {
-        if let Some(Errand::Parcel(parcel)) = self.errands.front()
-            && parcel.totals.tag() == matches.tag
-        {
+        if let Some(parcel) = self.parcel(matches.tag) {
+            parcel.waits = false;
             self.encoding.answered(matches, checkpoint::Duration(0));
+        }
+    }
+
+    fn parcel(&mut self, tag: Tag) -> Option<&mut Parcel> {
+        match self.errands.front_mut() {
+            Some(Errand::Parcel(parcel)) if parcel.totals.tag() == tag => Some(parcel),
+            _ => None,
         }
     }
 

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use checkpoint::pages::Question;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, PageBatch};
@@ -31,8 +32,6 @@ use crate::trace::{Line, Trace};
 /// Silence after which a side is lost, on both.
 pub const TAKEOVER_LIMIT: Duration = Duration::from_millis(300);
 pub(crate) const MILLISECOND: u64 = 1_000_000;
-/// One is the same as a later death: after the second, the witness's term 1 may be old.
-const FIRST_STARTS_CUT: u32 = 2;
 
 /// What a host's VM thread is told. It obeys in order.
 pub(crate) enum VmOrder {
@@ -72,7 +71,6 @@ pub(crate) enum Happening {
     PrimaryEvent(usize, u64, PrimaryEvent),
     SecondaryEvent(usize, u64, SecondaryEvent),
     Serve(usize, u64),
-    Stop(usize, u64),
     Vm(usize, u64, VmOrder),
     Wire(Wire),
 }
@@ -124,16 +122,12 @@ pub struct World {
     pub(crate) has_witness: bool,
     pub(crate) primary_actions: Vec<PrimaryAction>,
     pub(crate) secondary_actions: Vec<SecondaryAction>,
-    /// So many starts without a record lose their host's power while they write the first.
-    pub(crate) first_starts_cut: u32,
     /// An operator starts a host that died or ended.
     pub restarts: bool,
     /// No frame is lost or overtaken between the clients and the hosts.
     pub smooth: bool,
     /// The host whose disk holds everything that the guest has flushed, if there is one.
     pub(crate) current: Option<usize>,
-    /// The VM has run before.
-    pub(crate) booted: bool,
     armed: Vec<Armed>,
     /// The end of the longest fault.
     pub(crate) disturbed_until: u64,
@@ -151,38 +145,27 @@ impl World {
     /// Makes a world in which host 0 boots the VM and host 1 waits for it.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        let mut world = Self::empty(seed, true);
-        world.witness.terms.insert(Generation(1), 0);
-        world.first_start();
-        world.begin()
-    }
-
-    /// Makes a world in which neither host has ever started, and the first starts of the VM are cut short.
-    #[must_use]
-    pub fn not_started(seed: u64) -> Self {
-        let mut world = Self::empty(seed, true);
-        world.first_starts_cut = FIRST_STARTS_CUT;
-        world.begin()
+        let mut random = Random::new(seed);
+        let nodes = [Node::new(seed, &mut random), Node::new(seed ^ 1, &mut random)];
+        Self::start(seed, random, nodes, true)
     }
 
     /// Makes a world without a witness.
     #[must_use]
     pub fn without_witness(seed: u64) -> Self {
-        let mut world = Self::empty(seed, false);
-        world.first_start();
-        world.begin()
-    }
-
-    fn empty(seed: u64, witness: bool) -> Self {
         let mut random = Random::new(seed);
         let nodes = [Node::new(seed, &mut random), Node::new(seed ^ 1, &mut random)];
+        Self::start(seed, random, nodes, false)
+    }
+
+    fn start(seed: u64, mut random: Random, nodes: [Node; 2], witness: bool) -> Self {
         let resume = if seed.is_multiple_of(4) {
             Resume::AfterAcknowledgement
         } else {
             Resume::AfterCopy
         };
         let clients = Clients::new(random.draw());
-        Self {
+        let mut world = Self {
             now: 0,
             serial: 0,
             random,
@@ -209,26 +192,25 @@ impl World {
             secondary_actions: Vec::new(),
             restarts: true,
             smooth: false,
-            witness: Witness::default(),
-            first_starts_cut: 0,
+            witness: Witness {
+                terms: BTreeMap::from([(Generation(1), 0)]),
+                ..Witness::default()
+            },
             has_witness: witness,
             current: None,
-            booted: false,
             armed: Vec::new(),
             disturbed_until: 0,
             checkers: Checkers::default(),
             trace: Trace::default(),
             faults: 0,
             coverage: Coverage::default(),
+        };
+        world.first_start();
+        for client in 0..world.clients.count() {
+            world.clients_sent(client);
         }
-    }
-
-    fn begin(mut self) -> Self {
-        for client in 0..self.clients.count() {
-            self.clients_sent(client);
-        }
-        self.later(OPERATOR_LOOKS_EVERY, Happening::Operator);
-        self
+        world.later(OPERATOR_LOOKS_EVERY, Happening::Operator);
+        world
     }
 
     /// Runs for so many simulated milliseconds.
@@ -355,7 +337,7 @@ impl World {
         let waiting = |happening: &Happening| matches!(happening, Happening::Fault(_));
         self.nodes
             .iter()
-            .any(|node| node.doomed || node.is_stopping() || node.frozen_until > self.now || node.disk_fails())
+            .any(|node| node.doomed || node.frozen_until > self.now || node.disk_fails())
             || self.queue.values().any(waiting)
     }
 
@@ -441,7 +423,6 @@ impl World {
             Happening::PrimaryEvent(node, life, _)
             | Happening::SecondaryEvent(node, life, _)
             | Happening::Serve(node, life)
-            | Happening::Stop(node, life)
             | Happening::Flushed(node, life, _)
             | Happening::GuestTimer(node, life, _)
             | Happening::Dial(node, life)
@@ -487,7 +468,6 @@ impl World {
             Happening::PrimaryEvent(node, _, event) => self.step_primary(node, event),
             Happening::SecondaryEvent(node, _, event) => self.step_secondary(node, event),
             Happening::Serve(node, _) => self.serve(node),
-            Happening::Stop(node, _) => self.stop(node),
             Happening::Vm(node, _, order) => self.obey(node, order),
             Happening::Wire(wire) => self.arrive(wire),
         }
@@ -515,9 +495,14 @@ impl World {
             VmOrder::Resume => self.guest_resumes(node),
             VmOrder::Alike(matches) => {
                 host.shipping.answered(&matches);
-                self.ask(node, matches.tag);
+                let life = host.life;
+                self.soon(Happening::Courier(node, life));
             }
-            VmOrder::Ask(tag) => self.ask(node, tag),
+            VmOrder::Ask(tag) => {
+                host.shipping.halted(tag);
+                let life = host.life;
+                self.soon(Happening::Courier(node, life));
+            }
             VmOrder::Compare(hashes) => {
                 let matches = host.compare(&hashes);
                 self.step_secondary(node, SecondaryEvent::Compared(matches));
@@ -537,8 +522,13 @@ impl World {
             }
             VmOrder::Ship(totals, blocks, both_ran) => {
                 let (tag, life) = (totals.tag(), host.life);
-                let compares = both_ran && self.random.one_in(2);
-                let (pages, entropy) = host.copy(&blocks, totals, compares, self.random.draw());
+                let asks = match self.random.below(4) {
+                    0 if both_ran => Question::All(0),
+                    1 if both_ran => Question::All(3),
+                    2 if both_ran => Question::Sample,
+                    _ => Question::Nothing,
+                };
+                let (pages, entropy) = host.copy(&blocks, totals, asks, self.random.draw());
                 self.step_primary(node, PrimaryEvent::Copied { tag, pages, entropy });
                 self.soon(Happening::Courier(node, life));
             }
@@ -566,19 +556,6 @@ impl World {
         }
     }
 
-    /// Asks about the pages that were copied, or goes on to ship them if there are none to ask about.
-    fn ask(&mut self, node: usize, tag: Tag) {
-        let mut seed = [0; 32];
-        seed[..8].copy_from_slice(&self.random.draw().to_le_bytes());
-        match self.nodes[node].shipping.ask(tag, seed) {
-            Some(hashes) => self.step_primary(node, PrimaryEvent::Hashed(hashes)),
-            None => {
-                let life = self.nodes[node].life;
-                self.soon(Happening::Courier(node, life));
-            }
-        }
-    }
-
     /// Takes the courier's next step, ahead of a stop or with what was copied at one; the guest may run meanwhile.
     fn courier(&mut self, node: usize, life: u64) {
         let host = &mut self.nodes[node];
@@ -591,8 +568,11 @@ impl World {
         {
             host.shipping.errands.pop_front();
         }
-        match host.shipping.step(&mut host.vm.memory) {
+        let seed = self.random.draw();
+        let host = &mut self.nodes[node];
+        match host.shipping.step(&mut host.vm.memory, seed) {
             Some(Step::CompareAsked(tag)) => self.step_primary(node, PrimaryEvent::CompareAsked(tag)),
+            Some(Step::Hashed(hashes)) => self.step_primary(node, PrimaryEvent::Hashed(hashes)),
             Some(Step::Send(message)) => self.send(node, false, message),
             Some(Step::ShippedAhead(done)) => self.step_primary(node, PrimaryEvent::ShippedAhead(done)),
             Some(Step::Sent(shipment)) => self.step_primary(node, PrimaryEvent::CheckpointSent(shipment)),

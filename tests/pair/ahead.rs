@@ -22,12 +22,7 @@ fn quiet_pages_are_shipped_ahead_and_a_takeover_finds_them() {
     };
     stage.pair(Host::A);
     let work = Work::start(&stage, "ahead:");
-    in_client(&stage, |store| {
-        (0..VALUES).try_for_each(|number| match store.ask(&["SET", &key(number), &value(number)])? {
-            Some(answer) if answer == b"OK" => Ok(()),
-            answer => Err(io::Error::other(format!("{answer:?}"))),
-        })
-    });
+    store_values(&stage);
     let before = stage.status(Host::A).expect("the primary answers");
     stage.get("/touch/8", LIMIT).expect("memory is touched");
     // A dirtier that goes round slowly: each page is quiet until its next turn.
@@ -49,7 +44,23 @@ fn quiet_pages_are_shipped_ahead_and_a_takeover_finds_them() {
     stage.kill(Host::A);
     stage.await_state(Host::B, State::Alone);
     work.await_more();
-    let stored = in_client(&stage, |store| {
+    check_values(&stage);
+    work.finish(&stage);
+}
+
+/// Has the guest remember what [`check_values`] looks for.
+pub(crate) fn store_values(stage: &Stage) {
+    in_client(stage, |store| {
+        (0..VALUES).try_for_each(|number| match store.ask(&["SET", &key(number), &value(number)])? {
+            Some(answer) if answer == b"OK" => Ok(()),
+            answer => Err(io::Error::other(format!("{answer:?}"))),
+        })
+    });
+}
+
+/// The guest remembers what it was told.
+pub(crate) fn check_values(stage: &Stage) {
+    let stored = in_client(stage, |store| {
         (0..VALUES)
             .map(|number| store.ask(&["GET", &key(number)]))
             .collect::<io::Result<Vec<_>>>()
@@ -61,7 +72,6 @@ fn quiet_pages_are_shipped_ahead_and_a_takeover_finds_them() {
             key(number)
         );
     }
-    work.finish(&stage);
 }
 
 fn key(number: usize) -> String {

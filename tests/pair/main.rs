@@ -15,6 +15,7 @@
 //! fails if TANDEM_REQUIRE_KVM is set.
 
 mod ahead;
+mod alike;
 mod bench;
 mod ends;
 mod flows;

@@ -37,7 +37,7 @@ mod varint;
 #[cfg(test)]
 mod tests;
 
-pub use asking::{Asking, Question};
+pub use asking::{Asking, Question, SAMPLE_PAGES, Tells};
 pub use cache::{BASE_BYTES_DEFAULT, BaseCache, CacheStats, Reference};
 pub use chooser::{Chooser, Link};
 pub use decoder::{BatchDecoder, Content, Expected, decode_batch};

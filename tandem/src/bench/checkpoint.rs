@@ -33,6 +33,8 @@ const NEEDED: ByteSize = ByteSize::mib(4 * 512 + 512);
 const NEEDED_WEIGHED: u64 = 4;
 /// No checkpoint but those asked for, as far as that can be chosen.
 const ASKED_ONLY: [&str; 4] = ["--epoch-max-age", "60s", "--unmatched-limit", "10s"];
+/// Rounds that are not counted: they bring caches, queues and what the codecs have learned to where they stay.
+const WARM_UP: usize = 3;
 const SETTLE: Duration = Duration::from_millis(1_500);
 const HISTORY_LIMIT: Duration = Duration::from_secs(10);
 const PAGE_BYTES: f64 = 4096.0;
@@ -205,8 +207,7 @@ fn measure_case(stage: &mut Stage, floor: &mut Floor, wanted: &Wanted, tidy: &Ti
     let own = if wanted.equal { "" } else { ",differ" };
     let (mut traces, mut stops, mut used) = (Vec::new(), Vec::new(), Duration::ZERO);
     let mut last = last_epoch(stage)?;
-    // One more, that brings caches and queues to where they stay.
-    for round in 0..=wanted.rounds {
+    for round in 0..WARM_UP + wanted.rounds {
         tidy.sleep(Duration::ZERO)?;
         if wanted.content == "zero" {
             // Zeros over zeros would be no change at all.
@@ -224,7 +225,7 @@ fn measure_case(stage: &mut Stage, floor: &mut Floor, wanted: &Wanted, tidy: &Ti
         stage.commit()?;
         let trace = traced(stage, last)?;
         last = trace.epoch;
-        if round > 0 {
+        if round >= WARM_UP {
             // Once the guest answers again, the secondary has loaded.
             stage.admin("/")?;
             used += Used::by(&pids)?.since(&before).own();
