@@ -154,11 +154,6 @@ mutants! {
     UnreachableIsWon "unreachable-is-won"
 }
 
-impl Mutant {
-    /// Those that the model of the contest must notice, and that the simulation is not asked about.
-    pub const MODEL_ONLY: &[Self] = &[Self::ContendAfterGoodbye, Self::SkipTermAtFirstStart];
-}
-
 /// Whether this build can have mutants.
 pub const ENABLED: bool = cfg!(feature = "mutants");
 

@@ -9,7 +9,7 @@ use primary::protocol::Primary;
 use secondary::protocol::Secondary;
 
 use crate::streams::Streams;
-use crate::toy_vm::Registers;
+use crate::toy_vm::{Registers, SECTOR_BYTES, sectors};
 
 /// A machine's whole state, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -203,13 +203,15 @@ impl Checkers {
         let comparator = primary.comparator();
         let (held, pending) = (comparator.held(), comparator.pending());
         let room = primary.options().room;
+        // A guest whose flush failed writes everything again, in one turn.
+        let rewritten = (sectors().count() * SECTOR_BYTES) as u64;
         let written = match primary.state_name() {
             "protected" | "checkpointing" => primary.writes_uncommitted_bytes(),
             _ => 0,
         };
         assert!(
             held.bytes <= 2 * room.held_bytes + limits::FRAME_BYTES_MAX
-                && written <= 2 * room.written_bytes
+                && written <= 2 * room.written_bytes + rewritten
                 && pending.bytes <= limits::PENDING_BYTES_MAX + limits::FRAME_BYTES_MAX
                 && primary.inputs_unconfirmed() <= 2 * limits::INPUTS_UNCONFIRMED_MAX,
             "rule 5: a queue is over its bound: {held:?}, {pending:?}, {} inputs, {written} bytes written",

@@ -46,6 +46,8 @@ pub enum Fault {
     SlowLink(bool, u64, u64),
     /// Nothing passes for a time; then everything, in order.
     Stall(u64),
+    /// The process is asked to end, and does so in order.
+    Stop(usize),
     /// The host is suspended, and its clock is further on than it should be when it wakes.
     Suspend(usize, u64),
     /// The witness can't be reached from this host.
@@ -108,6 +110,8 @@ pub enum Kind {
     SlowLink,
     /// [`Fault::Stall`].
     Stall,
+    /// [`Fault::Stop`].
+    Stop,
     /// [`Fault::Suspend`].
     Suspend,
     /// [`Fault::WitnessCut`].
@@ -124,7 +128,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::CloseLink,
         Self::Corrupt,
         Self::CutLink,
@@ -142,6 +146,7 @@ impl Kind {
         Self::SlowDisk,
         Self::SlowLink,
         Self::Stall,
+        Self::Stop,
         Self::Suspend,
         Self::WitnessCut,
         Self::WitnessDown,
@@ -171,6 +176,7 @@ impl Kind {
             Self::SlowDisk => Fault::SlowDisk(host, 1 + random.below(200), 50 + random.below(900)),
             Self::SlowLink => Fault::SlowLink(random.one_in(2), 1 + random.below(250), 50 + random.below(500)),
             Self::Stall => Fault::Stall(20 + random.below(500)),
+            Self::Stop => Fault::Stop(host),
             Self::Suspend => Fault::Suspend(host, 350 + random.below(600)),
             Self::WitnessCut => Fault::WitnessCut(host, 50 + random.below(1_500)),
             Self::WitnessDown => Fault::WitnessDown(50 + random.below(1_500)),
@@ -192,6 +198,7 @@ impl Kind {
                 | Self::PowerCut
                 | Self::PowerLoss
                 | Self::PowerLossBoth
+                | Self::Stop
         )
     }
 
@@ -234,6 +241,7 @@ impl Fault {
             Self::SlowDisk(..) => Kind::SlowDisk,
             Self::SlowLink(..) => Kind::SlowLink,
             Self::Stall(_) => Kind::Stall,
+            Self::Stop(_) => Kind::Stop,
             Self::Suspend(..) => Kind::Suspend,
             Self::WitnessCut(..) => Kind::WitnessCut,
             Self::WitnessDown(_) => Kind::WitnessDown,
@@ -272,6 +280,7 @@ impl Fault {
             | Self::PowerCut(host, _)
             | Self::PowerLoss(host)
             | Self::SlowDisk(host, ..)
+            | Self::Stop(host)
             | Self::Suspend(host, _)
             | Self::WitnessCut(host, _)
             | Self::WriteFails(host, _) => Some(host),
@@ -432,6 +441,11 @@ impl World {
             Fault::SlowDisk(node, extra, span) => {
                 let until = until(span);
                 self.nodes[node].slow_disk = (extra * MILLISECOND, until);
+            }
+            Fault::Stop(node) => {
+                let life = self.nodes[node].life;
+                self.nodes[node].stopping = Some(life);
+                self.later(0, Happening::Stop(node, life));
             }
             Fault::WitnessDown(span) => self.witness.down_until = [until(span); 2],
             Fault::WitnessCut(node, span) => self.witness.down_until[node] = until(span),

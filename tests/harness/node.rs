@@ -67,6 +67,10 @@ pub struct Node {
     clock_speed: u64,
     /// How far it is from its power's end: told by its disk.
     pub doomed: bool,
+    /// The last life that was asked to end in order.
+    pub(crate) stopping: Option<u64>,
+    /// The last life that said goodbye as secondary, or heard it.
+    pub(crate) parted: Option<u64>,
     /// The operator lets it be until then.
     pub off_until: u64,
     /// Longest additional time of a disk operation, and until when.
@@ -151,6 +155,8 @@ impl Node {
             input_held: false,
             outcome: None,
             doomed: false,
+            stopping: None,
+            parted: None,
             off_until: 0,
             slow_disk: (0, 0),
             disk_until: 0,
@@ -269,6 +275,11 @@ impl Node {
             limits,
             at,
         ));
+    }
+
+    /// Tells whether it has been asked to end in order, and has not ended.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping == Some(self.life)
     }
 
     /// Kills it.

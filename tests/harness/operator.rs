@@ -97,6 +97,15 @@ impl World {
     }
 
     fn boot(&mut self, node: usize, generation: Generation, last_epoch: Epoch) -> Result<(), String> {
+        if self.nodes[node].record.is_none() && self.first_starts_cut > 0 {
+            self.first_starts_cut -= 1;
+            let operations = self.random.below(2);
+            self.note(Line::Note(format!(
+                "host {node} is about to lose power in its first start"
+            )));
+            self.nodes[node].disk.cut_power_after(operations);
+            self.nodes[node].doomed = true;
+        }
         self.nodes[node].store(RecordUpdate {
             generation,
             role: PairRole::Primary,
@@ -114,7 +123,7 @@ impl World {
         host.vm = ToyVm::boot(&disk, self.random.draw());
         self.note(Line::Note(format!("host {node} boots the VM as owner of {generation}")));
         let sure = self.nodes[node].is_sure();
-        if self.checkers.answers > 0 {
+        if core::mem::replace(&mut self.booted, true) {
             self.vm_rebooted(sure && self.current == Some(node));
         }
         self.current = sure.then_some(node);

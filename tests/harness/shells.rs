@@ -167,6 +167,12 @@ impl World {
             SecondaryEvent::Timeout | SecondaryEvent::PeerSent(Message::Heartbeat(_))
         );
         let line = (!quiet).then(|| Line::Secondary(node, secondary.tag(), event.clone()));
+        if matches!(
+            event,
+            SecondaryEvent::StopAsked | SecondaryEvent::PeerSent(Message::Goodbye(_))
+        ) {
+            self.nodes[node].parted = Some(self.nodes[node].life);
+        }
         secondary.step(now, event, &mut actions);
         if matches!(secondary.state_name(), "protected" | "checkpointing") {
             self.checkers.mode(secondary.tag(), secondary.epoch_mode());
@@ -190,7 +196,14 @@ impl World {
                     let first = matches!(&self.nodes[node].role, Role::Secondary(secondary) if secondary.is_first());
                     self.disk_order(node, DiskOrder::Prepare { tag, first });
                 }
-                SecondaryAction::Claim(term) => self.claim(node, term),
+                SecondaryAction::Claim(term) => {
+                    assert_ne!(
+                        self.nodes[node].parted,
+                        Some(life),
+                        "rule 2: host {node} contends for {term}, and has said goodbye or heard it"
+                    );
+                    self.claim(node, term);
+                }
                 SecondaryAction::CloseLink => self.close_secondary(node),
                 SecondaryAction::Compare(hashes) => self.order(node, VmOrder::Compare(hashes)),
                 SecondaryAction::CommitDisk(epoch) => {
@@ -216,7 +229,14 @@ impl World {
                     }
                     self.send(node, false, message);
                 }
-                SecondaryAction::SendControl(message) => self.send(node, true, message),
+                SecondaryAction::SendControl(message) => {
+                    let renews = matches!(message, Message::Heartbeat(_));
+                    assert!(
+                        !renews || !matches!(self.phase(node), "draining" | "severed" | "claiming"),
+                        "rule 2: host {node} renews the lease of a primary that it is about to succeed"
+                    );
+                    self.send(node, true, message);
+                }
                 SecondaryAction::StageDevices(state) => self.order(node, VmOrder::StageDevices(state)),
                 SecondaryAction::StagePages(batch) => self.order(node, VmOrder::StagePages(batch)),
                 SecondaryAction::StageWrite(write) => {
@@ -291,6 +311,16 @@ impl World {
     }
 
     // Both.
+
+    /// Somebody asks it to end.
+    pub(crate) fn stop(&mut self, node: usize) {
+        match self.nodes[node].role {
+            Role::Primary(_) => self.step_primary(node, PrimaryEvent::StopAsked),
+            Role::Secondary(_) => self.step_secondary(node, SecondaryEvent::StopAsked),
+            Role::Waiting => self.ended(node, "ended"),
+            Role::Off => {}
+        }
+    }
 
     fn ended(&mut self, node: usize, outcome: &'static str) {
         self.close(node);

@@ -32,6 +32,8 @@ use crate::trace::{Line, Trace};
 /// Silence after which a side is lost, on both.
 pub const TAKEOVER_LIMIT: Duration = Duration::from_millis(300);
 pub(crate) const MILLISECOND: u64 = 1_000_000;
+/// One is the same as a later death: after the second, the witness's term 1 may be old.
+const FIRST_STARTS_CUT: u32 = 2;
 
 /// What a host's VM thread is told. It obeys in order.
 pub(crate) enum VmOrder {
@@ -71,6 +73,7 @@ pub(crate) enum Happening {
     PrimaryEvent(usize, u64, PrimaryEvent),
     SecondaryEvent(usize, u64, SecondaryEvent),
     Serve(usize, u64),
+    Stop(usize, u64),
     Vm(usize, u64, VmOrder),
     Wire(Wire),
 }
@@ -122,12 +125,16 @@ pub struct World {
     pub(crate) has_witness: bool,
     pub(crate) primary_actions: Vec<PrimaryAction>,
     pub(crate) secondary_actions: Vec<SecondaryAction>,
+    /// So many starts without a record lose their host's power while they write the first.
+    pub(crate) first_starts_cut: u32,
     /// An operator starts a host that died or ended.
     pub restarts: bool,
     /// No frame is lost or overtaken between the clients and the hosts.
     pub smooth: bool,
     /// The host whose disk holds everything that the guest has flushed, if there is one.
     pub(crate) current: Option<usize>,
+    /// The VM has run before.
+    pub(crate) booted: bool,
     armed: Vec<Armed>,
     /// The end of the longest fault.
     pub(crate) disturbed_until: u64,
@@ -145,27 +152,38 @@ impl World {
     /// Makes a world in which host 0 boots the VM and host 1 waits for it.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        let mut random = Random::new(seed);
-        let nodes = [Node::new(seed, &mut random), Node::new(seed ^ 1, &mut random)];
-        Self::start(seed, random, nodes, true)
+        let mut world = Self::empty(seed, true);
+        world.witness.terms.insert(Generation(1), 0);
+        world.first_start();
+        world.begin()
+    }
+
+    /// Makes a world in which neither host has ever started, and the first starts of the VM are cut short.
+    #[must_use]
+    pub fn not_started(seed: u64) -> Self {
+        let mut world = Self::empty(seed, true);
+        world.first_starts_cut = FIRST_STARTS_CUT;
+        world.begin()
     }
 
     /// Makes a world without a witness.
     #[must_use]
     pub fn without_witness(seed: u64) -> Self {
-        let mut random = Random::new(seed);
-        let nodes = [Node::new(seed, &mut random), Node::new(seed ^ 1, &mut random)];
-        Self::start(seed, random, nodes, false)
+        let mut world = Self::empty(seed, false);
+        world.first_start();
+        world.begin()
     }
 
-    fn start(seed: u64, mut random: Random, nodes: [Node; 2], witness: bool) -> Self {
+    fn empty(seed: u64, witness: bool) -> Self {
+        let mut random = Random::new(seed);
+        let nodes = [Node::new(seed, &mut random), Node::new(seed ^ 1, &mut random)];
         let resume = if seed.is_multiple_of(4) {
             Resume::AfterAcknowledgement
         } else {
             Resume::AfterCopy
         };
         let clients = Clients::new(random.draw());
-        let mut world = Self {
+        Self {
             now: 0,
             serial: 0,
             random,
@@ -192,25 +210,26 @@ impl World {
             secondary_actions: Vec::new(),
             restarts: true,
             smooth: false,
-            witness: Witness {
-                terms: BTreeMap::from([(Generation(1), 0)]),
-                ..Witness::default()
-            },
+            witness: Witness::default(),
+            first_starts_cut: 0,
             has_witness: witness,
             current: None,
+            booted: false,
             armed: Vec::new(),
             disturbed_until: 0,
             checkers: Checkers::default(),
             trace: Trace::default(),
             faults: 0,
             coverage: Coverage::default(),
-        };
-        world.first_start();
-        for client in 0..world.clients.count() {
-            world.clients_sent(client);
         }
-        world.later(OPERATOR_LOOKS_EVERY, Happening::Operator);
-        world
+    }
+
+    fn begin(mut self) -> Self {
+        for client in 0..self.clients.count() {
+            self.clients_sent(client);
+        }
+        self.later(OPERATOR_LOOKS_EVERY, Happening::Operator);
+        self
     }
 
     /// Runs for so many simulated milliseconds.
@@ -337,7 +356,7 @@ impl World {
         let waiting = |happening: &Happening| matches!(happening, Happening::Fault(_));
         self.nodes
             .iter()
-            .any(|node| node.doomed || node.frozen_until > self.now || node.disk_fails())
+            .any(|node| node.doomed || node.is_stopping() || node.frozen_until > self.now || node.disk_fails())
             || self.queue.values().any(waiting)
     }
 
@@ -423,6 +442,7 @@ impl World {
             Happening::PrimaryEvent(node, life, _)
             | Happening::SecondaryEvent(node, life, _)
             | Happening::Serve(node, life)
+            | Happening::Stop(node, life)
             | Happening::Flushed(node, life, _)
             | Happening::GuestTimer(node, life, _)
             | Happening::Dial(node, life)
@@ -468,6 +488,7 @@ impl World {
             Happening::PrimaryEvent(node, _, event) => self.step_primary(node, event),
             Happening::SecondaryEvent(node, _, event) => self.step_secondary(node, event),
             Happening::Serve(node, _) => self.serve(node),
+            Happening::Stop(node, _) => self.stop(node),
             Happening::Vm(node, _, order) => self.obey(node, order),
             Happening::Wire(wire) => self.arrive(wire),
         }

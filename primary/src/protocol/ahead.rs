@@ -75,8 +75,8 @@ impl Primary {
         };
         let least = self.predictor.predict(0);
         if least >= budget {
-            // Stopping all the time would make it no shorter.
-            if !core::mem::replace(&mut self.budget_told, true) {
+            // Stopping all the time would make it no shorter. Before the first stop it is a guess, and no news.
+            if self.predictor.has_learned() && !core::mem::replace(&mut self.budget_told, true) {
                 actions.push(Action::Report(Report::Alarm(format!(
                     "the pause budget of {budget} can't be kept: a stop without a dirty page is expected to take {least} on this host; \
                      set a longer --pause-budget"

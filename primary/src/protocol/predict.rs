@@ -37,6 +37,11 @@ impl Predictor {
         duration(self.nanoseconds(count(pages)))
     }
 
+    /// Says whether there was a stop to learn from.
+    pub(super) fn has_learned(&self) -> bool {
+        self.seen.weight > 0.0
+    }
+
     /// Takes note of what a stop took.
     pub(super) fn learn(&mut self, pages: u64, took: Duration) {
         let x = count(pages);
