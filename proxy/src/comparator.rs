@@ -220,7 +220,9 @@ impl Comparator {
         self.catch_up_if_behind(now, verdicts);
         if self.is_pending_full() {
             // Losing the secondary's output is safe: the primary's waits for the commit.
-            self.diverge(now, self.comparing(), None, Reason::Limit(Limit::Pending), verdicts);
+            let is_early = self.uncommitted.is_some_and(|stopped| epoch > stopped);
+            let epoch = if is_early { self.running } else { self.comparing() };
+            self.diverge(now, epoch, None, Reason::Limit(Limit::Pending), verdicts);
             return;
         }
         if self.uncommitted.is_some_and(|stopped| epoch > stopped) {
@@ -594,5 +596,7 @@ mod frames_tests;
 mod modes_tests;
 #[cfg(test)]
 pub(crate) mod properties;
+#[cfg(test)]
+mod streams_tests;
 #[cfg(test)]
 mod tests;

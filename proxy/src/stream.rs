@@ -29,7 +29,8 @@ pub(crate) const ORIGIN: u64 = 1 << 40;
 const GAPS_MAX: usize = 256;
 /// More pieces than this that wait in one stream are a reason for a checkpoint.
 const CHUNKS_MAX: usize = 16_384;
-/// Initial sequence numbers closer than this do not tell whether a segment is translated; it is taken to be.
+/// Initial sequence numbers closer than this do not tell whether a segment is translated; it is taken to be, unless the
+/// first one was not.
 const ISN_NEAR: u32 = 1 << 20;
 /// Urgent positions of the secondary that are remembered.
 const URGENT_MAX: usize = 4;
@@ -82,6 +83,8 @@ struct Side {
     isn: Option<Seq>,
     /// It has sent nothing but its SYN: the next segment tells where its stream begins.
     opening: bool,
+    /// The secondary's stream begins in its own numbers: its host did not know the offset yet.
+    untranslated: bool,
     /// A sequence number and its position.
     anchor: Option<(Seq, u64)>,
     /// What its SYN offered, without and with ACK.
@@ -148,12 +151,18 @@ impl Stream {
         let side = &mut self.primary;
         if segment.syn {
             side.opening = segment.length() == 0;
-        } else if core::mem::take(&mut side.opening)
+        } else if side.opening
+            && !segment.rst
             && let Some((known, _)) = side.anchor
-            && data_seq.after(known).unsigned_abs() >= ISN_NEAR
+            // A keep-alive probe goes back by one and says nothing.
+            && !(data_seq.plus(1) == known && segment.length() == 0 && !segment.fin)
         {
-            // After a takeover the SYN leaves as this guest numbers it, and what follows as its peer knows the connection.
-            side.anchor = Some((data_seq, side.end));
+            side.opening = false;
+            if data_seq != known {
+                // After a takeover the SYN leaves as this guest numbers it, and what follows as its peer knows the connection. A
+                // guest begins its stream at the beginning, so any other number, however near, is that.
+                side.anchor = Some((data_seq, side.end));
+            }
         }
         let start = position(side.anchor, data_seq);
         let data = start..start + u64::from(segment.length());
@@ -176,7 +185,8 @@ impl Stream {
         }
         if let Some(pointer) = segment.urgent {
             note.urgent = Some(start + u64::from(pointer));
-            remember(&mut side.urgent, start + u64::from(pointer));
+            // Forgotten ones of the primary only make it wait.
+            let _forgotten = remember(&mut side.urgent, start + u64::from(pointer));
         }
         side.rst |= segment.rst;
         if !segment.rst {
@@ -249,6 +259,7 @@ impl Stream {
         let primary = &mut self.primary;
         primary.chunks.clear();
         primary.offers = [None; 2];
+        primary.urgent[0] = primary.urgent[0].or(self.committed_urgent);
         primary.rebase();
         self.settled = if primary.anchor.is_some() {
             Ranges::until(primary.end)
@@ -257,7 +268,7 @@ impl Stream {
         };
         self.committed_isn = primary.isn;
         self.committed_fin = primary.fin;
-        self.committed_urgent = primary.urgent[0];
+        self.committed_urgent = core::mem::take(&mut primary.urgent)[0];
         self.permitted = primary.ack;
         self.permitted_sack = primary.sack;
         self.secondary = Side {
@@ -325,10 +336,16 @@ impl Stream {
             return false;
         }
         if let Some(urgent) = note.urgent
-            && self.committed_urgent != Some(urgent)
-            && !self.secondary.urgent.contains(&Some(urgent))
+            && !self.is_urgent(&self.secondary, urgent)
         {
             return false;
+        }
+        let marks = self.secondary.urgent.iter().flatten();
+        for &urgent in marks.filter(|&&urgent| note.data.start < urgent && urgent <= note.data.end) {
+            // The primary may mark it yet, with its next segment.
+            if !self.is_urgent(&self.primary, urgent) {
+                return false;
+            }
         }
         !note.rst || self.secondary.rst
     }
@@ -359,17 +376,29 @@ impl Stream {
             if self.secondary.anchor.is_none() {
                 self.secondary.isn = Some(segment.seq);
                 self.secondary.anchor = Some((segment.seq, ORIGIN));
+                self.secondary.opening = true;
             }
+        } else if (segment.length() > 0 || segment.fin) && core::mem::take(&mut self.secondary.opening) {
+            let own = self.secondary.isn.map(|isn| isn.plus(1));
+            self.secondary.untranslated = own == Some(segment.seq);
         }
-        if segment.length() > 0 || segment.fin {
+        if self.secondary.untranslated && self.is_near() {
+            // Nobody can tell which of its segments are in whose numbers.
+            self.poison();
+            return Ok(());
+        }
+        if segment.length() > 0 || segment.fin || segment.urgent.is_some() {
             let start = self.secondary_position(segment);
             let data = start..start + u64::from(segment.length());
             self.secondary.extend(segment, &data);
             if segment.fin {
                 self.secondary.fin = Some(data.end);
             }
-            if let Some(pointer) = segment.urgent {
-                remember(&mut self.secondary.urgent, start + u64::from(pointer));
+            if let Some(pointer) = segment.urgent
+                && let Some(forgotten) = remember(&mut self.secondary.urgent, start + u64::from(pointer))
+                && !self.is_urgent(&self.primary, forgotten)
+            {
+                return Err(fact(Fact::Urgent, forgotten.saturating_sub(ORIGIN)));
             }
             if !data.is_empty() {
                 let payload = frame.slice(segment.payload..segment.end);
@@ -408,7 +437,20 @@ impl Stream {
             let at = one.fin.into_iter().chain(other.fin).min().unwrap_or(ORIGIN);
             return Err(fact(Fact::StreamEnd, at.saturating_sub(ORIGIN)));
         }
+        // A side that has sent the byte after an urgent position does not mark it any more.
+        for (marking, silent) in [(one, other), (other, one)] {
+            let mut marks = marking.urgent.iter().flatten();
+            let new = ORIGIN..silent.data_end;
+            if let Some(urgent) = marks.find(|&urgent| new.contains(urgent) && !self.is_urgent(silent, *urgent)) {
+                return Err(fact(Fact::Urgent, urgent.saturating_sub(ORIGIN)));
+            }
+        }
         Ok(())
+    }
+
+    /// Says whether this side, or both up to the last commit, have marked this position as urgent.
+    fn is_urgent(&self, side: &Side, position: u64) -> bool {
+        side.urgent.contains(&Some(position)) || self.committed_urgent == Some(position)
     }
 
     fn checked(&mut self, result: Result<(), Reason>) -> Result<(), Reason> {
@@ -436,6 +478,12 @@ impl Stream {
         }
     }
 
+    /// Says whether the two sides chose initial numbers that differ by so little that a number does not tell whose it is.
+    fn is_near(&self) -> bool {
+        matches!((self.primary.isn, self.secondary.isn), (Some(mine), Some(theirs))
+            if mine != theirs && mine.after(theirs).unsigned_abs() < ISN_NEAR)
+    }
+
     /// Returns the position of a segment's first byte of the secondary, translated already or not.
     fn secondary_position(&mut self, segment: &Segment) -> u64 {
         let seq = segment.data_seq();
@@ -448,8 +496,8 @@ impl Stream {
         };
         let translated = match (self.primary.isn, self.secondary.isn, own) {
             // Its SYN, and TCP Fast Open data in it, is never translated while the numbers differ.
-            (Some(mine), Some(theirs), Some(anchor)) if mine != theirs => {
-                let near = mine.after(theirs).unsigned_abs() < ISN_NEAR;
+            (Some(_), Some(theirs), Some(anchor)) if self.primary.isn != Some(theirs) => {
+                let near = self.is_near();
                 let to_primary = seq.after(primary_seq).unsigned_abs();
                 let to_own = seq.after(anchor.0).unsigned_abs();
                 !(segment.syn && segment.seq == theirs) && (near || to_primary <= to_own)
@@ -475,7 +523,9 @@ impl Side {
         let shift = self.end.wrapping_sub(ORIGIN);
         *anchor = anchor.wrapping_sub(shift);
         self.end = ORIGIN;
-        self.data_end = self.data_end.wrapping_sub(shift).min(ORIGIN);
+        if self.data_end > 0 {
+            self.data_end = self.data_end.wrapping_sub(shift);
+        }
         self.fin = self.fin.map(|fin| fin.wrapping_sub(shift));
         for urgent in self.urgent.iter_mut().flatten() {
             *urgent = urgent.wrapping_sub(shift);
@@ -505,9 +555,11 @@ fn position(anchor: Option<(Seq, u64)>, seq: Seq) -> u64 {
     })
 }
 
-fn remember(urgent: &mut [Option<u64>; URGENT_MAX], position: u64) {
-    if urgent[0] != Some(position) {
-        urgent.rotate_right(1);
-        urgent[0] = Some(position);
+/// Adds an urgent position; returns the one for which there is no more room.
+fn remember(urgent: &mut [Option<u64>; URGENT_MAX], position: u64) -> Option<u64> {
+    if urgent.contains(&Some(position)) {
+        return None;
     }
+    urgent.rotate_right(1);
+    urgent[0].replace(position)
 }

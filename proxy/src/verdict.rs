@@ -70,6 +70,8 @@ pub enum Fact {
     Resent,
     /// Where a TCP stream ends.
     StreamEnd,
+    /// Which of a TCP stream's bytes are urgent.
+    Urgent,
     /// What a SYN offers.
     Offer,
     /// Which connection the ports belong to: one side has opened a new one, the other still has output of the old.
@@ -109,6 +111,7 @@ impl fmt::Display for Difference {
             Fact::Bytes => "bytes differ",
             Fact::Resent => "a retransmission carries other bytes",
             Fact::StreamEnd => "streams end differently",
+            Fact::Urgent => "urgent bytes differ",
             Fact::Offer => "SYN options differ",
             Fact::Connection => "one side opened a new connection",
         };
