@@ -6,6 +6,7 @@
 //!   {"command":"status"}                                    {"ok":{"pair":"shop", …}}
 //!   {"command":"checkpoint"}                          ──►   {"ok":"checkpoint 12 committed"}
 //!   {"command":"history"}                                   {"ok":[{"epoch":12, …}, …]}
+//!   {"command":"flows","most":20}                           {"ok":{"protection":"lockstep: …", …}}
 //!   {"command":"takeover","old_primary_is_off":true}        {"error":"the pair is protected: …"}
 //!   {"command":"stop"}
 //! ```
@@ -31,6 +32,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::flows::Flows;
 use crate::status::{CheckpointTrace, Status};
 
 /// Longest request, in bytes.
@@ -56,6 +58,11 @@ pub enum Command {
     Checkpoint,
     /// What did the last checkpoints cost?
     History,
+    /// Which of the VM's traffic is protected, and how?
+    Flows {
+        /// Flows to be listed, at most.
+        most: u32,
+    },
     /// Go on without the primary.
     Takeover {
         /// The operator has made sure that the old primary does not run.
@@ -72,6 +79,8 @@ pub enum Answer {
     Status(Box<Status>),
     /// To `history`: the oldest first.
     History(Vec<CheckpointTrace>),
+    /// To `flows`.
+    Flows(Box<Flows>),
     /// To the others: what was done.
     Done(String),
 }
@@ -224,6 +233,14 @@ pub fn ask_history(path: &Path) -> Result<Vec<CheckpointTrace>, ControlError> {
     serde_json::from_value(ask(path, &Command::History)?).map_err(|_| ControlError::Reply(path.to_owned()))
 }
 
+/// Asks the primary that serves `path` what it knows of the VM's traffic, with at most `most` flows.
+///
+/// # Errors
+/// As [`ask_status`]; and if the role is no primary.
+pub fn ask_flows(path: &Path, most: u32) -> Result<Flows, ControlError> {
+    serde_json::from_value(ask(path, &Command::Flows { most })?).map_err(|_| ControlError::Reply(path.to_owned()))
+}
+
 fn exchange(mut stream: &StdStream, command: &Command) -> io::Result<Vec<u8>> {
     let deadline = Instant::now() + REPLY_LIMIT + CLIENT_LIMIT;
     stream.set_write_timeout(Some(CLIENT_LIMIT))?;
@@ -326,6 +343,7 @@ async fn serve_one(mut stream: UnixStream, requests: &mpsc::Sender<ControlReques
             Ok(command) => match forward(command, requests).await {
                 Ok(Answer::Status(status)) => json!({ "ok": status }),
                 Ok(Answer::History(traces)) => json!({ "ok": traces }),
+                Ok(Answer::Flows(flows)) => json!({ "ok": flows }),
                 Ok(Answer::Done(text)) => json!({ "ok": text }),
                 Err(reason) => json!({ "error": reason }),
             },
@@ -401,6 +419,10 @@ mod tests {
                         epoch: 3,
                         ..CheckpointTrace::default()
                     }])),
+                    Command::Flows { most } => Ok(Answer::Flows(Box::new(Flows {
+                        left_out: most.into(),
+                        ..Flows::default()
+                    }))),
                     Command::Checkpoint | Command::Stop => continue,
                 };
                 let _ = request.reply.send(answer);

@@ -3,7 +3,7 @@
 //! ```text
 //!   role's loop ─┬─ connect / listener ──► peer ──► connection ──► TCP     the pair's two connections
 //!                ├─ sentinel                                              tells the peer of this process's death
-//!                ├─ control, status                                       what the operator asks and is told
+//!                ├─ control, status, flows                                what the operator asks and is told
 //!                ├─ port, record                                          the guest's network, the durable note
 //!                └─ clock, entropy                                        what the pure machines are given
 //! ```
@@ -18,6 +18,7 @@ pub mod connection;
 pub mod contest;
 pub mod control;
 pub mod entropy;
+pub mod flows;
 pub mod listener;
 pub mod mailbox;
 pub mod operator;

@@ -14,6 +14,7 @@ mod backends;
 pub mod comparison;
 pub mod encoding;
 pub mod event;
+mod flows;
 pub mod protocol;
 pub mod run;
 pub mod scout;

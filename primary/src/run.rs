@@ -496,6 +496,10 @@ impl Role {
         let reply = match request.command {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
             Question::History => Ok(Answer::History(self.traces.list())),
+            Question::Flows { most } => {
+                let flows = crate::flows::flows(&self.protocol, clock::now(), most);
+                Ok(Answer::Flows(Box::new(flows)))
+            }
             Question::Checkpoint if self.is_protected() => {
                 self.asked.push((self.protocol.covering(), request.reply));
                 return self.step(Event::CheckpointAsked);

@@ -47,6 +47,8 @@ pub enum Command {
     Bench(Bench),
     /// Show how a role is
     Status(StatusOptions),
+    /// Show which of the VM's traffic is protected, how, and where the two sides differ
+    Flows(FlowsOptions),
     /// Make the secondary go on without the primary, where no witness decides
     Takeover(TakeoverOptions),
     /// Take a checkpoint now
@@ -78,6 +80,23 @@ pub struct StatusOptions {
     /// Go on, once a second
     #[arg(long)]
     pub watch: bool,
+}
+
+/// What `flows` is told.
+#[derive(Args, Clone, Debug)]
+pub struct FlowsOptions {
+    /// Which role is meant.
+    #[command(flatten)]
+    pub control: ControlOptions,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Go on, once a second
+    #[arg(long)]
+    pub watch: bool,
+    /// Flows to list, at most; those that hold output and those that differed come first
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=i64::from(link::flows::FLOWS_MAX)))]
+    pub most: u32,
 }
 
 /// What `takeover` is told.

@@ -1,18 +1,19 @@
-//! The commands that ask a running role: `status`, `takeover`, `checkpoint`, `stop`.
+//! The commands that ask a running role: `status`, `flows`, `takeover`, `checkpoint`, `stop`.
 //!
 //! Each finds the role's control socket, asks, and prints the answer. The role decides.
 
+use std::fmt::Display;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
-use link::control::{Command, ControlError, ask, ask_status};
-use link::status::Status;
+use link::control::{Command, ControlError, ask, ask_flows, ask_status};
+use serde::Serialize;
 use serde_json::Value;
 
-use crate::args::{ControlOptions, StatusOptions, TakeoverOptions};
+use crate::args::{ControlOptions, FlowsOptions, StatusOptions, TakeoverOptions};
 use crate::settings::CONTROL_FOLDER;
 
 const WATCH_PERIOD: Duration = Duration::from_secs(1);
@@ -51,10 +52,26 @@ pub enum OperatorError {
 /// Fails if there is no role, or if it does not answer.
 pub fn status(options: &StatusOptions) -> Result<(), OperatorError> {
     let path = find(&options.control)?;
+    show(options.json, options.watch, || ask_status(&path))
+}
+
+/// Prints what a primary knows of the VM's traffic, once or until interrupted.
+///
+/// # Errors
+/// Fails if there is no role, if it is no primary, or if it does not answer.
+pub fn flows(options: &FlowsOptions) -> Result<(), OperatorError> {
+    let path = find(&options.control)?;
+    show(options.json, options.watch, || ask_flows(&path, options.most))
+}
+
+fn show<T: Serialize + Display>(
+    json: bool,
+    watch: bool,
+    ask: impl Fn() -> Result<T, ControlError>,
+) -> Result<(), OperatorError> {
     loop {
-        let status = ask_status(&path)?;
-        print_status(&mut io::stdout().lock(), &status, options)?;
-        if !options.watch {
+        print(&mut io::stdout().lock(), &ask()?, json, watch)?;
+        if !watch {
             return Ok(());
         }
         sleep(WATCH_PERIOD);
@@ -100,14 +117,14 @@ fn order(options: &ControlOptions, command: &Command) -> Result<(), OperatorErro
     Ok(())
 }
 
-fn print_status(out: &mut impl Write, status: &Status, options: &StatusOptions) -> io::Result<()> {
-    if options.json {
-        serde_json::to_writer(&mut *out, status)?;
+fn print<T: Serialize + Display>(out: &mut impl Write, report: &T, json: bool, watch: bool) -> io::Result<()> {
+    if json {
+        serde_json::to_writer(&mut *out, report)?;
         writeln!(out)
-    } else if options.watch {
-        writeln!(out, "{CLEAR}{status}")
+    } else if watch {
+        writeln!(out, "{CLEAR}{report}")
     } else {
-        writeln!(out, "{status}")
+        writeln!(out, "{report}")
     }
 }
 
@@ -158,6 +175,8 @@ mod tests {
     use link::control::{Answer, Server};
     use tempfile::TempDir;
     use tokio::runtime::Runtime;
+
+    use link::status::Status;
 
     use super::*;
 
@@ -210,15 +229,11 @@ mod tests {
             ..Status::default()
         };
         let mut json = Vec::new();
-        let options = StatusOptions {
-            json: true,
-            ..StatusOptions::default()
-        };
-        print_status(&mut json, &status, &options).unwrap();
+        print(&mut json, &status, true, false).unwrap();
         assert_eq!(serde_json::from_slice::<Status>(&json).unwrap(), status);
         assert!(json.ends_with(b"}\n"));
         let mut text = Vec::new();
-        print_status(&mut text, &status, &StatusOptions::default()).unwrap();
+        print(&mut text, &status, false, false).unwrap();
         assert!(String::from_utf8(text).unwrap().starts_with("pair "));
     }
 }

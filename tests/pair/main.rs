@@ -7,7 +7,7 @@
 //!   flows     connections whose numbers are translated       idle     what a pair costs that does nothing
 //!   resync    a broken pair is made whole by difference          modes    buffered output, and auto
 //!   bench     the benchmarks come to their end
-//!   ahead     pages shipped ahead of a stop
+//!   ahead     pages shipped ahead of a stop             traffic  what is told of the VM's traffic
 //! ```
 //!
 //! `stage` has the hosts, `load` the clients. Every test asserts on facts that the roles and the clients tell,
@@ -30,3 +30,4 @@ mod split;
 mod stage;
 mod starts;
 mod survival;
+mod traffic;

@@ -5,6 +5,9 @@ use super::{
     Message, Mutant, Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits, mutants, proxy,
 };
 
+/// Divergences that the operator can look back at.
+const DIVERGENCES_KEPT: usize = 32;
+
 impl Primary {
     pub(super) fn guest_sent(&mut self, now: Instant, frame: Bytes, actions: &mut Vec<Action>) {
         self.counters.outputs += 1;
@@ -85,6 +88,8 @@ impl Primary {
                         Reason::Limit(_) => Trigger::Limit,
                     });
                     actions.push(Action::Report(Report::Note(divergence.to_string())));
+                    self.divergences.truncate(DIVERGENCES_KEPT - 1);
+                    self.divergences.push_front((now, divergence));
                 }
                 Verdict::Violation(what) => violation = Some(what),
             }

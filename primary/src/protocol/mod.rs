@@ -32,6 +32,7 @@ mod room;
 mod sync;
 
 use core::str::FromStr;
+use std::collections::VecDeque;
 
 use bytes::Bytes;
 use checkpoint::failover::{self, Contest, Order};
@@ -43,7 +44,7 @@ use checkpoint::pair::{Delivery, RecordUpdate, Report, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Welcome};
 use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Role, Tag};
-use proxy::{self, Comparator, ComparatorLimits, NetworkPicture, Reason, Verdict};
+use proxy::{self, Comparator, ComparatorLimits, Divergence, NetworkPicture, Reason, Verdict};
 use storage::ChangedBlocks;
 
 use crate::event::{Action, AheadShipment, Event, GuestEnd, Look, Outcome, Shipment};
@@ -303,6 +304,8 @@ pub struct Primary {
     ending: Option<Ending>,
     counters: Counters,
     verdicts: Vec<Verdict>,
+    /// What made checkpoints necessary lately, the newest first.
+    divergences: VecDeque<(Instant, Divergence)>,
 }
 
 impl Primary {
@@ -382,6 +385,7 @@ impl Primary {
             ending: None,
             counters: Counters::default(),
             verdicts: Vec::new(),
+            divergences: VecDeque::new(),
             options,
         };
         primary.network.lead();
@@ -553,6 +557,11 @@ impl Primary {
     #[must_use]
     pub fn options(&self) -> &Options {
         &self.options
+    }
+
+    /// Returns what made checkpoints necessary lately, the newest first.
+    pub fn divergences(&self) -> impl Iterator<Item = &(Instant, Divergence)> {
+        self.divergences.iter()
     }
 
     /// Returns the bytes of disk writes of the running epoch.
