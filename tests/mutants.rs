@@ -8,6 +8,7 @@ use std::thread;
 
 use checkpoint::mutants::{self, Mutant};
 use harness::run::run;
+use harness::sequences;
 
 const SEEDS: u64 = 2_000;
 
@@ -33,6 +34,12 @@ impl fmt::Display for Verdict {
 }
 
 fn hunt(mutant: Mutant, seeds: u64) -> Verdict {
+    if Mutant::SEQUENCES_ONLY.contains(&mutant) {
+        return match mutants::with(mutant, sequences::run) {
+            Err(message) => Verdict::Caught(0, message),
+            Ok(()) => Verdict::Survived(mutants::reached()),
+        };
+    }
     let mut reached = 0;
     for seed in 0..seeds {
         let result = mutants::with(mutant, || run(seed, &[], false));

@@ -76,3 +76,8 @@ fn a_seed_is_the_same_run_each_time() {
         assert_eq!(one, other, "seed {seed}");
     }
 }
+
+#[test]
+fn what_no_guest_of_the_world_sends_leaves_by_the_same_rule() {
+    assert_eq!(harness::sequences::run(), Ok(()));
+}

@@ -88,6 +88,8 @@ mutants! {
     ForgetOffsets "forget-offsets"
     /// A primary that lost its secondary goes on without asking the witness.
     GoAloneUnasked "go-alone-unasked"
+    /// Bytes leave though only the secondary's guest has marked one of them as urgent.
+    IgnoreUrgent "ignore-urgent"
     /// The end of a TCP stream leaves though the secondary's guest has not ended it.
     IgnoreFin "ignore-fin"
     /// Released frames carry no time after which they must not leave.
@@ -102,6 +104,8 @@ mutants! {
     LeaseFromHearing "lease-from-hearing"
     /// A segment whose acknowledgement is to be lowered leaves as it is.
     LowerNothing "lower-nothing"
+    /// After a takeover in its handshake a stream is compared from where it would begin in this side's own numbers.
+    KeepOwnNumbers "keep-own-numbers"
     /// A disk write marks only the first of its blocks as changed.
     MarkFirstBlock "mark-first-block"
     /// Output of the primary from after a stop is compared with the secondary's from before it.
@@ -112,6 +116,12 @@ mutants! {
     OutrunTheLink "outrun-the-link"
     /// Pages that were to be shipped ahead and were not read before the stop are read after it.
     ReadAheadAfterStop "read-ahead-after-stop"
+    /// An acknowledgement leaves before the SYN or RST that the guest sent before it.
+    OvertakeReset "overtake-reset"
+    /// A fragment of one datagram leaves for an equal one of another.
+    PairFragments "pair-fragments"
+    /// Bytes that were said before leave again, whatever they are now.
+    PassRepeated "pass-repeated"
     /// Reads don't see a commit whose disk writes are still under way.
     ReadOldBase "read-old-base"
     /// Output leaves as covered by a checkpoint once that has been copied.
@@ -152,6 +162,17 @@ mutants! {
     TrustJournal "trust-journal"
     /// A witness that does not answer counts as one that was won.
     UnreachableIsWon "unreachable-is-won"
+}
+
+impl Mutant {
+    /// Those about frames that no guest of the simulated world sends: sequences made for them must notice these.
+    pub const SEQUENCES_ONLY: &[Self] = &[
+        Self::IgnoreUrgent,
+        Self::KeepOwnNumbers,
+        Self::OvertakeReset,
+        Self::PairFragments,
+        Self::PassRepeated,
+    ];
 }
 
 /// Whether this build can have mutants.

@@ -26,6 +26,7 @@ use crate::flow::{FlowId, FlowKey, FlowTable};
 use crate::frame::{self, Body, Frame};
 use crate::hold::{HeldFrame, Hold};
 use crate::lane::{Lane, Unblocked};
+use crate::said::Said;
 use crate::temper::FlowPatience;
 use crate::verdict::{Divergence, Limit, Reason, Verdict};
 
@@ -80,6 +81,7 @@ pub struct Comparator {
     /// The last epoch for which a divergence was told.
     pub(crate) diverged: Option<Epoch>,
     pub(crate) hold: Hold,
+    pub(crate) said: Said,
     pub(crate) flows: FlowTable<Lane>,
     /// Flows with state of the epoch being compared.
     pub(crate) touched: Vec<FlowId>,
@@ -131,6 +133,7 @@ impl Comparator {
             loaded_at: None,
             diverged: None,
             hold: Hold::default(),
+            said: Said::default(),
             flows: FlowTable::new(limits.flows),
             touched: Vec::new(),
             early: VecDeque::new(),
@@ -378,7 +381,7 @@ impl Comparator {
         if let Some(id) = self.lane(parsed)
             && let Some(lane) = self.flows.get_mut(id)
         {
-            lane.follow(segment);
+            lane.follow(segment, None);
         }
     }
 
@@ -393,7 +396,7 @@ impl Comparator {
     ) {
         let Some(lane) = self.flows.get_mut(id) else { return };
         let before = lane.pending();
-        let result = lane.primary(now, serial, parsed, frame);
+        let result = lane.primary(now, serial, parsed, frame, &mut self.said);
         let (key, after) = (lane.key(), lane.pending());
         self.pending.change(before, after);
         if let Err(reason) = result {
@@ -436,18 +439,18 @@ impl Comparator {
     fn settle(&mut self, now: Instant, id: FlowId, verdicts: &mut Vec<Verdict>) {
         loop {
             let Some(lane) = self.flows.get_mut(id) else { return };
-            while let Some((serial, leave)) = lane.next_to_leave() {
-                let Some(held) = self.hold.take(serial) else { break };
+            while let Some(next) = lane.next_to_leave() {
+                let Some(held) = self.hold.take(next.serial) else { break };
                 if held.arrived != now {
                     lane.waits += 1;
                 }
                 self.counters.matched += 1;
-                self.counters.lowered += u64::from(leave.is_lowered());
-                verdicts.push(Verdict::Release(lane.pass(held.frame, leave)));
+                self.counters.lowered += u64::from(next.leave.is_lowered());
+                verdicts.push(Verdict::Release(lane.pass(&next, held.frame)));
             }
             verdicts.extend(lane.pay().map(Verdict::Release));
             let before = lane.pending();
-            let unblocked = lane.unblock(now, &self.hold);
+            let unblocked = lane.unblock(now, &self.hold, &mut self.said);
             let (key, after) = (lane.key(), lane.pending());
             self.pending.change(before, after);
             match unblocked {
@@ -501,7 +504,7 @@ impl Comparator {
         let frame = match lane {
             Some(lane) => {
                 lane.waits += 1;
-                lane.pass_unequal(serial, held.frame)
+                lane.pass_unequal(serial, held.frame, &mut self.said)
             }
             None => held.frame,
         };
@@ -591,9 +594,13 @@ impl std::fmt::Display for Mode {
 }
 
 #[cfg(test)]
+mod conversations;
+#[cfg(test)]
 mod frames_tests;
 #[cfg(test)]
 mod modes_tests;
+#[cfg(test)]
+mod order_tests;
 #[cfg(test)]
 pub(crate) mod properties;
 #[cfg(test)]

@@ -1,61 +1,170 @@
 //! Frames that are compared whole: everything but TCP streams.
 //!
-//! Per flow, first in first out, with a small search so that two answers in another order still find
-//! each other. When both sides keep something that fits nothing of the other's for longer than the
-//! reorder window, they differ. Knows one epoch at a time; the primary's frames stay in `hold`.
+//! A frame leaves when the other side has sent the same, whatever came before it: these protocols promise no order, and
+//! what one side alone has sent must not hold up what both have. When both sides keep something that fits nothing of the
+//! other's for longer than the reorder window, they differ.
+//!
+//! Fragments are equal only as parts of equal datagrams: all of one datagram of the primary must find theirs in one of the
+//! secondary. Else each could have an equal, and a client put together what the secondary never sent.
+//!
+//! Knows one epoch at a time; the primary's frames stay in `hold`.
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 use checkpoint::Instant;
+use checkpoint::mutants::{self, Mutant};
 
 use crate::frame::Shape;
+use crate::hold::Hold;
+use crate::verdict::{Difference, Fact, Limit, Reason, context};
 
 /// How many waiting frames of the other side are looked at.
-pub(crate) const SEARCH_MAX: usize = 16;
+const SEARCH_MAX: usize = 16;
+/// Fragmented datagrams of one flow in one epoch; more are a reason for a checkpoint.
+const DATAGRAMS_MAX: usize = 512;
 
-/// The secondary's frames of one flow that wait for the primary's.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Waiting {
-    queue: VecDeque<(Bytes, Shape, Instant)>,
-    bytes: usize,
+/// The frames of one flow that have not found their equal.
+#[derive(Debug, Default)]
+pub(crate) struct Whole {
+    /// The primary's, oldest first.
+    unequal: VecDeque<(u64, Shape)>,
+    /// One of the primary's that found it and has not left.
+    equal: Option<u64>,
+    /// The secondary's, oldest first.
+    waiting: VecDeque<(Bytes, Shape, Instant)>,
+    waiting_bytes: usize,
+    /// Which fragmented datagram of the secondary each of the primary's is, newest last.
+    datagrams: Vec<(u32, u32)>,
 }
 
-impl Waiting {
-    /// Takes out a frame that equals this one of the primary.
-    pub(crate) fn take_equal(&mut self, shape: &Shape, frame: &[u8]) -> bool {
+impl Whole {
+    /// Takes a frame of the primary.
+    pub(crate) fn primary(&mut self, serial: u64, shape: &Shape, frame: &[u8]) -> Result<(), Reason> {
+        let datagrams = &self.datagrams;
         let found = self
-            .queue
+            .waiting
             .iter()
             .take(SEARCH_MAX)
-            .position(|(bytes, other, _)| shape.equal(frame, other, bytes));
-        match found.and_then(|place| self.queue.remove(place)) {
-            Some((bytes, _, _)) => {
-                self.bytes -= bytes.len();
-                true
-            }
-            None => false,
+            .position(|(bytes, other, _)| is_pair(datagrams, shape, other) && shape.equal(frame, other, bytes));
+        let Some((bytes, other, _)) = found.and_then(|at| self.waiting.remove(at)) else {
+            self.unequal.push_back((serial, *shape));
+            return self.checked(shape);
+        };
+        self.waiting_bytes -= bytes.len();
+        self.matched(serial, shape, &other);
+        Ok(())
+    }
+
+    /// Takes a frame of the secondary.
+    pub(crate) fn secondary(&mut self, now: Instant, shape: &Shape, frame: &Bytes, hold: &Hold) -> Result<(), Reason> {
+        let datagrams = &self.datagrams;
+        let found = self.unequal.iter().take(SEARCH_MAX).position(|(serial, other)| {
+            let held = hold.get(*serial);
+            is_pair(datagrams, other, shape) && held.is_some_and(|held| other.equal(&held.frame, shape, frame))
+        });
+        let Some((serial, other)) = found.and_then(|at| self.unequal.remove(at)) else {
+            self.waiting_bytes += frame.len();
+            self.waiting.push_back((frame.clone(), *shape, now));
+            return self.checked(shape);
+        };
+        self.matched(serial, &other, shape);
+        Ok(())
+    }
+
+    /// Returns the frame of the primary that may leave.
+    pub(crate) fn next(&self) -> Option<u64> {
+        self.equal
+    }
+
+    /// Forgets the frame that may leave.
+    pub(crate) fn leave(&mut self) {
+        self.equal = None;
+    }
+
+    /// Takes out the frame of the primary that has waited longest, if it is this one.
+    pub(crate) fn take_oldest(&mut self, serial: u64) -> bool {
+        let is_it = self.unequal.front().is_some_and(|(first, _)| *first == serial);
+        if is_it {
+            self.unequal.pop_front();
         }
+        is_it
     }
 
-    pub(crate) fn push(&mut self, frame: Bytes, shape: Shape, arrived: Instant) {
-        self.bytes += frame.len();
-        self.queue.push_back((frame, shape, arrived));
+    /// Returns how many frames of the primary wait.
+    pub(crate) fn len(&self) -> usize {
+        self.unequal.len()
     }
 
-    /// Returns the frame that has waited longest.
-    pub(crate) fn oldest(&self) -> Option<(&Bytes, &Shape, Instant)> {
-        self.queue
-            .front()
-            .map(|(frame, shape, arrived)| (frame, shape, *arrived))
-    }
-
+    /// Returns how many frames and bytes of the secondary wait.
     pub(crate) fn pending(&self) -> (usize, usize) {
-        (self.queue.len(), self.bytes)
+        (self.waiting.len(), self.waiting_bytes)
     }
 
+    /// Returns since when the secondary's oldest frame has waited.
+    pub(crate) fn waits_since(&self) -> Option<Instant> {
+        self.waiting.front().map(|(_, _, arrived)| *arrived)
+    }
+
+    /// Says whether both sides keep something that fits nothing of the other's.
+    pub(crate) fn is_suspect(&self) -> bool {
+        !self.unequal.is_empty() && !self.waiting.is_empty()
+    }
+
+    /// Returns the difference that makes it suspect.
+    pub(crate) fn difference(&self, hold: &Hold) -> Option<Reason> {
+        let (theirs, their_shape, _) = self.waiting.front()?;
+        let (serial, shape) = self.unequal.front()?;
+        let mine = &hold.get(*serial)?.frame;
+        let at = shape.first_difference(mine, their_shape, theirs).unwrap_or(0);
+        Some(Reason::Mismatch(Difference {
+            fact: Fact::Bytes,
+            offset: at as u64,
+            primary: context(mine, at),
+            secondary: context(theirs, at),
+        }))
+    }
+
+    /// Begins the next epoch.
     pub(crate) fn clear(&mut self) {
-        self.queue.clear();
-        self.bytes = 0;
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+        self.datagrams.clear();
+    }
+
+    fn matched(&mut self, serial: u64, mine: &Shape, theirs: &Shape) {
+        if let (Some(mine), Some(theirs)) = (mine.fragment(), theirs.fragment())
+            && !self.datagrams.contains(&(mine.datagram, theirs.datagram))
+        {
+            self.datagrams.push((mine.datagram, theirs.datagram));
+        }
+        self.equal = Some(serial);
+    }
+
+    fn checked(&self, shape: &Shape) -> Result<(), Reason> {
+        if shape.fragment().is_some() && self.datagrams.len() >= DATAGRAMS_MAX {
+            return Err(Reason::Limit(Limit::Pending));
+        }
+        Ok(())
+    }
+}
+
+/// Says whether two frames may be each other's equal: any, but for fragments.
+fn is_pair(datagrams: &[(u32, u32)], mine: &Shape, theirs: &Shape) -> bool {
+    let (Some(mine), Some(theirs)) = (mine.fragment(), theirs.fragment()) else {
+        return true;
+    };
+    if mutants::on(Mutant::PairFragments) {
+        return true;
+    }
+    let pair = (mine.datagram, theirs.datagram);
+    let known = datagrams
+        .iter()
+        .rev()
+        .find(|known| known.0 == pair.0 || known.1 == pair.1);
+    match known {
+        Some(known) => *known == pair,
+        // A datagram that was begun before the last commit is the same one's on both sides, by its number too.
+        None => datagrams.len() < DATAGRAMS_MAX && (mine.is_first || pair.0 == pair.1),
     }
 }

@@ -106,6 +106,7 @@ impl Comparator {
         }
         self.forget_secondary();
         self.waits_for_commit = false;
+        self.said.clear();
         self.mode = Mode::Alone;
         self.uncommitted = None;
         self.behind = false;

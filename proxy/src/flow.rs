@@ -43,9 +43,9 @@ pub struct Vlans {
 /// One end of a flow; the port is 0 where there are none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Endpoint {
-    /// Network address, unspecified for flows below IP.
+    /// Network address, for ARP the protocol's; unspecified for other flows below IP.
     pub address: IpAddr,
-    /// Transport port.
+    /// Transport port; an ICMP echo's identifier at the destination.
     pub port: u16,
 }
 

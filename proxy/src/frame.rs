@@ -101,6 +101,16 @@ pub(crate) struct Shape {
     length: usize,
     ignored: [(u16, u16); IGNORED_MAX],
     count: usize,
+    fragment: Option<Fragment>,
+}
+
+/// To which datagram a fragment belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fragment {
+    /// Its sender's number for it.
+    pub(crate) datagram: u32,
+    /// Whether the datagram begins with it.
+    pub(crate) is_first: bool,
 }
 
 /// Looks at a frame.
@@ -233,7 +243,13 @@ impl Shape {
             length: bytes.len(),
             ignored: [(0, 0); IGNORED_MAX],
             count: 0,
+            fragment: None,
         }
+    }
+
+    /// Returns to which datagram it belongs, if it is a fragment.
+    pub(crate) fn fragment(&self) -> Option<Fragment> {
+        self.fragment
     }
 
     fn ignore(&mut self, from: usize, length: usize) {
@@ -252,8 +268,10 @@ impl Shape {
     pub(crate) fn first_difference(&self, bytes: &[u8], other: &Self, other_bytes: &[u8]) -> Option<usize> {
         let common = self.length.min(other.length);
         let mut from = 0;
-        for &(start, end) in self.ignored[..self.count].iter().chain(&[(u16::MAX, u16::MAX)]) {
-            let until = usize::from(start).min(common);
+        let ignored = self.ignored[..self.count].iter();
+        let ignored = ignored.map(|&(start, end)| (usize::from(start), usize::from(end)));
+        for (start, end) in ignored.chain([(common, common)]) {
+            let until = start.min(common);
             if from < until && bytes[from..until] != other_bytes[from..until] {
                 let same = bytes[from..until]
                     .iter()
@@ -262,7 +280,7 @@ impl Shape {
                     .count();
                 return Some(from + same);
             }
-            from = from.max(usize::from(end)).min(common);
+            from = from.max(end).min(common);
         }
         if self.length != other.length {
             return Some(common);
@@ -294,7 +312,14 @@ fn sliced(bytes: &[u8]) -> Option<Frame> {
         }
     }
     match &packet.net {
-        Some(NetSlice::Arp(_)) => Some(whole(FlowKey::unaddressed(Class::Arp, vlans), shape)),
+        Some(NetSlice::Arp(arp)) => {
+            let ends = (v4(arp.sender_protocol_addr()), v4(arp.target_protocol_addr()));
+            let key = match ends {
+                (Some(sender), Some(target)) => FlowKey::addressed(Class::Arp, vlans, (sender, target), (0, 0)),
+                _ => FlowKey::unaddressed(Class::Arp, vlans),
+            };
+            Some(whole(key, shape))
+        }
         Some(NetSlice::Ipv4(ip)) => ipv4(bytes, ip, packet.transport.as_ref(), vlans, shape),
         Some(NetSlice::Ipv6(ip)) => ipv6(bytes, ip, packet.transport.as_ref(), vlans, shape),
         // A length instead of an EtherType (802.3 with LLC) is one class.
@@ -325,10 +350,12 @@ fn ipv4(
     shape.ignore(at + 10, 2);
     let payload = ip.payload();
     if payload.fragmented {
-        return Some(whole(
-            FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0)),
-            shape,
-        ));
+        shape.fragment = Some(Fragment {
+            datagram: u32::from(header.identification()),
+            is_first: header.fragments_offset().value() == 0,
+        });
+        let key = FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0));
+        return Some(whole(key, shape));
     }
     transported(bytes, at, payload.ip_number.0, ends, transport, vlans, shape)
 }
@@ -354,15 +381,19 @@ fn ipv6(
             && shape.count + 2 < IGNORED_MAX
         {
             shape.ignore(offset(bytes, fragment.slice())? + 4, 4);
+            shape.fragment = Some(Fragment {
+                datagram: fragment.identification(),
+                is_first: fragment.fragment_offset().value() == 0,
+            });
         }
     }
     let payload = ip.payload();
     if payload.fragmented {
-        return Some(whole(
-            FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0)),
-            shape,
-        ));
+        let key = FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0));
+        return Some(whole(key, shape));
     }
+    // One that is the whole datagram.
+    shape.fragment = None;
     transported(bytes, at, payload.ip_number.0, ends, transport, vlans, shape)
 }
 
@@ -397,8 +428,18 @@ fn transported(
             let ports = (udp.source_port(), udp.destination_port());
             return Some(whole(FlowKey::addressed(Class::Udp, vlans, ends, ports), shape));
         }
-        Some(TransportSlice::Icmpv4(_)) => Class::Icmp,
-        Some(TransportSlice::Icmpv6(_)) => Class::Icmpv6,
+        Some(TransportSlice::Icmpv4(icmp)) => {
+            return Some(whole(
+                FlowKey::addressed(Class::Icmp, vlans, ends, echo(icmp.slice(), &[0, 8])),
+                shape,
+            ));
+        }
+        Some(TransportSlice::Icmpv6(icmp)) => {
+            return Some(whole(
+                FlowKey::addressed(Class::Icmpv6, vlans, ends, echo(icmp.slice(), &[128, 129])),
+                shape,
+            ));
+        }
         _ => Class::Ip(protocol),
     };
     Some(whole(FlowKey::addressed(class, vlans, ends, (0, 0)), shape))
@@ -477,6 +518,18 @@ fn whole(key: FlowKey, shape: Shape) -> Frame {
 pub(crate) fn offset(whole: &[u8], part: &[u8]) -> Option<usize> {
     let at = (part.as_ptr() as usize).checked_sub(whole.as_ptr() as usize)?;
     (at + part.len() <= whole.len()).then_some(at)
+}
+
+/// Returns an ICMP echo's identifier as a port.
+fn echo(message: &[u8], kinds: &[u8]) -> (u16, u16) {
+    match *message {
+        [kind, _, _, _, high, low, ..] if kinds.contains(&kind) => (0, u16::from_be_bytes([high, low])),
+        _ => (0, 0),
+    }
+}
+
+fn v4(address: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(address).ok().map(IpAddr::from)
 }
 
 fn v4_at(bytes: &[u8], at: usize) -> IpAddr {

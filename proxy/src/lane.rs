@@ -1,8 +1,8 @@
-//! One flow in the comparator: the primary's held frames in order, and how they are compared.
+//! One flow in the comparator: the primary's held frames, and how they are compared.
 //!
-//! Frames leave in the order in which the guest sent them. The first `compared` entries have been
-//! compared; the others are raw: of an epoch that is not compared yet, or of a new connection on the
-//! same ports that the secondary has not opened yet.
+//! Frames are compared in the order in which the guest sent them. Those that have not been are raw: of an epoch
+//! that is not compared yet, or of a new connection on the same ports that the secondary has not opened yet. In which order
+//! the others leave is told by `order` for a TCP stream and by `datagram` for frames compared whole.
 
 use std::collections::VecDeque;
 
@@ -10,28 +10,24 @@ use bytes::{Bytes, BytesMut};
 use checkpoint::{Epoch, Instant};
 
 use crate::counters::FlowReport;
-use crate::datagram::{SEARCH_MAX, Waiting};
+use crate::datagram::Whole;
 use crate::flow::FlowKey;
-use crate::frame::{self, Body, Frame, Segment, Shape};
+use crate::frame::{self, Body, Frame, Segment};
 use crate::hold::Hold;
+use crate::order::{Next, Order, Place};
+use crate::said::Said;
 use crate::seq::Seq;
 use crate::stream::{Leave, Note, Stream};
 use crate::temper::{FlowPatience, Temper};
-use crate::verdict::{Difference, Fact, Reason, context};
-
-/// Most entries that are walked to find an equal; behind them a flow waits for its commit.
-const WALK_MAX: usize = 256;
+use crate::verdict::{Difference, Fact, Reason};
 
 /// A flow.
 #[derive(Debug)]
 pub(crate) struct Lane {
     key: FlowKey,
     kind: Kind,
-    queue: VecDeque<Entry>,
-    /// How many entries at the front of the queue have been compared.
-    compared: usize,
-    /// Compared entries of a flow compared whole that have no equal yet.
-    unequal: usize,
+    /// Held frames that have not been compared.
+    raw: VecDeque<u64>,
     /// The primary has opened a new connection that the secondary has not.
     blocked: bool,
     /// Output of the secondary since it opened a new connection that the primary has not.
@@ -59,25 +55,13 @@ pub(crate) enum Unblocked {
 
 #[derive(Debug)]
 enum Kind {
-    Stream(Box<Stream>),
-    Whole(Waiting),
-}
-
-#[derive(Debug)]
-struct Entry {
-    serial: u64,
-    state: State,
-}
-
-#[derive(Debug)]
-enum State {
-    Raw,
-    Segment(Note),
-    Whole { shape: Shape, equal: bool },
+    Stream(Box<Stream>, Order),
+    Whole(Whole),
 }
 
 #[derive(Debug)]
 struct Owed {
+    segment: Segment,
     frame: Vec<u8>,
     ack: Seq,
 }
@@ -92,15 +76,13 @@ impl Lane {
     /// Makes the flow that this frame belongs to.
     pub(crate) fn new(frame: &Frame) -> Self {
         let kind = match frame.body {
-            Body::Tcp(_) => Kind::Stream(Box::default()),
-            Body::Whole(_) => Kind::Whole(Waiting::default()),
+            Body::Tcp(_) => Kind::Stream(Box::default(), Order::default()),
+            Body::Whole(_) => Kind::Whole(Whole::default()),
         };
         Self {
             key: frame.key,
             kind,
-            queue: VecDeque::new(),
-            compared: 0,
-            unequal: 0,
+            raw: VecDeque::new(),
             blocked: false,
             deferred: VecDeque::new(),
             deferred_bytes: 0,
@@ -137,52 +119,47 @@ impl Lane {
 
     /// Adds a held frame, uncompared.
     pub(crate) fn push(&mut self, serial: u64) {
-        self.queue.push_back(Entry {
-            serial,
-            state: State::Raw,
-        });
+        self.raw.push_back(serial);
     }
 
     /// Says whether this frame is the next to be compared.
     pub(crate) fn is_next_raw(&self, serial: u64) -> bool {
-        !self.blocked
-            && self
-                .queue
-                .get(self.compared)
-                .is_some_and(|entry| entry.serial == serial)
+        !self.blocked && self.raw.front() == Some(&serial)
     }
 
     /// Compares a frame of the primary if it is the next.
-    pub(crate) fn primary(&mut self, now: Instant, serial: u64, parsed: &Frame, frame: &Bytes) -> Result<(), Reason> {
+    pub(crate) fn primary(
+        &mut self,
+        now: Instant,
+        serial: u64,
+        parsed: &Frame,
+        frame: &Bytes,
+        said: &mut Said,
+    ) -> Result<(), Reason> {
         if !self.is_next_raw(serial) {
             return Ok(());
         }
         let result = match (&mut self.kind, &parsed.body) {
-            (Kind::Stream(stream), Body::Tcp(segment)) => {
+            (Kind::Stream(stream, order), Body::Tcp(segment)) => {
                 if stream.primary_opens_another(segment) {
                     self.blocked = true;
                     return Ok(());
                 }
-                let (note, result) = stream.primary(now, segment, frame);
-                self.queue[self.compared].state = State::Segment(note);
+                let (note, result) = stream.primary(now, segment, frame, said);
+                order.push(serial, note);
                 result
             }
-            (Kind::Whole(waiting), Body::Whole(shape)) => {
-                let equal = waiting.take_equal(shape, frame);
-                self.unequal += usize::from(!equal);
-                self.queue[self.compared].state = State::Whole { shape: *shape, equal };
-                Ok(())
-            }
+            (Kind::Whole(whole), Body::Whole(shape)) => whole.primary(serial, shape, frame),
             _ => return Ok(()),
         };
-        self.compared += 1;
+        self.raw.pop_front();
         self.counted(result)
     }
 
     /// Compares a frame of the secondary.
     pub(crate) fn secondary(&mut self, now: Instant, parsed: &Frame, frame: &Bytes, hold: &Hold) -> Result<(), Reason> {
         let result = match (&mut self.kind, &parsed.body) {
-            (Kind::Stream(stream), Body::Tcp(segment)) => {
+            (Kind::Stream(stream, _), Body::Tcp(segment)) => {
                 if !self.deferred.is_empty() || stream.secondary_opens_another(segment) {
                     self.deferred_bytes += frame.len();
                     self.deferred.push_back((now, frame.clone()));
@@ -190,121 +167,94 @@ impl Lane {
                 }
                 stream.secondary(now, segment, frame)
             }
-            (Kind::Whole(waiting), Body::Whole(shape)) => {
-                let unequal = self
-                    .queue
-                    .iter_mut()
-                    .take(self.compared)
-                    .take(WALK_MAX)
-                    .filter_map(|entry| match entry.state {
-                        State::Whole { shape, equal: false } => Some((shape, entry)),
-                        _ => None,
-                    });
-                let mut found = false;
-                for (other, entry) in unequal.take(SEARCH_MAX) {
-                    let Some(held) = hold.get(entry.serial) else { continue };
-                    if other.equal(&held.frame, shape, frame) {
-                        entry.state = State::Whole {
-                            shape: other,
-                            equal: true,
-                        };
-                        found = true;
-                        break;
-                    }
-                }
-                if found {
-                    self.unequal -= 1;
-                } else {
-                    waiting.push(frame.clone(), *shape, now);
-                }
-                Ok(())
-            }
+            (Kind::Whole(whole), Body::Whole(shape)) => whole.secondary(now, shape, frame, hold),
             _ => Ok(()),
         };
         self.counted(result)
     }
 
-    /// Returns the front frame if it may leave, and how.
-    pub(crate) fn next_to_leave(&self) -> Option<(u64, Leave)> {
-        let entry = self.queue.front()?;
-        let leave = match (&entry.state, &self.kind) {
-            (State::Segment(note), Kind::Stream(stream)) => stream.leave(note),
-            (State::Whole { equal: true, .. }, _) => Leave::Whole,
-            _ => Leave::Wait,
-        };
-        (leave != Leave::Wait).then_some((entry.serial, leave))
+    /// Returns the oldest frame that may leave, and how.
+    pub(crate) fn next_to_leave(&self) -> Option<Next> {
+        match &self.kind {
+            Kind::Stream(stream, order) => order.next(stream),
+            Kind::Whole(whole) => whole.next().map(|serial| Next {
+                serial,
+                leave: Leave::Whole,
+                place: Place::Whole,
+            }),
+        }
     }
 
-    /// Passes the front frame, which the secondary has sent as well.
-    pub(crate) fn pass(&mut self, frame: Bytes, leave: Leave) -> Bytes {
+    /// Passes a frame that may leave, which the secondary has sent as well.
+    pub(crate) fn pass(&mut self, next: &Next, frame: Bytes) -> Bytes {
         self.matched += 1;
-        let Some(entry) = self.queue.pop_front() else {
+        let (stream, order) = match &mut self.kind {
+            Kind::Stream(stream, order) => (stream, order),
+            Kind::Whole(whole) => {
+                whole.leave();
+                return frame;
+            }
+        };
+        let Some(note) = order.take(next.place) else {
             return frame;
         };
-        self.compared -= 1;
-        let State::Segment(note) = entry.state else {
-            return frame;
-        };
-        let Kind::Stream(stream) = &mut self.kind else {
-            return frame;
+        let Leave::Lowered(ack) = next.leave else {
+            return leaving(stream, order, next.serial, &note, frame);
         };
         let segment = note.segment();
-        match leave {
-            Leave::Lowered(ack) => {
-                stream.has_left(Some(ack));
-                if let Some(full) = segment.ack.filter(|full| *full != ack) {
-                    self.owed = segment
-                        .acknowledgement(&frame, full)
-                        .map(|frame| Owed { frame, ack: full });
+        stream.has_left((!segment.syn).then(|| segment.end_seq()), Some(ack));
+        if let Some(full) = segment.ack.filter(|full| *full != ack) {
+            self.owed = segment.acknowledgement(&frame, full).map(|frame| Owed {
+                segment: *segment,
+                frame,
+                ack: full,
+            });
+        }
+        lowered(segment, frame, ack)
+    }
+
+    /// Passes the frame that has waited longest by a commit, or on going alone.
+    pub(crate) fn pass_unequal(&mut self, serial: u64, frame: Bytes, said: &mut Said) -> Bytes {
+        match &mut self.kind {
+            Kind::Stream(stream, order) => {
+                if let Some(note) = order.take_oldest(serial) {
+                    return leaving(stream, order, serial, &note, frame);
                 }
-                lowered(segment, frame, ack)
             }
-            Leave::Whole | Leave::Wait => {
-                stream.has_left(segment.ack.filter(|_| !segment.rst));
-                without_padding(segment, frame)
+            Kind::Whole(whole) => {
+                if whole.take_oldest(serial) {
+                    return frame;
+                }
             }
+        }
+        if self.raw.front() != Some(&serial) {
+            return frame;
+        }
+        self.raw.pop_front();
+        match frame::parse(&frame).body {
+            Body::Tcp(segment) => {
+                self.follow(&segment, Some((&frame, said)));
+                without_padding(&segment, frame)
+            }
+            Body::Whole(_) => frame,
         }
     }
 
-    /// Passes the front frame by a commit, or on going alone.
-    pub(crate) fn pass_unequal(&mut self, serial: u64, frame: Bytes) -> Bytes {
-        if self.queue.front().is_none_or(|entry| entry.serial != serial) {
-            return frame;
-        }
-        let Some(entry) = self.queue.pop_front() else {
-            return frame;
+    /// Keeps up with a segment of the primary that leaves without being compared; keeps its bytes if it is given them.
+    pub(crate) fn follow(&mut self, segment: &Segment, frame: Option<(&Bytes, &mut Said)>) {
+        let Kind::Stream(stream, _) = &mut self.kind else {
+            return;
         };
-        self.compared = self.compared.saturating_sub(1);
-        match entry.state {
-            State::Segment(note) => {
-                if let Kind::Stream(stream) = &mut self.kind {
-                    stream.has_left(note.segment().ack.filter(|_| !note.segment().rst));
-                }
-                without_padding(note.segment(), frame)
-            }
-            State::Whole { equal, .. } => {
-                self.unequal -= usize::from(!equal);
-                frame
-            }
-            State::Raw => match frame::parse(&frame).body {
-                Body::Tcp(segment) => {
-                    self.follow(&segment);
-                    without_padding(&segment, frame)
-                }
-                Body::Whole(_) => frame,
-            },
-        }
-    }
-
-    /// Keeps up with a segment of the primary that leaves without being compared.
-    pub(crate) fn follow(&mut self, segment: &Segment) {
-        let Kind::Stream(stream) = &mut self.kind else { return };
         if stream.primary_opens_another(segment) {
             **stream = Stream::default();
             self.owed = None;
         }
-        let _note = stream.note(segment);
-        stream.has_left(segment.ack.filter(|_| !segment.rst));
+        if let Some((frame, said)) = frame {
+            stream.follow(segment, frame, said);
+        } else {
+            let _note = stream.note(segment);
+        }
+        has_left(stream, segment);
         if stream.is_far() {
             stream.commit();
         }
@@ -312,7 +262,7 @@ impl Lane {
 
     /// Returns an acknowledgement that was owed and may leave now.
     pub(crate) fn pay(&mut self) -> Option<Bytes> {
-        let Kind::Stream(stream) = &mut self.kind else {
+        let Kind::Stream(stream, order) = &mut self.kind else {
             return None;
         };
         let ack = self.owed.as_ref()?.ack;
@@ -320,22 +270,26 @@ impl Lane {
             self.owed = None;
             return None;
         }
-        if !self.queue.is_empty() || !stream.permits(ack) {
+        if order.is_barred() || !stream.permits(ack) {
             return None;
         }
-        stream.has_left(Some(ack));
-        self.owed.take().map(|owed| Bytes::from(owed.frame))
+        stream.has_left(None, Some(ack));
+        let mut owed = self.owed.take()?;
+        if let Some(end) = stream.left_end() {
+            owed.segment.set_seq(&mut owed.frame, end);
+        }
+        Some(Bytes::from(owed.frame))
     }
 
     /// Lets both sides go on to a new connection on the same ports once both have opened it.
-    pub(crate) fn unblock(&mut self, now: Instant, hold: &Hold) -> Unblocked {
+    pub(crate) fn unblock(&mut self, now: Instant, hold: &Hold, said: &mut Said) -> Unblocked {
         if !self.blocked || self.deferred.is_empty() {
             return Unblocked::Nothing;
         }
-        let Kind::Stream(stream) = &mut self.kind else {
+        let Kind::Stream(stream, order) = &mut self.kind else {
             return Unblocked::Nothing;
         };
-        if self.compared > 0 {
+        if order.len() > 0 {
             stream.poison();
             self.deferred.clear();
             self.deferred_bytes = 0;
@@ -352,11 +306,11 @@ impl Lane {
         self.owed = None;
         self.blocked = false;
         let mut result = Ok(());
-        while let Some(serial) = self.queue.get(self.compared).map(|entry| entry.serial)
+        while let Some(serial) = self.raw.front().copied()
             && let Some(held) = hold.get(serial)
             && !self.blocked
         {
-            let fed = self.primary(held.arrived, serial, &frame::parse(&held.frame), &held.frame);
+            let fed = self.primary(held.arrived, serial, &frame::parse(&held.frame), &held.frame, said);
             result = result.and(fed);
         }
         let deferred = std::mem::take(&mut self.deferred);
@@ -379,12 +333,12 @@ impl Lane {
         self.deferred.clear();
         self.deferred_bytes = 0;
         match &mut self.kind {
-            Kind::Stream(stream) => {
+            Kind::Stream(stream, _) => {
                 if stream.commit() {
                     self.owed = None;
                 }
             }
-            Kind::Whole(waiting) => waiting.clear(),
+            Kind::Whole(whole) => whole.clear(),
         }
         self.pay()
     }
@@ -392,8 +346,8 @@ impl Lane {
     /// Returns how many frames or pieces, and bytes, of the secondary wait.
     pub(crate) fn pending(&self) -> (usize, usize) {
         let (frames, bytes) = match &self.kind {
-            Kind::Stream(stream) => stream.pending(),
-            Kind::Whole(waiting) => waiting.pending(),
+            Kind::Stream(stream, _) => stream.pending(),
+            Kind::Whole(whole) => whole.pending(),
         };
         (frames + self.deferred.len(), bytes + self.deferred_bytes)
     }
@@ -401,8 +355,8 @@ impl Lane {
     /// Returns since when output of the secondary has waited.
     pub(crate) fn waits_since(&self) -> Option<Instant> {
         let compared = match &self.kind {
-            Kind::Stream(stream) => stream.secondary_waits_since(),
-            Kind::Whole(waiting) => waiting.oldest().map(|(_, _, arrived)| arrived),
+            Kind::Stream(stream, _) => stream.secondary_waits_since(),
+            Kind::Whole(whole) => whole.waits_since(),
         };
         let deferred = self.deferred.front().map(|(arrived, _)| *arrived);
         compared.into_iter().chain(deferred).min()
@@ -410,7 +364,7 @@ impl Lane {
 
     /// Says whether both sides keep something that fits nothing of the other's.
     pub(crate) fn is_suspect(&self) -> bool {
-        matches!(&self.kind, Kind::Whole(waiting) if self.unequal > 0 && waiting.pending().0 > 0)
+        matches!(&self.kind, Kind::Whole(whole) if whole.is_suspect())
     }
 
     /// Says whether it is suspect and was not before.
@@ -420,35 +374,23 @@ impl Lane {
 
     /// Returns the difference that makes it suspect.
     pub(crate) fn difference(&mut self, hold: &Hold) -> Option<Reason> {
-        let Kind::Whole(waiting) = &self.kind else { return None };
-        let (theirs, their_shape, _) = waiting.oldest()?;
-        let (serial, shape) = self
-            .queue
-            .iter()
-            .take(self.compared)
-            .find_map(|entry| match entry.state {
-                State::Whole { shape, equal: false } => Some((entry.serial, shape)),
-                _ => None,
-            })?;
-        let mine = &hold.get(serial)?.frame;
-        let at = shape.first_difference(mine, their_shape, theirs).unwrap_or(0);
+        let Kind::Whole(whole) = &self.kind else { return None };
+        let difference = whole.difference(hold)?;
         self.mismatched += 1;
-        Some(Reason::Mismatch(Difference {
-            fact: Fact::Bytes,
-            offset: at as u64,
-            primary: context(mine, at),
-            secondary: context(theirs, at),
-        }))
+        Some(difference)
     }
 
     /// Says whether nothing of it is held, waits or is noted for the next commit.
     pub(crate) fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.deferred.is_empty() && self.owed.is_none() && !self.touched
+        self.held() == 0 && self.deferred.is_empty() && self.owed.is_none() && !self.touched
     }
 
     /// Says whether there is nothing worth remembering.
     pub(crate) fn is_over(&self) -> bool {
-        matches!(&self.kind, Kind::Stream(stream) if stream.is_over()) || matches!(self.kind, Kind::Whole(_))
+        match &self.kind {
+            Kind::Stream(stream, _) => stream.is_over(),
+            Kind::Whole(_) => true,
+        }
     }
 
     pub(crate) fn report(&self) -> FlowReport {
@@ -457,10 +399,19 @@ impl Lane {
             matched: self.matched,
             mismatched: self.mismatched,
             waits: self.waits,
-            held: self.queue.len(),
+            held: self.held(),
             buffered: self.is_buffered(),
             pending: self.pending().0,
         }
+    }
+
+    /// Returns how many frames of the primary wait.
+    fn held(&self) -> usize {
+        let compared = match &self.kind {
+            Kind::Stream(_, order) => order.len(),
+            Kind::Whole(whole) => whole.len(),
+        };
+        compared + self.raw.len()
     }
 
     fn counted(&mut self, result: Result<(), Reason>) -> Result<(), Reason> {
@@ -469,11 +420,35 @@ impl Lane {
     }
 }
 
+/// Notes that a segment, just taken out of the order, leaves with its own acknowledgement, and returns it as it leaves.
+fn leaving(stream: &mut Stream, order: &Order, serial: u64, note: &Note, frame: Bytes) -> Bytes {
+    let segment = note.segment();
+    let frame = without_padding(segment, frame);
+    let Some(end) = order.renumbered(serial, note, stream.left_end()) else {
+        has_left(stream, segment);
+        return frame;
+    };
+    stream.has_left(None, segment.ack);
+    let mut frame = into_mut(frame);
+    segment.set_seq(&mut frame, end);
+    frame.freeze()
+}
+
+fn has_left(stream: &mut Stream, segment: &Segment) {
+    if !segment.rst {
+        stream.has_left((!segment.syn).then(|| segment.end_seq()), segment.ack);
+    }
+}
+
+fn into_mut(frame: Bytes) -> BytesMut {
+    frame
+        .try_into_mut()
+        .unwrap_or_else(|shared| BytesMut::from(&shared[..]))
+}
+
 /// Returns the frame with a lower acknowledgement, without SACK blocks and padding.
 fn lowered(segment: &Segment, frame: Bytes, ack: Seq) -> Bytes {
-    let mut frame = frame
-        .try_into_mut()
-        .unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+    let mut frame = into_mut(frame);
     segment.set_ack(&mut frame, ack);
     segment.blank_sack(&mut frame);
     frame.truncate(segment.end);

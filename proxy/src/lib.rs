@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | TCP over IPv4 and IPv6 | the byte stream by position; SYN with its MSS, window scale, SACK and timestamp offer; FIN; RST; the urgent position; acknowledgements and SACK blocks as upper bounds | Ethernet addresses, VLAN priority, IP header, window, other options, PSH, ECN flags, sequence number of a RST, padding (cut off) |
 //! | UDP, ICMP, `ICMPv6` (neighbour discovery, MLD), IGMP, SCTP, other IP protocols | the whole frame | VLAN priority, TOS or traffic class, flow label, TTL or hop limit, IP identification, DF, IP and UDP checksum |
-//! | IP fragments | the whole frame, offset included | as above, but for the fragment flags |
+//! | IP fragments | the whole frame, offset included, and that all of a datagram's belong to one of the secondary's | as above, but for the fragment flags |
 //! | ARP, other EtherTypes, 802.3 | the whole frame | VLAN priority |
 //! | what does not parse | the whole frame | nothing |
 //!
@@ -20,7 +20,8 @@
 //! Fragments are not reassembled: two sides that fragment differently differ. Signed TCP (MD5, TCP-AO) cannot be
 //! translated; a connection that was opened since the last commit does not survive a takeover. Sequence numbers
 //! quoted in ICMP errors are not translated. TCP Fast Open data before the handshake is over is compared, but a
-//! takeover in that moment breaks that connection. A retransmission is not compared again.
+//! takeover in that moment breaks that connection. A retransmission of what the primary said more than 8 MiB ago, or
+//! before it was protected, leaves only when the secondary repeats it too.
 
 #![forbid(unsafe_code)]
 
@@ -35,7 +36,9 @@ mod flow;
 mod frame;
 mod hold;
 mod lane;
+mod order;
 mod picture;
+mod said;
 mod seq;
 mod sequence;
 mod settle;

@@ -56,6 +56,22 @@ impl Ranges {
             self.0.drain(from + 1..to);
         }
     }
+
+    /// Takes a range out.
+    pub(crate) fn remove(&mut self, range: Range<u64>) {
+        if range.start >= range.end {
+            return;
+        }
+        let from = self.0.partition_point(|&(_, end)| end <= range.start);
+        let to = self.0.partition_point(|&(start, _)| start < range.end);
+        if from >= to {
+            return;
+        }
+        let head = (self.0[from].0, range.start);
+        let tail = (range.end, self.0[to - 1].1);
+        let rest = [head, tail].into_iter().filter(|(start, end)| start < end);
+        self.0.splice(from..to, rest);
+    }
 }
 
 /// Bytes at a position that wait for the other side's.
@@ -176,12 +192,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranges_hold_exactly_what_was_inserted(inserts in proptest::collection::vec((0u64..60, 0u64..12), 0..30)) {
+        fn ranges_hold_exactly_what_was_inserted_and_not_removed(
+            changes in proptest::collection::vec((any::<bool>(), 0u64..60, 0u64..12), 0..30),
+        ) {
             let mut ranges = Ranges::default();
             let mut model = [false; 80];
-            for (start, length) in inserts {
-                ranges.insert(start..start + length);
-                (start..start + length).for_each(|position| model[usize::try_from(position).unwrap()] = true);
+            for (inserts, start, length) in changes {
+                if inserts {
+                    ranges.insert(start..start + length);
+                } else {
+                    ranges.remove(start..start + length);
+                }
+                (start..start + length).for_each(|position| model[usize::try_from(position).unwrap()] = inserts);
             }
             for (position, &inside) in model.iter().enumerate() {
                 prop_assert_eq!(ranges.end_of(position as u64).is_some(), inside);

@@ -18,10 +18,11 @@ use checkpoint::Instant;
 use checkpoint::mutants::{self, Mutant};
 
 use crate::frame::{Offer, Segment};
+use crate::said::{Said, Thread};
 use crate::seq::Seq;
 use crate::settle::settle;
-use crate::span::{Chunks, Ranges};
-use crate::verdict::{Difference, Fact, Limit, Reason};
+use crate::span::{Chunks, Ranges, length};
+use crate::verdict::{Difference, Fact, Limit, Reason, context};
 
 /// The position of a connection's first known sequence number; leaves room below for late retransmissions.
 pub(crate) const ORIGIN: u64 = 1 << 40;
@@ -43,7 +44,19 @@ pub(crate) struct Note {
     syn: Option<(Seq, bool)>,
     rst: bool,
     urgent: Option<u64>,
+    turn: Turn,
     segment: Segment,
+}
+
+/// Whether a segment has to wait for those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// It says something new, or must not be changed.
+    InOrder,
+    /// It only acknowledges.
+    Acknowledgement,
+    /// It says nothing new: a retransmission or a probe.
+    Again,
 }
 
 /// Whether and how a segment may leave.
@@ -64,6 +77,8 @@ pub(crate) struct Stream {
     secondary: Side,
     /// What both have sent, and what a commit covers.
     settled: Ranges,
+    /// What the primary has said lately.
+    thread: Thread,
     committed_isn: Option<Seq>,
     committed_fin: Option<u64>,
     committed_urgent: Option<u64>,
@@ -72,6 +87,8 @@ pub(crate) struct Stream {
     permitted_sack: Option<Seq>,
     /// The highest acknowledgement that has left.
     left: Option<Seq>,
+    /// After the last number that has left, unless that was a SYN's.
+    left_end: Option<Seq>,
     /// Diverged in this epoch: nothing more becomes settled until a commit.
     poisoned: bool,
 }
@@ -94,6 +111,8 @@ struct Side {
     urgent: [Option<u64>; URGENT_MAX],
     ack: Option<Seq>,
     sack: Option<Seq>,
+    /// Position and byte of its last keep-alive probe: the stream's last byte, or any other.
+    probe: Option<(u64, u8)>,
     /// After its last byte, and after its last byte or FIN.
     data_end: u64,
     end: u64,
@@ -117,14 +136,30 @@ impl Stream {
     }
 
     /// Takes a segment of the primary and returns what it needs to leave, and what is wrong.
-    pub(crate) fn primary(&mut self, now: Instant, segment: &Segment, frame: &Bytes) -> (Note, Result<(), Reason>) {
+    pub(crate) fn primary(
+        &mut self,
+        now: Instant,
+        segment: &Segment,
+        frame: &Bytes,
+        said: &mut Said,
+    ) -> (Note, Result<(), Reason>) {
+        let known = self.primary.data_end;
         let note = self.note(segment);
+        let again = self.compare_again(known, &note, frame, said);
+        self.keep(known, &note, frame, said);
         let result = if self.poisoned {
             Ok(())
         } else {
-            self.compare_primary(now, &note, frame)
+            again.and_then(|()| self.compare_primary(now, &note, frame))
         };
         (note, self.checked(result))
+    }
+
+    /// Follows a frame of the primary that leaves by a commit, uncompared.
+    pub(crate) fn follow(&mut self, segment: &Segment, frame: &Bytes, said: &mut Said) {
+        let known = self.primary.data_end;
+        let note = self.note(segment);
+        self.keep(known, &note, frame, said);
     }
 
     /// Takes a segment of the secondary and returns what is wrong.
@@ -151,18 +186,17 @@ impl Stream {
         let side = &mut self.primary;
         if segment.syn {
             side.opening = segment.length() == 0;
-        } else if side.opening
+        } else if occupies
             && !segment.rst
+            && core::mem::take(&mut side.opening)
             && let Some((known, _)) = side.anchor
-            // A keep-alive probe goes back by one and says nothing.
-            && !(data_seq.plus(1) == known && segment.length() == 0 && !segment.fin)
+            && data_seq != known
+            && !mutants::on(Mutant::KeepOwnNumbers)
         {
-            side.opening = false;
-            if data_seq != known {
-                // After a takeover the SYN leaves as this guest numbers it, and what follows as its peer knows the connection. A
-                // guest begins its stream at the beginning, so any other number, however near, is that.
-                side.anchor = Some((data_seq, side.end));
-            }
+            // After a takeover the SYN leaves as this guest numbers it, and what follows as its peer knows the connection. A
+            // guest begins its stream at the beginning, so any other number, however near, is that.
+            side.anchor = Some((data_seq, side.end));
+            self.left_end = None;
         }
         let start = position(side.anchor, data_seq);
         let data = start..start + u64::from(segment.length());
@@ -172,6 +206,7 @@ impl Stream {
             syn: None,
             rst: segment.rst,
             urgent: None,
+            turn: side.turn(segment, start),
             segment: *segment,
         };
         if segment.syn {
@@ -234,9 +269,15 @@ impl Stream {
         }
     }
 
-    /// Notes the acknowledgement of a segment that has left.
-    pub(crate) fn has_left(&mut self, ack: Option<Seq>) {
+    /// Notes the end and the acknowledgement of a segment that has left.
+    pub(crate) fn has_left(&mut self, end: Option<Seq>, ack: Option<Seq>) {
         self.left = Seq::later_known(self.left, ack);
+        self.left_end = Seq::later_known(self.left_end, end);
+    }
+
+    /// Returns the number after the last that has left, as the client knows it.
+    pub(crate) fn left_end(&self) -> Option<Seq> {
+        self.left_end
     }
 
     /// Says whether this acknowledgement may leave.
@@ -260,6 +301,9 @@ impl Stream {
         primary.chunks.clear();
         primary.offers = [None; 2];
         primary.urgent[0] = primary.urgent[0].or(self.committed_urgent);
+        if primary.anchor.is_some() {
+            self.thread.move_back(primary.end.wrapping_sub(ORIGIN));
+        }
         primary.rebase();
         self.settled = if primary.anchor.is_some() {
             Ranges::until(primary.end)
@@ -343,11 +387,48 @@ impl Stream {
         let marks = self.secondary.urgent.iter().flatten();
         for &urgent in marks.filter(|&&urgent| note.data.start < urgent && urgent <= note.data.end) {
             // The primary may mark it yet, with its next segment.
-            if !self.is_urgent(&self.primary, urgent) {
+            if !self.is_urgent(&self.primary, urgent) && !mutants::on(Mutant::IgnoreUrgent) {
                 return false;
             }
         }
         !note.rst || self.secondary.rst
+    }
+
+    /// Compares the bytes that the primary has said before with what it said then. Those of which that is not known any
+    /// more, or that differ, are not settled: the secondary has to say them, too.
+    fn compare_again(&mut self, known: u64, note: &Note, frame: &Bytes, said: &Said) -> Result<(), Reason> {
+        let again = note.data.start..note.data.end.min(known);
+        if again.is_empty() || mutants::on(Mutant::PassRepeated) {
+            return Ok(());
+        }
+        let payload = &frame[note.segment.payload..][..length(&again)];
+        let is_probe = payload.len() == 1 && note.data.end == known;
+        if is_probe && self.secondary.probe == Some((again.start, payload[0])) {
+            return Ok(());
+        }
+        let settled = &mut self.settled;
+        let compared = said.compare(&self.thread, again.start, payload, |unknown| settled.remove(unknown));
+        let Err(differs) = compared else { return Ok(()) };
+        settled.remove(again.clone());
+        if is_probe {
+            return Ok(());
+        }
+        Err(Reason::Mismatch(Difference {
+            fact: Fact::Resent,
+            offset: differs.position.saturating_sub(ORIGIN),
+            primary: context(payload, length(&(again.start..differs.position))),
+            secondary: differs.before,
+        }))
+    }
+
+    /// Keeps what is new of a segment of the primary.
+    fn keep(&mut self, known: u64, note: &Note, frame: &Bytes, said: &mut Said) {
+        let start = note.data.start.max(known);
+        if start < note.data.end {
+            let skipped = length(&(note.data.start..start));
+            let bytes = frame.slice(note.segment.payload + skipped..note.segment.end);
+            said.add(&mut self.thread, start, bytes, frame.len());
+        }
     }
 
     fn compare_primary(&mut self, now: Instant, note: &Note, frame: &Bytes) -> Result<(), Reason> {
@@ -390,6 +471,9 @@ impl Stream {
         if segment.length() > 0 || segment.fin || segment.urgent.is_some() {
             let start = self.secondary_position(segment);
             let data = start..start + u64::from(segment.length());
+            if segment.length() == 1 && data.end == self.primary.data_end {
+                self.secondary.probe = Some((start, frame[segment.payload]));
+            }
             self.secondary.extend(segment, &data);
             if segment.fin {
                 self.secondary.fin = Some(data.end);
@@ -509,6 +593,25 @@ impl Stream {
 }
 
 impl Side {
+    /// Returns the turn of a segment that has not been added, by the position of its first byte.
+    fn turn(&self, segment: &Segment, start: u64) -> Turn {
+        let (length, signed) = (segment.length(), segment.options.signed);
+        if segment.syn || segment.fin || segment.rst || segment.urgent.is_some() {
+            Turn::InOrder
+        } else if length == 0 && start >= self.end {
+            // It may have to be renumbered, so it must be known how.
+            if signed || self.opening {
+                Turn::InOrder
+            } else {
+                Turn::Acknowledgement
+            }
+        } else if start + u64::from(length) <= self.end {
+            Turn::Again
+        } else {
+            Turn::InOrder
+        }
+    }
+
     fn extend(&mut self, segment: &Segment, data: &Range<u64>) {
         if !data.is_empty() {
             self.data_end = self.data_end.max(data.end);
@@ -534,6 +637,11 @@ impl Side {
 }
 
 impl Note {
+    /// Returns when its turn to leave is.
+    pub(crate) fn turn(&self) -> Turn {
+        self.turn
+    }
+
     /// Returns the segment.
     pub(crate) fn segment(&self) -> &Segment {
         &self.segment

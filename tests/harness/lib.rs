@@ -22,6 +22,7 @@ pub mod packet;
 pub mod random;
 pub mod run;
 pub mod scenario;
+pub mod sequences;
 mod shells;
 mod shipping;
 pub mod streams;

@@ -14,6 +14,7 @@ fn taken_over_in_the_handshake(own: u32, known: u32) -> Bench {
     bench.comparator = Comparator::new(ComparatorLimits::default(), Epoch(4));
     for segment in [
         Tcp::new(own, 51, SYN | ACK, b""),
+        Tcp::ack(own + 1, 51),
         Tcp::ack(known, 51),
         Tcp::data(known.wrapping_add(1), 51, &[7; 100]),
     ] {
@@ -165,4 +166,66 @@ fn case_p14_output_that_is_lost_while_a_checkpoint_is_under_way_is_told_too() {
         "its checkpoint is due already"
     );
     assert_eq!(released(&bench.checkpoint()).len(), 1);
+}
+
+#[test]
+fn case_p09_a_retransmission_with_other_bytes_does_not_leave() {
+    let data = |seq, payload: &[u8]| Tcp::data(seq, 500, payload).frame();
+    // Of what was equal, and of what was committed; cut elsewhere, and with new bytes behind.
+    for (seq, payload) in [
+        (1000, &b"abXd"[..]),
+        (1002, b"X"),
+        (1001, b"bX"),
+        (998, b"89abX"),
+        (990, b"X"),
+        (990, b"0123456X"),
+        (1002, b"cXnew"),
+    ] {
+        let mut bench = connected();
+        bench.primary(data(1000, b"abcd"));
+        assert_eq!(released(&bench.secondary(data(1000, b"abcd"))).len(), 1);
+        let told = difference(&bench.primary(data(seq, payload)));
+        assert_eq!((told.fact, told.primary[0]), (Fact::Resent, b'X'), "{seq}");
+        assert!(is_held(&bench.secondary(data(1000, b"abcd"))), "{seq}");
+        assert!(is_held(&bench.primary(data(seq, payload))), "{seq}: and no more");
+        bench.checkpoint();
+        assert_eq!(released(&bench.primary(data(1000, b"abcd"))).len(), 1, "{seq}");
+        assert_eq!(difference(&bench.primary(data(seq, payload))).fact, Fact::Resent);
+    }
+}
+
+#[test]
+fn case_p09_what_a_commit_released_is_compared_when_it_is_said_again() {
+    let data = |seq, payload: &[u8]| Tcp::data(seq, 500, payload).frame();
+    let mut bench = connected();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
+    bench.primary(data(1000, b"next"));
+    bench.commit(epoch);
+    bench.checkpoint_to(EpochMode::Buffered);
+    bench.primary(data(1004, b"buffered"));
+    bench.checkpoint();
+    for _ in 0..3 {
+        assert_eq!(released(&bench.primary(data(1002, b"xtbuff"))).len(), 1);
+        bench.checkpoint();
+    }
+    assert_eq!(
+        difference(&bench.primary(data(1002, b"xtbufX"))).offset,
+        0,
+        "before the epoch's part"
+    );
+}
+
+#[test]
+fn case_p09_what_is_not_kept_leaves_when_the_secondary_repeats_it() {
+    let data = |seq, payload: &[u8]| Tcp::data(seq, 500, payload).frame();
+    let mut bench = connected();
+    assert!(
+        is_held(&bench.primary(data(985, b"older0123"))),
+        "it was said before the flow was known"
+    );
+    assert_eq!(difference(&bench.secondary(data(985, b"oldeX"))).fact, Fact::Bytes);
+    bench.checkpoint();
+    assert!(is_held(&bench.primary(data(985, b"older0123"))));
+    assert_eq!(released(&bench.secondary(data(980, b"very older"))).len(), 1);
+    assert!(is_held(&bench.wait(Duration::from_millis(1_000))));
 }

@@ -1,0 +1,270 @@
+//! The comparator case by case: what need not wait for what the guest sent before it.
+
+use bytes::Bytes;
+use checkpoint::{Duration, EpochMode, Role};
+
+use super::tests::{connected, difference, is_held};
+use crate::testkit::*;
+use crate::verdict::{Fact, Reason, Verdict};
+
+fn data(seq: u32, payload: &[u8]) -> Bytes {
+    Tcp::data(seq, 500, payload).frame()
+}
+
+/// Returns sequence number, acknowledgement and payload of what leaves.
+fn leaving(verdicts: &[Verdict]) -> Vec<(u32, u32, Vec<u8>)> {
+    let frames = released(verdicts);
+    let parts = frames.iter().map(|frame| {
+        let (segment, payload) = segment(frame);
+        (segment.seq.0, segment.ack.unwrap().0, payload)
+    });
+    parts.collect()
+}
+
+#[test]
+fn case_p09_a_retransmission_does_not_wait_behind_new_bytes() {
+    // The secondary's guest has sent one segment only; it sends the next when the client has acknowledged that, which was lost.
+    let mut bench = connected();
+    for (seq, payload) in [(1000, b"A"), (1001, b"B"), (1002, b"C")] {
+        assert!(is_held(&bench.primary(data(seq, payload))));
+    }
+    assert_eq!(released(&bench.secondary(data(1000, b"A"))), [data(1000, b"A")]);
+    assert_eq!(released(&bench.primary(data(1000, b"A"))), [data(1000, b"A")]);
+    assert!(
+        is_held(&bench.primary(data(1001, b"B"))),
+        "repeated, but never said by the secondary"
+    );
+    assert_eq!(
+        released(&bench.secondary(data(1001, b"BC"))),
+        [data(1001, b"B"), data(1002, b"C"), data(1001, b"B")]
+    );
+    assert_eq!(bench.comparator.held().frames, 0);
+}
+
+#[test]
+fn case_p08_an_acknowledgement_that_waits_does_not_hold_up_bytes() {
+    let mut bench = connected();
+    assert!(is_held(&bench.primary(Tcp::ack(1000, 600).frame())));
+    assert!(is_held(&bench.primary(Tcp::data(1000, 600, b"answer").frame())));
+    assert_eq!(
+        leaving(&bench.secondary(data(1000, b"answer"))),
+        [(1000, 500, b"answer".to_vec())]
+    );
+    // The client has the answer already: an acknowledgement from before it would be out of its window.
+    assert_eq!(
+        leaving(&bench.secondary(Tcp::ack(1006, 600).frame())),
+        [(1006, 600, vec![])]
+    );
+    assert_eq!(bench.comparator.held().frames, 0);
+    assert!(
+        is_held(&bench.secondary(Tcp::ack(1006, 700).frame())),
+        "nothing is owed any more"
+    );
+}
+
+#[test]
+fn case_p08_bytes_that_wait_do_not_hold_up_acknowledgements() {
+    for v6 in [false, true] {
+        let tcp = |seq, ack, payload: &[u8]| {
+            Tcp {
+                v6,
+                ..Tcp::data(seq, ack, payload)
+            }
+            .frame()
+        };
+        let mut bench = Bench::new();
+        bench.primary(tcp(990, 500, b"0123456789"));
+        bench.checkpoint();
+        assert!(is_held(&bench.primary(tcp(1000, 500, b"held"))));
+        assert!(is_held(&bench.secondary(tcp(1000, 700, b""))));
+        // As the client knows the stream: without a gap.
+        assert_eq!(leaving(&bench.primary(tcp(1004, 600, b""))), [(1000, 600, vec![])]);
+        assert_eq!(leaving(&bench.primary(tcp(1004, 700, b""))), [(1000, 700, vec![])]);
+        assert!(is_held(&bench.primary(tcp(1004, 701, b""))));
+        let leaving = leaving(&bench.secondary(tcp(1000, 701, b"held")));
+        assert_eq!(leaving, [(1000, 500, b"held".to_vec()), (1004, 701, vec![])]);
+    }
+}
+
+#[test]
+fn an_acknowledgement_overtaken_by_bytes_is_renumbered_by_a_commit_too() {
+    let mut bench = connected();
+    bench.primary(Tcp::ack(1000, 600).frame());
+    bench.primary(data(1000, b"answer"));
+    bench.secondary(data(1000, b"answer"));
+    assert_eq!(leaving(&bench.checkpoint()), [(1006, 600, vec![])]);
+}
+
+#[test]
+fn across_the_wrap_too() {
+    let base = u32::MAX - 2;
+    let mut bench = Bench::new();
+    bench.primary(Tcp::data(base - 10, 500, b"0123456789").frame());
+    bench.checkpoint();
+    bench.primary(Tcp::ack(base, 600).frame());
+    bench.primary(data(base, b"answer"));
+    bench.secondary(data(base, b"answer"));
+    assert_eq!(leaving(&bench.secondary(Tcp::ack(3, 600).frame())), [(3, 600, vec![])]);
+}
+
+#[test]
+fn nothing_overtakes_a_syn_a_reset_or_what_is_not_compared_and_a_fin_overtakes_nothing() {
+    let reset = || Tcp::new(1000, 500, RST | ACK, b"").frame();
+    let mut bench = connected();
+    bench.primary(reset());
+    assert!(
+        is_held(&bench.primary(Tcp::ack(1000, 500).frame())),
+        "the reset ends the connection"
+    );
+    assert!(is_held(&bench.primary(data(990, b"0123456789"))));
+    assert_eq!(released(&bench.secondary(reset())).len(), 3);
+
+    let mut bench = Bench::new();
+    bench.secondary(Tcp::ack(7, 500).frame());
+    assert!(is_held(&bench.primary(data(100, b"x"))));
+    assert!(
+        is_held(&bench.primary(Tcp::ack(101, 500).frame())),
+        "it is not known what the client knows"
+    );
+
+    let fin = || Tcp::new(1001, 500, ACK | FIN, b"").frame();
+    let mut bench = connected();
+    bench.primary(data(1000, b"x"));
+    bench.primary(fin());
+    assert!(is_held(&bench.secondary(fin())));
+    assert_eq!(released(&bench.secondary(data(1000, b"x"))), [data(1000, b"x"), fin()]);
+
+    let mut bench = connected();
+    let epoch = bench.comparator.stop(EpochMode::Lockstep);
+    assert!(
+        is_held(&bench.primary(Tcp::ack(1000, 500).frame())),
+        "of an epoch that is not compared yet"
+    );
+    assert_eq!(released(&bench.commit(epoch)).len(), 1);
+}
+
+#[test]
+fn a_probe_leaves_as_it_is() {
+    let mut bench = connected();
+    bench.primary(data(1000, b"held"));
+    assert_eq!(
+        leaving(&bench.primary(Tcp::ack(999, 500).frame())),
+        [(999, 500, vec![])]
+    );
+}
+
+#[test]
+fn a_signed_acknowledgement_keeps_its_place_and_its_number() {
+    let signed = |seq, ack| {
+        let mut tcp = Tcp::ack(seq, ack);
+        tcp.options = [&[19, 18][..], &[7; 16], &[1, 1]].concat();
+        tcp.frame()
+    };
+    let mut bench = connected();
+    bench.primary(data(1000, b"held"));
+    assert!(is_held(&bench.primary(signed(1004, 500))));
+    assert_eq!(released(&bench.secondary(data(1000, b"held"))).len(), 2);
+}
+
+#[test]
+fn case_p16_an_arp_request_of_one_side_does_not_hold_up_answers() {
+    let mut bench = Bench::new();
+    assert!(is_held(&bench.primary(arp(1, [10, 0, 0, 1]))), "asked by its own timer");
+    bench.primary(arp(2, [10, 0, 0, 2]));
+    assert_eq!(
+        released(&bench.secondary(arp(2, [10, 0, 0, 2]))),
+        [arp(2, [10, 0, 0, 2])]
+    );
+    // What the secondary's guest asks is another flow: nothing differs, one side is late.
+    assert!(is_held(&bench.secondary(arp(1, [10, 0, 0, 3]))));
+    assert!(is_held(&bench.wait(Duration::from_millis(199))));
+    let verdicts = bench.wait(Duration::from_millis(1));
+    let told = &divergence(&verdicts).unwrap().reason;
+    assert!(matches!(
+        told,
+        Reason::Unmatched {
+            side: Role::Primary,
+            ..
+        }
+    ));
+}
+
+#[test]
+fn an_echo_answered_by_one_side_alone_is_not_compared_with_another() {
+    let echo = |id: u8| {
+        let (from, to) = ends(false, false);
+        ip(from, to, 1, 64, &[], &[0, 0, 1, 2, 0, id, 0, 1, 9, 9])
+    };
+    let mut bench = Bench::new();
+    bench.primary(echo(1));
+    bench.secondary(echo(2));
+    assert!(is_held(&bench.wait(Duration::from_millis(100))));
+    assert_eq!(released(&bench.primary(echo(2))), [echo(2)]);
+    assert_eq!(released(&bench.secondary(echo(1))), [echo(1)]);
+}
+
+/// A fragment of a datagram over IPv4 or IPv6: its number, its place in units of eight bytes, and the byte that fills it.
+fn fragment(v6: bool, id: u8, place: u8, byte: u8) -> Bytes {
+    let (from, to) = ends(v6, false);
+    if v6 {
+        let header = [17, 0, 0, place << 3 | u8::from(place < 2), 0, 0, 0, id];
+        return ip(from, to, 44, 64, &[], &[&header[..], &[byte; 8]].concat());
+    }
+    let mut frame = ip(from, to, 17, 64, &[], &[byte; 8]).to_vec();
+    frame[19] = id;
+    frame[20] = if place < 2 { 0x20 } else { 0 };
+    frame[21] = place;
+    frame.into()
+}
+
+#[test]
+fn case_p17_fragments_are_equal_only_as_parts_of_equal_datagrams() {
+    for v6 in [false, true] {
+        let part = |id, place, byte| fragment(v6, id, place, byte);
+        // Each fragment has an equal one, but no datagram has.
+        let mut bench = Bench::new();
+        let mut left = Vec::new();
+        for frame in [part(1, 0, 0xa1), part(1, 2, 0xb2), part(2, 0, 0xb1), part(2, 2, 0xa2)] {
+            left.extend(released(&bench.primary(frame)));
+        }
+        for frame in [part(7, 0, 0xa1), part(7, 2, 0xa2), part(8, 0, 0xb1), part(8, 2, 0xb2)] {
+            left.extend(released(&bench.secondary(frame)));
+        }
+        assert_eq!(left, [part(1, 0, 0xa1), part(2, 0, 0xb1)], "whose other parts differ");
+        assert_eq!(difference(&bench.wait(Duration::from_millis(1))).fact, Fact::Bytes);
+        assert_eq!(released(&bench.checkpoint()).len(), 2);
+        // Equal datagrams under other numbers.
+        bench.primary(part(3, 0, 1));
+        bench.primary(part(3, 1, 2));
+        assert_eq!(released(&bench.secondary(part(9, 0, 1))), [part(3, 0, 1)]);
+        assert_eq!(released(&bench.secondary(part(9, 1, 2))), [part(3, 1, 2)]);
+        bench.secondary(part(9, 2, 3));
+        assert_eq!(released(&bench.primary(part(3, 2, 3))), [part(3, 2, 3)]);
+        // One that a checkpoint cuts in two has the same number on both sides.
+        bench.primary(part(4, 0, 1));
+        bench.checkpoint();
+        bench.primary(part(4, 1, 2));
+        assert!(is_held(&bench.secondary(part(5, 1, 2))));
+        assert_eq!(released(&bench.secondary(part(4, 1, 2))), [part(4, 1, 2)]);
+    }
+}
+
+#[test]
+fn too_many_fragmented_datagrams_are_a_reason_for_a_checkpoint() {
+    let mut bench = Bench::new();
+    for id in 0..=u16::MAX {
+        let mut frame = fragment(false, 0, 0, 1).to_vec();
+        frame[18..20].copy_from_slice(&id.to_be_bytes());
+        let mut verdicts = bench.primary(frame.clone());
+        verdicts.extend(bench.secondary(frame.clone()));
+        if let Some(told) = divergence(&verdicts) {
+            assert!(matches!(told.reason, Reason::Limit(_)) && id < 1_000);
+            bench.checkpoint();
+            bench.primary(frame.clone());
+            assert_eq!(released(&bench.secondary(frame)).len(), 1, "and room is made");
+            return;
+        }
+        assert_eq!(released(&verdicts).len(), 1);
+    }
+    panic!("nothing is unbounded");
+}

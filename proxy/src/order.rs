@@ -1,0 +1,141 @@
+//! The order in which the compared frames of a TCP flow leave.
+//!
+//! New bytes, SYN, FIN and RST leave as the guest sent them. What says nothing new need not wait behind bytes that
+//! the secondary has not sent yet: a pure acknowledgement leaves when it is permitted, what is said again when its bytes may.
+//! Nothing overtakes a SYN or RST. Else a client that has lost a segment, or that sends a lot itself, would wait for the
+//! secondary's next bytes, and these for the client.
+//!
+//! An acknowledgement that overtakes, or was overtaken, is renumbered to the end of what has left: behind a gap or
+//! before known bytes its receiver might not take it.
+//!
+//! Driven by `lane`; knows one epoch at a time, never holds a frame.
+
+use std::collections::VecDeque;
+
+use checkpoint::mutants::{self, Mutant};
+
+use crate::frame::Segment;
+use crate::seq::Seq;
+use crate::stream::{Leave, Note, Stream, Turn};
+
+/// Most frames said again that are looked at; further ones wait for those.
+const AGAIN_MAX: usize = 16;
+
+/// The compared frames of a flow that have not left.
+#[derive(Debug, Default)]
+pub(crate) struct Order {
+    new: VecDeque<Entry>,
+    acknowledgements: VecDeque<Entry>,
+    again: VecDeque<Entry>,
+    /// SYN and RST among the new.
+    barriers: usize,
+}
+
+/// A frame that may leave.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Next {
+    pub(crate) serial: u64,
+    pub(crate) leave: Leave,
+    pub(crate) place: Place,
+}
+
+/// Where a frame that may leave waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place {
+    New,
+    Acknowledgement,
+    Again(usize),
+    /// In a flow that is compared whole.
+    Whole,
+}
+
+#[derive(Debug)]
+struct Entry {
+    serial: u64,
+    note: Note,
+}
+
+impl Order {
+    pub(crate) fn push(&mut self, serial: u64, note: Note) {
+        let queue = match note.turn() {
+            Turn::InOrder => &mut self.new,
+            Turn::Acknowledgement => &mut self.acknowledgements,
+            Turn::Again => &mut self.again,
+        };
+        self.barriers += usize::from(is_barrier(note.segment()));
+        queue.push_back(Entry { serial, note });
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.new.len() + self.acknowledgements.len() + self.again.len()
+    }
+
+    /// Says whether a SYN or RST waits.
+    pub(crate) fn is_barred(&self) -> bool {
+        self.barriers > 0
+    }
+
+    /// Returns the oldest of the frames that may leave now.
+    pub(crate) fn next(&self, stream: &Stream) -> Option<Next> {
+        let may = |entry: &Entry, place| {
+            let leave = stream.leave(&entry.note);
+            let serial = entry.serial;
+            (leave != Leave::Wait).then_some(Next { serial, leave, place })
+        };
+        let first = self.new.front();
+        let new = first.and_then(|entry| may(entry, Place::New));
+        let acknowledgement = self.acknowledgements.front().filter(|entry| {
+            let overtakes = first.is_some_and(|first| first.serial < entry.serial);
+            !overtakes || !self.is_barred() && stream.left_end().is_some()
+        });
+        let acknowledgement = acknowledgement.and_then(|entry| may(entry, Place::Acknowledgement));
+        let again = self.again.iter().take(AGAIN_MAX).enumerate();
+        let again = again
+            .filter(|_| !self.is_barred())
+            .find_map(|(at, entry)| may(entry, Place::Again(at)));
+        [new, acknowledgement, again]
+            .into_iter()
+            .flatten()
+            .min_by_key(|next| next.serial)
+    }
+
+    /// Takes out a frame that leaves.
+    pub(crate) fn take(&mut self, place: Place) -> Option<Note> {
+        let entry = match place {
+            Place::New => self.new.pop_front(),
+            Place::Acknowledgement => self.acknowledgements.pop_front(),
+            Place::Again(at) => self.again.remove(at),
+            Place::Whole => None,
+        }?;
+        self.barriers -= usize::from(is_barrier(entry.note.segment()));
+        Some(entry.note)
+    }
+
+    /// Takes out the frame that has waited longest, if it is this one.
+    pub(crate) fn take_oldest(&mut self, serial: u64) -> Option<Note> {
+        let is_it = |queue: &VecDeque<Entry>| queue.front().is_some_and(|entry| entry.serial == serial);
+        let place = if is_it(&self.new) {
+            Place::New
+        } else if is_it(&self.acknowledgements) {
+            Place::Acknowledgement
+        } else if is_it(&self.again) {
+            Place::Again(0)
+        } else {
+            return None;
+        };
+        self.take(place)
+    }
+
+    /// Returns the sequence number with which an acknowledgement leaves that was just taken out, if it is another than its own.
+    pub(crate) fn renumbered(&self, serial: u64, note: &Note, left_end: Option<Seq>) -> Option<Seq> {
+        let end = left_end.filter(|_| note.turn() == Turn::Acknowledgement)?;
+        let ahead = note.segment().seq.after(end);
+        let overtakes = self.new.front().is_some_and(|first| first.serial < serial);
+        (ahead < 0 || ahead > 0 && overtakes).then_some(end)
+    }
+}
+
+/// Says whether nothing may overtake this segment.
+fn is_barrier(segment: &Segment) -> bool {
+    (segment.syn || segment.rst) && !mutants::on(Mutant::OvertakeReset)
+}

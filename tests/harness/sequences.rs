@@ -1,0 +1,132 @@
+//! Short sequences of frames, of kinds that no guest of the simulated world sends, through the shipped comparator.
+//!
+//! Each says what must not leave. `tests/mutants.rs` runs them under the deliberate bugs that only they can notice.
+
+use bytes::Bytes;
+use checkpoint::{Epoch, EpochMode, Instant};
+use proxy::{Comparator, ComparatorLimits, Verdict};
+
+use crate::packet::{ACK, RST, SYN};
+
+const URG: u8 = 32;
+
+/// Runs all of them.
+///
+/// # Errors
+/// Says what left that must not.
+pub fn run() -> Result<(), String> {
+    let sequences: [(&str, fn() -> bool); 5] = [
+        ("bytes that were said before, but others", repeated),
+        ("a byte that only the secondary marks as urgent", urgent),
+        ("an acknowledgement before the reset that ends its connection", reset),
+        ("a fragment for an equal one of another datagram", fragments),
+        ("bytes of a stream that began in other numbers", numbers),
+    ];
+    match sequences.iter().find(|(_, leaves)| leaves()) {
+        Some((what, _)) => Err(format!("rule 1: {what} must not leave")),
+        None => Ok(()),
+    }
+}
+
+/// A primary's comparator; its frames leave at once until the first checkpoint.
+struct Primary(Comparator);
+
+impl Primary {
+    fn new() -> Self {
+        Self(Comparator::new(ComparatorLimits::default(), Epoch(1)))
+    }
+
+    /// The secondary has the state of now, and follows from here on.
+    fn protect(&mut self) {
+        let epoch = self.0.stop(EpochMode::Lockstep);
+        self.0.protect(epoch.next(), EpochMode::Lockstep);
+        self.0.loaded(Instant(0), epoch);
+    }
+
+    /// Tells whether anything leaves.
+    fn sends(&mut self, frame: Bytes) -> bool {
+        let mut verdicts = Vec::new();
+        self.0.primary_output(Instant(0), frame, &mut verdicts);
+        leaves(&verdicts)
+    }
+
+    fn hears(&mut self, frame: Bytes) -> bool {
+        let mut verdicts = Vec::new();
+        let epoch = self.0.running();
+        self.0.secondary_output(Instant(0), epoch, frame, &mut verdicts);
+        leaves(&verdicts)
+    }
+}
+
+fn leaves(verdicts: &[Verdict]) -> bool {
+    verdicts.iter().any(|verdict| matches!(verdict, Verdict::Release(_)))
+}
+
+fn repeated() -> bool {
+    let mut primary = Primary::new();
+    primary.protect();
+    primary.sends(tcp(1000, ACK, 0, b"abcd"));
+    assert!(primary.hears(tcp(1000, ACK, 0, b"abcd")), "equal bytes leave");
+    primary.sends(tcp(1000, ACK, 0, b"abXd"))
+}
+
+fn urgent() -> bool {
+    let mut primary = Primary::new();
+    primary.protect();
+    primary.hears(tcp(1000, ACK | URG, 2, b"abc"));
+    primary.sends(tcp(1000, ACK, 0, b"abc"))
+}
+
+fn reset() -> bool {
+    let mut primary = Primary::new();
+    primary.sends(tcp(1000, ACK, 0, b"abcd"));
+    primary.protect();
+    let before = primary.sends(tcp(1004, ACK | RST, 0, b""));
+    before || primary.sends(tcp(1004, ACK, 0, b""))
+}
+
+fn fragments() -> bool {
+    let mut primary = Primary::new();
+    primary.protect();
+    for (datagram, place, byte) in [(7, 0, 0xa1), (7, 2, 0xa2), (8, 0, 0xb1), (8, 2, 0xb2)] {
+        primary.hears(fragment(datagram, place, byte));
+    }
+    assert!(primary.sends(fragment(1, 0, 0xa1)), "an equal beginning leaves");
+    primary.sends(fragment(1, 2, 0xb2))
+}
+
+/// The primary took over before the client's first acknowledgement: it sent its own SYN, and then as the client knows the connection.
+fn numbers() -> bool {
+    let mut primary = Primary::new();
+    primary.sends(tcp(5_000, ACK | SYN, 0, b""));
+    primary.sends(tcp(1_001, ACK, 0, b"hello"));
+    primary.protect();
+    primary.sends(tcp(1_006, ACK, 0, b"AAAA"))
+}
+
+/// A segment to port 5000 that acknowledges 500; nobody looks at its checksums.
+fn tcp(seq: u32, flags: u8, urgent: u16, payload: &[u8]) -> Bytes {
+    let mut segment = vec![0, 80, 0x13, 0x88];
+    segment.extend(seq.to_be_bytes());
+    segment.extend(500u32.to_be_bytes());
+    segment.extend([5 << 4, flags, 4, 0, 0, 0]);
+    segment.extend(urgent.to_be_bytes());
+    segment.extend(payload);
+    ipv4(6, [0, 0, 0, 0], &segment)
+}
+
+/// Eight bytes of a datagram; `place` is in units of as many.
+fn fragment(datagram: u8, place: u8, byte: u8) -> Bytes {
+    let more = if place == 0 { 0x20 } else { 0 };
+    ipv4(17, [0, datagram, more, place], &[byte; 8])
+}
+
+fn ipv4(protocol: u8, fragment: [u8; 4], payload: &[u8]) -> Bytes {
+    let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0, 0x45, 0];
+    let length = u16::try_from(20 + payload.len()).expect("short");
+    frame.extend(length.to_be_bytes());
+    frame.extend(fragment);
+    frame.extend([64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 9]);
+    frame.extend(payload);
+    frame.into()
+}
