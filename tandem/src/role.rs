@@ -366,6 +366,8 @@ impl Host {
             Decision::Start { term } => term,
             Decision::Refuse(reason) => bail!("{reason}"),
         };
+        // What the guest finds at its boot it takes for durable; an earlier process may have left it in the page cache.
+        self.image.flush().context("the disk image can't be flushed")?;
         if let Some(witness) = &self.witness
             && let Claim::LostTo(owner) = witness.claim(term)?
         {

@@ -88,6 +88,8 @@ impl World {
             Decision::Start { term } => term,
             Decision::Refuse(reason) => return Err(reason.to_string()),
         };
+        let flushed = self.nodes[node].flush_image();
+        flushed.map_err(|error| format!("the disk image can't be flushed: {error}"))?;
         match self.claim_now(node, term) {
             Some(Claim::Won) => {}
             Some(Claim::LostTo(owner)) => return Err(format!("{owner} won term {term} a moment ago")),
