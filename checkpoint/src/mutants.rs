@@ -114,6 +114,8 @@ mutants! {
     MirrorStopsAtTrigger "mirror-stops-at-trigger"
     /// A guest runs on though its epoch is full and can't end yet.
     OutrunTheLink "outrun-the-link"
+    /// A guest goes on writing pages though those of its epoch take all the memory that they may.
+    OutgrowTheMemory "outgrow-the-memory"
     /// Pages that were to be shipped ahead and were not read before the stop are read after it.
     ReadAheadAfterStop "read-ahead-after-stop"
     /// An acknowledgement leaves before the SYN or RST that the guest sent before it.

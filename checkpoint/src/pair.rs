@@ -52,6 +52,8 @@ pub enum Trigger {
     Budget,
     /// A queue, overlay or stage came near its limit.
     Limit,
+    /// The pages of the next checkpoint would soon take more memory than the operator gives.
+    Memory,
     /// The outputs differ.
     Mismatch,
     /// Output waits for the commit of its epoch, and the time between two checkpoints has passed.

@@ -123,6 +123,9 @@ pub struct Checkpoints {
     pub limit: u64,
     /// The pause would soon have been longer than the budget.
     pub budget: u64,
+    /// Its pages would soon have taken more memory than they may.
+    #[serde(default)]
+    pub memory: u64,
     /// The epoch reached its maximum age.
     pub age: u64,
     /// The operator asked.
@@ -438,6 +441,7 @@ impl Display for Checkpoints {
             ("period", self.period),
             ("limit", self.limit),
             ("budget", self.budget),
+            ("memory", self.memory),
             ("age", self.age),
             ("admin", self.admin),
         ];

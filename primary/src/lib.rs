@@ -12,6 +12,7 @@
 
 mod backends;
 pub mod comparison;
+mod copies;
 pub mod encoding;
 pub mod event;
 mod flows;

@@ -7,6 +7,8 @@ use std::time::Duration as StdDuration;
 
 use bytes::Bytes;
 use checkpoint::handshake::{self, Local};
+use checkpoint::limits::PAGE_BYTES;
+use checkpoint::pages::BASE_BYTES_DEFAULT;
 use checkpoint::wire::{Held, MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Instant};
 use link::clock;
@@ -109,7 +111,13 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
     }
     let traces = Traces::default();
     let card = Turns::new(setup.vm.net_turns())?;
-    let vm = vm::spawn(setup.vm, Arc::clone(&setup.image), traces.clone(), events.clone())?;
+    // Of what the secondary has committed no more is remembered than the pages of a checkpoint may take there.
+    let cache_bytes = usize::try_from(setup.options.room.pages)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(2 * PAGE_BYTES)
+        .min(BASE_BYTES_DEFAULT);
+    let image = Arc::clone(&setup.image);
+    let vm = vm::spawn(setup.vm, image, traces.clone(), events.clone(), cache_bytes)?;
     let disk = vm::spawn_disk(Arc::clone(&setup.image), setup.record, folded, events.clone())?;
     let (dialled, answers) = mpsc::channel(1);
     let mut actions = Vec::new();

@@ -10,7 +10,7 @@
 //! Where it pays, the secondary is asked first which of the copied pages its stopped VM has alike: then the parcel waits here.
 //! The protocol sees only numbers and digests. No decision is made here.
 
-use core::ops::{ControlFlow, Range};
+use core::ops::ControlFlow;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
@@ -19,7 +19,7 @@ use bytes::Bytes;
 use checkpoint::Tag;
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::identical::PageMatches;
-use checkpoint::pages::{Amount, BASE_BYTES_DEFAULT, BATCH_BYTES, BatchEncoder, Chooser, Page, Question, is_zero};
+use checkpoint::pages::{Amount, BATCH_BYTES, BatchEncoder, Chooser, Page, Question, is_zero};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
 use link::mailbox;
@@ -31,73 +31,13 @@ use storage::verify::block_range;
 use storage::{FileImage, Image};
 
 use crate::comparison::Next;
+use crate::copies::Copies;
 use crate::encoding::{Encoding, timed};
 use crate::event::{AheadShipment, Event, Shipment};
 use crate::trace::Traces;
 
-/// Pages copied at a stop. What is dirty beyond them is shipped while the VM stands, so that the copy is bounded.
-const COPIED_PAGES_MAX: usize = 64 * 1024;
 /// Pages read at a time when pages are shipped ahead: a stop waits for so many copies at most.
 const READ_AT_ONCE: usize = 16;
-
-/// Copies of pages; its room is used again and again. It only grows: memory that is new costs a fault a page.
-#[derive(Default)]
-pub(crate) struct Copies {
-    numbers: Vec<u64>,
-    content: Vec<u8>,
-}
-
-impl Copies {
-    /// Copies pages until the bound, and returns those beyond it.
-    pub(crate) fn take(&mut self, ram: &GuestRam, pages: &PageSet) -> Result<Vec<u64>, MemoryError> {
-        let count = usize::try_from(pages.len()).map_or(COPIED_PAGES_MAX, |count| count.min(COPIED_PAGES_MAX));
-        self.make_room(count);
-        let mut rest = &mut self.content[..count * PAGE_BYTES];
-        let mut beyond = Vec::new();
-        for run in pages.runs() {
-            let wanted = usize::try_from(run.end - run.start).unwrap_or(usize::MAX);
-            let taken = wanted.min(rest.len() / PAGE_BYTES);
-            let (now, later) = rest.split_at_mut(taken * PAGE_BYTES);
-            rest = later;
-            if taken > 0 {
-                ram.read_run(run.start, now)?;
-            }
-            let end = run.start + taken as u64;
-            self.numbers.extend(run.start..end);
-            beyond.extend(end..run.end);
-        }
-        Ok(beyond)
-    }
-
-    fn read(&mut self, ram: &GuestRam, pages: impl ExactSizeIterator<Item = u64>) -> Result<(), MemoryError> {
-        self.make_room(pages.len());
-        self.numbers.extend(pages);
-        for (page, content) in self.numbers.iter().zip(self.content.as_chunks_mut().0) {
-            ram.read_page(*page, content)?;
-        }
-        Ok(())
-    }
-
-    fn make_room(&mut self, pages: usize) {
-        self.numbers.clear();
-        if self.content.len() < pages * PAGE_BYTES {
-            self.content.resize(pages * PAGE_BYTES, 0);
-        }
-    }
-
-    fn at(&self, place: usize) -> (u64, &Page) {
-        (self.numbers[place], &self.content.as_chunks().0[place])
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (u64, &Page)> {
-        self.range(0..self.numbers.len())
-    }
-
-    fn range(&self, places: Range<usize>) -> impl Iterator<Item = (u64, &Page)> {
-        let content = &self.content.as_chunks().0[places.clone()];
-        self.numbers[places].iter().copied().zip(content)
-    }
-}
 
 /// Pages to be shipped ahead: they count as clean already, and are not read yet. Shared by the VM's thread and the courier.
 #[derive(Clone, Default)]
@@ -165,12 +105,13 @@ pub(crate) struct Courier {
 }
 
 impl Courier {
-    /// Starts the thread.
+    /// Starts the thread. It remembers at most `cache_bytes` of what the secondary has committed.
     pub(crate) fn spawn(
         image: Arc<FileImage>,
         ram: GuestRam,
         traces: Traces,
         events: mailbox::Sender<Event>,
+        cache_bytes: usize,
     ) -> std::io::Result<Self> {
         let unread = Unread::default();
         let (give_back, returned) = mpsc::channel();
@@ -184,7 +125,7 @@ impl Courier {
             unread: unread.clone(),
             few: Copies::default(),
             give_back,
-            encoding: Encoding::new(BASE_BYTES_DEFAULT),
+            encoding: Encoding::new(cache_bytes),
             shipping: None,
         };
         let thread = Worker::spawn("courier", move |inbox| carrier.run(&inbox))?;
@@ -333,7 +274,8 @@ impl Carrier {
         }
     }
 
-    fn give_back(&self, parcel: Parcel) {
+    fn give_back(&self, mut parcel: Parcel) {
+        parcel.copies.used();
         // Closed when the role has ended.
         let _ = self.give_back.send(parcel.copies);
     }
@@ -359,7 +301,7 @@ impl Carrier {
             parcel,
         });
         let parcel = &shipping.parcel;
-        let pages = parcel.copies.numbers.len();
+        let pages = parcel.copies.len();
         // While pages are left that were not copied the VM stands, and is not to wait for the secondary.
         let asks = if parcel.both_ran && parcel.beyond.is_empty() {
             self.encoding.choose(pages)

@@ -57,6 +57,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             period: count(Trigger::Period),
             limit: count(Trigger::Limit),
             budget: count(Trigger::Budget),
+            memory: count(Trigger::Memory),
             age: count(Trigger::Age),
             admin: count(Trigger::Admin),
         },

@@ -62,10 +62,11 @@ pub(crate) fn spawn(
     image: Arc<FileImage>,
     traces: Traces,
     events: mailbox::Sender<Event>,
+    cache_bytes: usize,
 ) -> std::io::Result<VmThread> {
     let ram = vm.ram();
     let keeper = Keeper {
-        courier: Courier::spawn(image, vm.ram(), traces.clone(), events.clone())?,
+        courier: Courier::spawn(image, vm.ram(), traces.clone(), events.clone(), cache_bytes)?,
         scout: Scout::new(ram.pages()),
         events,
         open: None,

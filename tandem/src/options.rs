@@ -103,6 +103,10 @@ pub struct PairOptions {
     /// How long an output may wait for its equal before a checkpoint is taken [default: 200ms]
     #[arg(long, value_name = "SPAN")]
     pub unmatched_limit: Option<Span>,
+    /// Memory that the pages of one checkpoint may take on the secondary, staged there and in its own VM: near it a checkpoint is taken
+    /// early, and the VM waits for one that is under way [default: half of the VM's memory, at least 64M]
+    #[arg(long, value_name = "SIZE")]
+    pub checkpoint_memory: Option<ByteSize>,
     /// How long the VM may stand for a checkpoint: one is taken before the pause that it is expected to take gets longer than this
     /// [default: no budget]
     #[arg(long, value_name = "SPAN")]
@@ -168,9 +172,10 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 22] = [
     "ahead-rate",
     "checkpoint-every",
+    "checkpoint-memory",
     "cmdline",
     "control",
     "epoch-max-age",
@@ -213,6 +218,7 @@ impl PairOptions {
             checkpoint_every: self.checkpoint_every.or(file.checkpoint_every),
             epoch_max_age: self.epoch_max_age.or(file.epoch_max_age),
             unmatched_limit: self.unmatched_limit.or(file.unmatched_limit),
+            checkpoint_memory: self.checkpoint_memory.or(file.checkpoint_memory),
             pause_budget: self.pause_budget.or(file.pause_budget),
             ahead_rate: self.ahead_rate.or(file.ahead_rate),
             resume_after: self.resume_after.or(file.resume_after),
@@ -236,6 +242,7 @@ impl PairOptions {
             "mode" => self.mode = Some(parsed(value)?),
             "name" => self.vm.name = Some(value.to_owned()),
             "pair" => self.pair = Some(value.to_owned()),
+            "checkpoint-memory" => self.checkpoint_memory = Some(parsed(value)?),
             "pause-budget" => self.pause_budget = Some(parsed(value)?),
             "peer" => self.peer = Some(value.to_owned()),
             "resume-after" => self.resume_after = Some(parsed(value)?),
@@ -403,7 +410,7 @@ mod tests {
         }
         let error = parse_text("qqq = 1").unwrap_err().to_string();
         assert!(
-            error.contains("the keys are ahead-rate, checkpoint-every, cmdline,"),
+            error.contains("the keys are ahead-rate, checkpoint-every, checkpoint-memory, cmdline,"),
             "{error}"
         );
     }

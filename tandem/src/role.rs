@@ -139,6 +139,7 @@ struct RoleSettings {
     unmatched_max: Duration,
     ahead: Option<Budget>,
     pause_budget: Option<Duration>,
+    checkpoint_memory: u64,
     resume: Resume,
 }
 
@@ -161,6 +162,7 @@ impl From<Settings> for RoleSettings {
                 ..Budget::default()
             }),
             pause_budget: settings.pause_budget.map(Into::into),
+            checkpoint_memory: settings.checkpoint_memory,
             resume: settings.resume,
         }
     }
@@ -182,6 +184,7 @@ impl From<RunSettings> for RoleSettings {
             unmatched_max: limits::UNMATCHED_MAX,
             ahead: None,
             pause_budget: None,
+            checkpoint_memory: u64::MAX,
             resume: Resume::default(),
         }
     }
@@ -430,7 +433,11 @@ impl Host {
                 unmatched_max: self.settings.unmatched_max,
                 ahead: self.settings.ahead,
                 pause_budget: self.settings.pause_budget,
-                room: Room::default(),
+                room: Room {
+                    // On the secondary each page may be in its own VM and in the stage.
+                    pages: self.settings.checkpoint_memory / (2 * limits::PAGE_BYTES as u64),
+                    ..Room::default()
+                },
                 memory_bytes: self.settings.vm.memory,
                 disk_bytes: self.image.size(),
                 mac: self.settings.vm.mac.0,

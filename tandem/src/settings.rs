@@ -32,6 +32,9 @@ const CHECKPOINT_EVERY_DEFAULT: Span = Span::ms(5);
 const CHECKPOINT_EVERY: RangeInclusive<Span> = Span::ms(1)..=Span::ms(1_000);
 const UNMATCHED_LIMIT_DEFAULT: Span = Span::ms(200);
 const UNMATCHED_LIMIT: RangeInclusive<Span> = Span::ms(1)..=Span::ms(10_000);
+/// Memory for a checkpoint's pages, unless the user says otherwise, and the least that can be said.
+const CHECKPOINT_MEMORY_DEFAULT_MIN: ByteSize = ByteSize::mib(64);
+const CHECKPOINT_MEMORY_MIN: ByteSize = ByteSize::mib(1);
 const PAUSE_BUDGET: RangeInclusive<Span> = Span(Duration::from_micros(100))..=Span::ms(10_000);
 const NAME_BYTES_MAX: usize = 32;
 const INTERFACE_BYTES_MAX: usize = 15;
@@ -63,6 +66,8 @@ pub struct Settings {
     pub unmatched_limit: Duration,
     /// How long the VM may stand for a checkpoint, if that matters.
     pub pause_budget: Option<Duration>,
+    /// Bytes that the pages of one checkpoint may take on the secondary.
+    pub checkpoint_memory: u64,
     /// Bytes a second that may be sent ahead of a stop; 0 for none.
     pub ahead_rate: u64,
     /// When the VM runs on after a stop for a checkpoint.
@@ -152,8 +157,10 @@ impl Settings {
             ));
         }
         let node = node(options.vm.name.as_ref())?;
+        let vm = VmSettings::from_options(options.vm, &pair, &node)?;
         Ok(Self {
-            vm: VmSettings::from_options(options.vm, &pair, &node)?,
+            checkpoint_memory: checkpoint_memory(options.checkpoint_memory, vm.memory)?,
+            vm,
             peer: options.peer.map(|peer| resolve(&peer)).transpose()?,
             listen: options.listen,
             witness: options.witness,
@@ -367,6 +374,18 @@ fn memory(size: ByteSize) -> Result<u64, SettingsError> {
     Ok(size.0)
 }
 
+/// The bound is met before the pages of a few milliseconds come: those need room, too.
+fn checkpoint_memory(given: Option<ByteSize>, memory: u64) -> Result<u64, SettingsError> {
+    let size = given.unwrap_or_else(|| ByteSize(memory / 2).max(CHECKPOINT_MEMORY_DEFAULT_MIN));
+    if size < CHECKPOINT_MEMORY_MIN {
+        let cure = format!(
+            "a checkpoint needs room for what the VM writes in a few milliseconds: give at least {CHECKPOINT_MEMORY_MIN}"
+        );
+        return Err(wrong("checkpoint-memory", size, cure));
+    }
+    Ok(size.0)
+}
+
 fn span(
     option: &'static str,
     given: Option<Span>,
@@ -444,6 +463,7 @@ mod tests {
         assert_eq!(settings.unmatched_limit, Duration::from_millis(200));
         assert_eq!(settings.ahead_rate, 128 << 20);
         assert_eq!(settings.pause_budget, None);
+        assert_eq!(settings.checkpoint_memory, 128 << 20);
         assert_eq!(settings.vm.memory, 256 << 20);
         assert_eq!(settings.vm.control, Path::new("/run/tandem/shop-a.sock"));
         assert_eq!(settings.peer, Some("10.0.0.2:7100".parse().unwrap()));

@@ -46,6 +46,8 @@ pub struct Checkers {
     pub switched: bool,
     /// A primary did not compare some flow.
     pub buffered_flow: bool,
+    /// The epoch whose pages were as many as may be.
+    outgrown: Option<Tag>,
 }
 
 impl Checkers {
@@ -192,6 +194,20 @@ impl Checkers {
     pub fn bounded_secondary(secondary: &Secondary) {
         for (name, length, bound) in secondary.queues() {
             assert!(length <= bound, "rule 5: {length} {name} wait, and {bound} may");
+        }
+    }
+
+    /// The primary has looked at the pages of its epoch; they may be as many as it is allowed, or more: then it looks no further.
+    ///
+    /// # Panics
+    /// If it does.
+    pub fn looked(&mut self, tag: Tag, is_outgrown: bool) {
+        assert!(
+            self.outgrown != Some(tag),
+            "rule 5: epoch {tag} goes on though its pages take all the memory that they may"
+        );
+        if is_outgrown {
+            self.outgrown = Some(tag);
         }
     }
 

@@ -134,6 +134,15 @@ impl Shipping {
         }
     }
 
+    /// Returns how many pages the checkpoint of this epoch has already: dirty, or counted as clean to be shipped ahead.
+    pub(crate) fn pages_of_epoch(&self, memory: &Memory, tag: Tag) -> u64 {
+        let mut pages = memory.dirty();
+        if self.open == Some(tag) {
+            pages.union(&self.unacknowledged);
+        }
+        pages.len()
+    }
+
     /// Takes the dirty pages at a stop, with those that are still to be shipped ahead, and copies them.
     pub(crate) fn stop(&mut self, memory: &mut Memory, tag: Tag) -> Vec<(u64, Copied)> {
         let mut dirty = memory.harvest();

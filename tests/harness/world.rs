@@ -196,6 +196,12 @@ impl World {
                 1 => Room {
                     held_bytes: 4_096,
                     written_bytes: 8_192,
+                    ..Room::default()
+                },
+                // Few of its pages.
+                3 => Room {
+                    pages: 8,
+                    ..Room::default()
                 },
                 _ => Room::default(),
             },
@@ -556,12 +562,14 @@ impl World {
             VmOrder::ShipAhead(tag, most) => {
                 let life = host.life;
                 let Some(look) = host.look(tag, most) else { return };
+                let held = host.shipping.pages_of_epoch(&host.vm.memory, tag);
                 if look.ahead > 0 {
                     if self.random.below(8) == 0 {
                         host.courier_until = self.now + self.random.below(20 * MILLISECOND);
                     }
                     self.soon(Happening::Courier(node, life));
                 }
+                self.checkers.looked(tag, held >= self.room.pages);
                 self.step_primary(node, PrimaryEvent::Looked(look));
             }
             VmOrder::Sync(totals, difference) => {

@@ -23,6 +23,7 @@ mod garbage;
 mod idle;
 mod journal;
 mod load;
+mod memory;
 mod modes;
 mod program;
 mod resync;

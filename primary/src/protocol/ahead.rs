@@ -19,6 +19,8 @@ pub(super) struct Ahead {
     /// Pages and bytes queued.
     pub(super) pages: u64,
     pub(super) bytes: u64,
+    /// Pages that count as clean already: queued, or still to be.
+    pub(super) taken: u64,
     /// Pages that were dirty at the last look, how many there will be at the next if it goes on like this, and how long the look
     /// took.
     pub(super) dirty: u64,
@@ -29,6 +31,9 @@ pub(super) struct Ahead {
 impl Primary {
     /// Returns when the next look is due, if one may be taken.
     pub(super) fn look_due(&self) -> Option<Instant> {
+        if self.runs_ahead() {
+            return self.flight_look_due().filter(|_| self.ending.is_none());
+        }
         let quiet = matches!(self.state, State::Protected { .. }) && self.peer_loaded && self.ending.is_none();
         let due = quiet && self.options.ahead.is_some() && self.ahead.round.is_none();
         due.then_some(self.ahead.due)
@@ -48,6 +53,9 @@ impl Primary {
         if self.look_due().is_none_or(|due| due > now) {
             return;
         }
+        if self.runs_ahead() {
+            return self.look_in_flight(actions);
+        }
         self.ahead.round = Some(now);
         let pages = self.options.ahead.map_or(0, |budget| budget.round_pages());
         self.ahead.ordered |= pages > 0;
@@ -57,14 +65,16 @@ impl Primary {
 
     pub(super) fn looked(&mut self, now: Instant, look: Look, actions: &mut Vec<Action>) {
         if look.tag != self.ahead.tag {
-            return;
+            return self.looked_in_flight(now, look, actions);
         }
+        self.ahead.taken += look.ahead;
         self.ahead.expected = look.dirty + look.dirty.saturating_sub(self.ahead.dirty);
         self.ahead.dirty = look.dirty;
         self.ahead.looked = look.took;
         if look.ahead == 0 {
             self.end_round(0, look.took);
         }
+        self.keep_memory(now, actions);
         self.keep_budget(now, actions);
     }
 

@@ -123,6 +123,7 @@ impl Primary {
         if taken.resumed {
             self.paused_for(now.since(taken.asked), &taken);
             self.began = now;
+            self.begin_flight(now);
             actions.push(Action::ResumeVm);
         }
         self.state = State::Sending(taken);
@@ -205,6 +206,7 @@ impl Primary {
         if !taken.resumed {
             self.paused_for(now.since(taken.asked), &taken);
             self.began = now;
+            self.begin_flight(now);
             if self.ending.is_none() {
                 actions.push(Action::ResumeVm);
             }

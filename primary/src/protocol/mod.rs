@@ -283,6 +283,8 @@ pub struct Primary {
     write_bytes: u64,
     /// The guest stands, because the running epoch is full before it can end.
     is_full: bool,
+    /// When the next look is due while a checkpoint is under way.
+    flight_look: Option<Instant>,
     changed: ChangedBlocks,
     /// Checkpoints that the secondary's memory may be, to which the dirty pages are the difference.
     memory_known: Known,
@@ -365,6 +367,7 @@ impl Primary {
             hashes_by: None,
             write_bytes: 0,
             is_full: false,
+            flight_look: None,
             changed: ChangedBlocks::new(
                 options.disk_bytes,
                 Tag {

@@ -32,7 +32,14 @@ const WEIGHED_QUICK: ByteSize = ByteSize::mib(256);
 const NEEDED: ByteSize = ByteSize::mib(4 * 512 + 512);
 const NEEDED_WEIGHED: u64 = 4;
 /// No checkpoint but those asked for, as far as that can be chosen.
-const ASKED_ONLY: [&str; 4] = ["--epoch-max-age", "60s", "--unmatched-limit", "10s"];
+const ASKED_ONLY: [&str; 6] = [
+    "--epoch-max-age",
+    "60s",
+    "--unmatched-limit",
+    "10s",
+    "--checkpoint-memory",
+    "4G",
+];
 /// Rounds that are not counted: they bring caches, queues and what the codecs have learned to where they stay.
 const WARM_UP: usize = 3;
 const SETTLE: Duration = Duration::from_millis(1_500);

@@ -35,11 +35,15 @@ impl Pair {
                     let sectors: u64 = sectors.parse().map_err(|_| format!("'{sectors}' is no number"))?;
                     self.options.room.written_bytes = sectors * super::host::SECTOR as u64;
                 }
+                Some(("pages", pages)) => {
+                    self.options.ahead = true;
+                    self.options.room.pages = pages.parse().map_err(|_| format!("'{pages}' is no number"))?;
+                }
                 Some(("mode", mode)) => self.options.mode = mode.parse()?,
                 Some(("every", span)) => self.options.checkpoint_every = span_of(&format!("+{span}"))?,
                 _ => {
                     return Err(format!(
-                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms, written=2"
+                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms, written=2, pages=3"
                     ));
                 }
             }
