@@ -13,7 +13,7 @@
 
 use crate::epoch::{Epoch, Generation};
 use crate::limits::{
-    DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, TAKEOVER_LIMIT_MAX,
+    DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, STREAMS_MAX, TAKEOVER_LIMIT_MAX,
     TAKEOVER_LIMIT_MIN, VCPUS_MAX,
 };
 use crate::wire::{Held, Hello, MachineShape, Refusal, Session, Welcome};
@@ -39,6 +39,8 @@ pub struct Local {
     pub takeover_limit_ms: u64,
     /// Whether a witness is configured.
     pub witness: bool,
+    /// Most page streams of a pairing.
+    pub streams: usize,
 }
 
 /// A setting of this host that can't be part of any pair. To be found before a peer is called.
@@ -80,7 +82,8 @@ impl Local {
         check_name("pair name", &self.pair)?;
         check_name("node name", &self.node)?;
         check_shape(&self.shape)?;
-        check_takeover_limit(self.takeover_limit_ms)
+        check_takeover_limit(self.takeover_limit_ms)?;
+        check_streams(wire_streams(self.streams))
     }
 }
 
@@ -95,6 +98,7 @@ pub fn hello(local: &Local) -> Hello {
         committed: local.committed.0,
         takeover_limit_ms: local.takeover_limit_ms,
         witness: local.witness,
+        streams: wire_streams(local.streams),
     }
 }
 
@@ -107,6 +111,7 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
         .and_then(|()| check_name("node name", &hello.node))
         .and_then(|()| check_shape(&hello.shape))
         .and_then(|()| check_takeover_limit(hello.takeover_limit_ms))
+        .and_then(|()| check_streams(hello.streams))
         .map_err(|error| Refusal::Protocol(error.to_string()))?;
     if hello.pair != local.pair {
         return Err(Refusal::Pair {
@@ -142,6 +147,8 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
         generation: local.generation.0,
         committed: local.committed.0,
         held: local.held,
+        // Each side has threads for as many as it is set to.
+        streams: hello.streams.min(wire_streams(local.streams)),
     })
 }
 
@@ -150,7 +157,15 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
 /// # Errors
 /// Gives the refusal to end the connection with.
 pub fn judge_welcome(local: &Local, welcome: &Welcome) -> Result<(), Refusal> {
-    check_name("node name", &welcome.node).map_err(|error| Refusal::Protocol(error.to_string()))?;
+    check_name("node name", &welcome.node)
+        .and_then(|()| check_streams(welcome.streams))
+        .map_err(|error| Refusal::Protocol(error.to_string()))?;
+    if welcome.streams > wire_streams(local.streams) {
+        let (theirs, ours) = (welcome.streams, local.streams);
+        return Err(Refusal::Protocol(format!(
+            "it wants {theirs} page streams of the {ours} that were offered"
+        )));
+    }
     if welcome.node == local.node {
         return Err(Refusal::SameNode(local.node.clone()));
     }
@@ -210,6 +225,14 @@ fn check_takeover_limit(ms: u64) -> Result<(), LocalError> {
         TAKEOVER_LIMIT_MAX.as_millis(),
         1,
     )
+}
+
+fn check_streams(streams: u32) -> Result<(), LocalError> {
+    check_range("a number of page streams", streams.into(), 1, STREAMS_MAX as u64, 1)
+}
+
+fn wire_streams(streams: usize) -> u32 {
+    u32::try_from(streams).unwrap_or(u32::MAX)
 }
 
 fn compare(what: &str, primary: String, secondary: String) -> Result<(), Refusal> {
@@ -275,6 +298,7 @@ mod tests {
             held: Held::default(),
             takeover_limit_ms: 300,
             witness: true,
+            streams: 4,
         }
     }
 
@@ -285,6 +309,7 @@ mod tests {
             owner: false,
             committed: Epoch(60),
             held: HELD,
+            streams: 2,
             ..primary()
         }
     }
@@ -307,6 +332,7 @@ mod tests {
                 generation: 4,
                 committed: 60,
                 held: HELD,
+                streams: 2,
             }
         );
         assert_eq!(judge_welcome(&primary(), &welcome), Ok(()));
@@ -345,6 +371,41 @@ mod tests {
     }
 
     #[test]
+    fn there_are_as_many_page_streams_as_both_are_set_to() {
+        let agreed = |ours, theirs| {
+            let (primary, secondary) = (
+                Local {
+                    streams: ours,
+                    ..primary()
+                },
+                Local {
+                    streams: theirs,
+                    ..secondary()
+                },
+            );
+            let welcome = judge_hello(&secondary, &hello(&primary), Session(1))?;
+            judge_welcome(&primary, &welcome).map(|()| welcome.streams)
+        };
+        assert_eq!((agreed(4, 2), agreed(1, 8), agreed(8, 8)), (Ok(1 + 1), Ok(1), Ok(8)));
+        for wrong in [0, STREAMS_MAX + 1] {
+            assert!(matches!(agreed(wrong, 2), Err(Refusal::Protocol(text)) if text.contains("page streams")));
+            assert!(
+                Local {
+                    streams: wrong,
+                    ..primary()
+                }
+                .check()
+                .is_err()
+            );
+        }
+        let mut welcome = judge_hello(&secondary(), &hello(&primary()), Session(1)).unwrap();
+        for wrong in [0, 5] {
+            welcome.streams = wrong;
+            assert!(matches!(judge_welcome(&primary(), &welcome), Err(Refusal::Protocol(_))));
+        }
+    }
+
+    #[test]
     fn who_the_peer_is_matters() {
         assert!(matches!(refusal(|p| p.pair = "bank".into()), Refusal::Pair { .. }));
         assert_eq!(refusal(|p| p.node = "b".into()), Refusal::SameNode("b".into()));
@@ -367,6 +428,7 @@ mod tests {
             generation: 6,
             committed: 0,
             held: Held::default(),
+            streams: 1,
         };
         assert!(matches!(judge_welcome(&primary(), &newer), Err(Refusal::Protocol(_))));
         let twin = Welcome {

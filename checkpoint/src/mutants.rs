@@ -62,6 +62,8 @@ mutants! {
     CompareBySegment "compare-by-segment"
     /// Two frames of the same length count as equal.
     CompareLengths "compare-lengths"
+    /// A checkpoint counts as complete as soon as the pages of one of its streams have come.
+    CompleteByOneStream "complete-by-one-stream"
     /// Pages are compared with those of a VM that runs on.
     CompareRunning "compare-running"
     /// A secondary that said goodbye, or heard it, contends.

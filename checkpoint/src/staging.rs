@@ -5,15 +5,20 @@
 //!
 //! ```text
 //!   pages, writes, device state, network state ──► Totals ──mark()──► End ──► verify() ──► advance()
+//!     │ by stream                                                              │ ▲
+//!     '── may come after the end mark ─────────────────────────────────────────┴─┘ until it is complete
 //! ```
 //!
 //! The guest may already run in the next epoch while a checkpoint is transferred: disk writes of that
-//! epoch are summed apart, and become its own with `advance`. Pages and states of it follow the end mark.
+//! epoch are summed apart, and become its own with `advance`. States of it follow the end mark; pages of it are not sent before
+//! the checkpoint is loaded. Each page stream keeps its own order, and none keeps that of the end mark: what is promised of a
+//! stream and has not come yet is waited for.
 //!
 //! Driven by the protocols of both roles. Holds sums only, never the data.
 
 use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
-use crate::wire::{DeviceState, DiskWrite, EndMark, NetworkState, PageBatch};
+use crate::mutants::{self, Mutant};
+use crate::wire::{DeviceState, DiskWrite, EndMark, NetworkState, PageBatch, PageSum, PageSums};
 
 /// Why a checkpoint is not complete, or something is no part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +63,16 @@ pub enum StagingError {
         /// What is held.
         held: Option<Epoch>,
     },
+    /// It is said to have come on another number of page streams than there are.
+    #[error("the checkpoint of epoch {tag} was sent on {found} page streams, and there are {agreed}")]
+    Streams {
+        /// The checkpoint in flight.
+        tag: Tag,
+        /// How many its end mark knows.
+        found: usize,
+        /// How many there are.
+        agreed: usize,
+    },
     /// A number of things is not the one promised.
     #[error("the checkpoint of epoch {tag} came with {found} {what} instead of {promised}")]
     Count {
@@ -80,12 +95,22 @@ pub enum StagingError {
     },
 }
 
+/// How much of a checkpoint has come that keeps its end mark's promises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Arrival {
+    /// All of it.
+    Complete,
+    /// All but pages that are still on their way.
+    PagesMissing,
+}
+
 /// Running sums of one checkpoint, kept alike by both sides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Totals {
     tag: Tag,
     base: Option<Epoch>,
-    pages: Sum,
+    pages: PageSums,
     writes: Sum,
     next_writes: Sum,
     sections: Option<u32>,
@@ -105,13 +130,16 @@ fn base(epoch: &Option<Epoch>) -> String {
 
 impl Totals {
     /// Starts the sums of a checkpoint. `base` is the committed epoch that its pages change, `None` if they are the
-    /// whole of memory.
+    /// whole of memory; they travel on so many `streams`.
+    ///
+    /// # Panics
+    /// Panics on a number of streams that no pairing has.
     #[must_use]
-    pub fn new(tag: Tag, base: Option<Epoch>) -> Self {
+    pub fn new(tag: Tag, base: Option<Epoch>, streams: usize) -> Self {
         Self {
             tag,
             base,
-            pages: Sum::default(),
+            pages: PageSums::new(streams),
             writes: Sum::default(),
             next_writes: Sum::default(),
             sections: None,
@@ -134,31 +162,34 @@ impl Totals {
     /// Returns how many pages were counted so far.
     #[must_use]
     pub fn pages_counted(&self) -> u64 {
-        self.pages.count
+        self.pages.pages()
+    }
+
+    /// Returns the number of page streams.
+    #[must_use]
+    pub fn streams(&self) -> usize {
+        self.pages.as_slice().len()
     }
 
     /// Counts a batch of pages, those shipped ahead of the stop included.
     ///
     /// # Errors
     /// Refuses pages of another epoch.
-    pub fn pages(&mut self, batch: &PageBatch) -> Result<(), StagingError> {
+    ///
+    /// # Panics
+    /// Panics on a stream that there is not.
+    pub fn pages(&mut self, stream: usize, batch: &PageBatch) -> Result<(), StagingError> {
         self.expect_own("pages", batch.tag)?;
-        self.pages.add(batch.count.into(), &[&batch.encoded]);
+        self.pages.add(stream, PageSum::of(batch));
         Ok(())
     }
 
-    /// Goes on with the sums of the pages that were shipped ahead of the stop; they were counted apart, since disk
-    /// writes were counted here meanwhile.
+    /// Counts pages whose sums are known, after those that were counted before.
     ///
     /// # Panics
-    /// Panics if they are of another epoch, or pages were counted here.
-    pub fn go_on_with_pages(&mut self, ahead: &Self) {
-        assert_eq!(
-            (self.tag, self.pages),
-            (ahead.tag, Sum::default()),
-            "pages shipped ahead come first"
-        );
-        self.pages = ahead.pages;
+    /// Panics on another number of streams.
+    pub fn add_pages(&mut self, sums: &PageSums) {
+        self.pages.add_all(sums);
     }
 
     /// Counts a disk write of this epoch, or of the next while this one is transferred.
@@ -219,8 +250,7 @@ impl Totals {
         EndMark {
             tag: self.tag,
             base: self.base,
-            pages: self.pages.count,
-            pages_digest: self.pages.digest,
+            pages: self.pages,
             writes: self.writes.count,
             writes_digest: self.writes.digest,
             sections: self.sections.expect("an end mark follows the device state"),
@@ -230,11 +260,11 @@ impl Totals {
         }
     }
 
-    /// Compares with the end mark, on the secondary. Nothing of the checkpoint may be used unless this holds.
+    /// Compares with the end mark, on the secondary. Nothing of the checkpoint may be used unless all of it has come.
     ///
     /// # Errors
-    /// Names what is missing or differs.
-    pub fn verify(&self, mark: &EndMark) -> Result<(), StagingError> {
+    /// Names what is missing or differs. Pages that have not come yet are no fault; everything else precedes the end mark.
+    pub fn verify(&self, mark: &EndMark) -> Result<Arrival, StagingError> {
         let tag = self.tag;
         self.expect_own("an end mark", mark.tag)?;
         if mark.base != self.base {
@@ -244,7 +274,6 @@ impl Totals {
                 held: self.base,
             });
         }
-        self.pages.compare("pages", tag, mark.pages, mark.pages_digest)?;
         self.writes
             .compare("disk writes", tag, mark.writes, mark.writes_digest)?;
         let sections = self.sections.ok_or(StagingError::Missing {
@@ -260,14 +289,47 @@ impl Totals {
                 promised,
             });
         }
-        if self.network {
-            Ok(())
-        } else {
-            Err(StagingError::Missing {
+        if !self.network {
+            return Err(StagingError::Missing {
                 what: "network state",
                 tag,
-            })
+            });
         }
+        self.verify_pages(&mark.pages)
+    }
+
+    fn verify_pages(&self, promised: &PageSums) -> Result<Arrival, StagingError> {
+        let tag = self.tag;
+        let (sums, promised) = (self.pages.as_slice(), promised.as_slice());
+        if sums.len() != promised.len() {
+            return Err(StagingError::Streams {
+                tag,
+                found: promised.len(),
+                agreed: sums.len(),
+            });
+        }
+        let mut missing = 0;
+        for (sum, promised) in sums.iter().zip(promised) {
+            if sum.pages > promised.pages {
+                return Err(StagingError::Count {
+                    tag,
+                    what: "pages of a stream",
+                    found: sum.pages,
+                    promised: promised.pages,
+                });
+            }
+            if sum.pages < promised.pages {
+                missing += 1;
+            } else if sum != promised {
+                return Err(StagingError::Digest { tag, what: "pages" });
+            }
+        }
+        let enough = missing == 0 || missing < sums.len() && mutants::on(Mutant::CompleteByOneStream);
+        Ok(if enough {
+            Arrival::Complete
+        } else {
+            Arrival::PagesMissing
+        })
     }
 
     /// Goes on to the next epoch, whose pages change what was just committed (or, on the primary, sent).
@@ -275,7 +337,7 @@ impl Totals {
         let writes = self.next_writes;
         *self = Self {
             writes,
-            ..Self::new(self.next_tag(), Some(self.tag.epoch))
+            ..Self::new(self.next_tag(), Some(self.tag.epoch), self.streams())
         };
     }
 
@@ -345,11 +407,7 @@ mod tests {
     }
 
     fn batch(epoch: u64, seed: u8) -> PageBatch {
-        PageBatch {
-            tag: tag(epoch),
-            count: 2,
-            encoded: Bytes::from(vec![seed; 30]),
-        }
+        PageBatch::new(tag(epoch), 2, Bytes::from(vec![seed; 30]))
     }
 
     fn write(epoch: u64, seed: u8) -> DiskWrite {
@@ -378,9 +436,14 @@ mod tests {
         ]
     }
 
+    /// The second of three batches takes the second stream.
+    fn stream(batch: &PageBatch) -> usize {
+        usize::from(batch.encoded[0] == 2)
+    }
+
     fn count(totals: &mut Totals, message: &Message) -> Result<(), StagingError> {
         match message {
-            Message::Pages(batch) => totals.pages(batch),
+            Message::Pages(batch) => totals.pages(stream(batch), batch),
             Message::Write(write) => totals.write(write),
             Message::DeviceState(state) => totals.device_state(state),
             Message::NetworkState(state) => totals.network_state(state),
@@ -396,7 +459,7 @@ mod tests {
     }
 
     fn totals(messages: &[Message]) -> Result<Totals, StagingError> {
-        let mut totals = Totals::new(tag(7), Some(Epoch(6)));
+        let mut totals = Totals::new(tag(7), Some(Epoch(6)), 2);
         messages.iter().try_for_each(|message| count(&mut totals, message))?;
         Ok(totals)
     }
@@ -409,31 +472,48 @@ mod tests {
 
     #[test]
     fn a_checkpoint_that_came_as_it_was_sent_is_complete() {
-        assert_eq!(totals(&checkpoint()).unwrap().verify(&mark()), Ok(()));
+        assert_eq!(totals(&checkpoint()).unwrap().verify(&mark()), Ok(Arrival::Complete));
         assert_eq!(
-            (mark().pages, mark().writes, mark().sections, mark().base),
+            (mark().pages.pages(), mark().writes, mark().sections, mark().base),
             (6, 3, 1, Some(Epoch(6)))
         );
     }
 
     #[test]
-    fn pages_shipped_ahead_are_summed_apart_from_the_writes_of_that_time() {
-        let (mut ahead, mut rest) = (totals(&[]).unwrap(), totals(&[]).unwrap());
+    fn pages_may_be_summed_by_who_ships_them() {
         let good = checkpoint();
-        count(&mut ahead, &good[0]).unwrap();
-        count(&mut rest, &good[3]).unwrap();
-        count(&mut ahead, &good[1]).unwrap();
-        rest.go_on_with_pages(&ahead);
-        for at in [2, 4, 5, 6, 7] {
-            count(&mut rest, &good[at]).unwrap();
+        let mut sums = PageSums::new(2);
+        for seed in 1..4 {
+            let batch = batch(7, seed);
+            sums.add(stream(&batch), PageSum::of(&batch));
         }
+        let mut rest = totals(&good[3..]).unwrap();
+        rest.add_pages(&sums);
         assert_eq!(rest, totals(&good).unwrap());
     }
 
     #[test]
+    fn streams_may_come_in_any_order_among_each_other_and_after_the_end_mark() {
+        let mut good = checkpoint();
+        good.swap(0, 1);
+        let mut staged = totals(&good[3..]).unwrap();
+        for message in &good[..3] {
+            assert_eq!(staged.verify(&mark()), Ok(Arrival::PagesMissing));
+            count(&mut staged, message).unwrap();
+        }
+        assert_eq!(staged.verify(&mark()), Ok(Arrival::Complete));
+        count(&mut staged, &good[0]).unwrap();
+        assert!(matches!(staged.verify(&mark()), Err(StagingError::Count { .. })));
+    }
+
+    #[test]
     fn digests_are_those_that_the_end_mark_documents() {
-        let pages: Vec<u8> = (1..4).flat_map(|seed| batch(7, seed).encoded).collect();
-        assert_eq!(mark().pages_digest, crc32fast::hash(&pages));
+        let pages: Vec<u8> = [1, 3].iter().flat_map(|seed| batch(7, *seed).encoded).collect();
+        let digests = mark().pages.as_slice().iter().map(|sum| sum.digest).collect::<Vec<_>>();
+        assert_eq!(
+            digests,
+            [crc32fast::hash(&pages), crc32fast::hash(&batch(7, 2).encoded)]
+        );
         let writes: Vec<u8> = (1..4)
             .map(|seed| write(7, seed))
             .flat_map(|write| [&write.offset.to_le_bytes()[..], &write.data].concat())
@@ -448,12 +528,17 @@ mod tests {
         for at in 0..good.len() {
             let mut missing = good.clone();
             missing.remove(at);
-            assert!(complete(&missing).is_err(), "without {:?}", good[at]);
+            let arrival = complete(&missing);
+            assert!(
+                arrival.is_err() || at < 3 && arrival == Ok(Arrival::PagesMissing),
+                "without {:?}",
+                good[at]
+            );
             let mut doubled = good.clone();
             doubled.insert(at, good[at].clone());
             assert!(complete(&doubled).is_err(), "twice {:?}", good[at]);
         }
-        for (a, b) in [(0, 1), (1, 2), (3, 4), (4, 5)] {
+        for (a, b) in [(0, 2), (3, 4), (4, 5)] {
             let mut swapped = good.clone();
             swapped.swap(a, b);
             assert!(
@@ -467,6 +552,12 @@ mod tests {
     fn every_field_of_the_mark_is_compared() {
         let staged = totals(&checkpoint()).unwrap();
         let good = mark();
+        let with = |change: fn(&mut PageSum)| {
+            let mut sums = good.pages.as_slice().to_vec();
+            change(&mut sums[1]);
+            let pages = PageSums::of(&sums).unwrap();
+            EndMark { pages, ..good }
+        };
         for wrong in [
             EndMark { tag: tag(8), ..good },
             EndMark { base: None, ..good },
@@ -474,9 +565,11 @@ mod tests {
                 base: Some(Epoch(5)),
                 ..good
             },
-            EndMark { pages: 7, ..good },
+            with(|sum| sum.pages -= 1),
+            with(|sum| sum.bytes += 1),
+            with(|sum| sum.digest = !sum.digest),
             EndMark {
-                pages_digest: !good.pages_digest,
+                pages: PageSums::of(&good.pages.as_slice()[..1]).unwrap(),
                 ..good
             },
             EndMark { writes: 2, ..good },
@@ -529,7 +622,10 @@ mod tests {
             }
             let mut primary = totals(&sent).unwrap();
             let mut secondary = totals(&sent).unwrap();
-            prop_assert_eq!(secondary.verify(&primary.mark(InputNumber(5), EpochMode::default(), [1; 32])), Ok(()));
+            prop_assert_eq!(
+                secondary.verify(&primary.mark(InputNumber(5), EpochMode::default(), [1; 32])),
+                Ok(Arrival::Complete)
+            );
             prop_assert_eq!(primary.mark(InputNumber(5), EpochMode::default(), [1; 32]), mark());
             primary.advance();
             secondary.advance();
@@ -538,9 +634,9 @@ mod tests {
                 count(&mut secondary, &message).unwrap();
             }
             let next = primary.mark(InputNumber(6), EpochMode::default(), [2; 32]);
-            prop_assert_eq!((next.tag, next.base, next.pages), (tag(8), Some(Epoch(7)), 0));
+            prop_assert_eq!((next.tag, next.base, next.pages), (tag(8), Some(Epoch(7)), PageSums::new(2)));
             prop_assert_eq!(next.writes, places.len() as u64);
-            prop_assert_eq!(secondary.verify(&next), Ok(()));
+            prop_assert_eq!(secondary.verify(&next), Ok(Arrival::Complete));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! How the primary opens the link: control connection, agreement, data connection.
+//! How the primary opens the link: control connection, agreement, data connection, page streams.
 //!
 //! ```text
 //!   primary                                  secondary
@@ -6,6 +6,7 @@
 //!              ◄────────────────────────── Welcome (session), or Refuse
 //!     judges
 //!     data:    Attach(session) ────────────────►
+//!     pages:   Attach(session, stream) ────────► each, as many as the Welcome says
 //! ```
 //!
 //! Every step has a time limit. What fits and what does not is the caller's judgement.
@@ -14,7 +15,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use checkpoint::wire::{Hello, Message, Refusal, Welcome, WireError};
+use checkpoint::wire::{Attach, Hello, Message, Refusal, Welcome, WireError};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -110,8 +111,13 @@ pub async fn connect(
         say(&control, Message::Refuse(refusal.clone()), addr).await?;
         return Err(ConnectError::Unfit { addr, refusal });
     }
-    let data = open(addr).await?;
-    say(&data, Message::Attach(welcome.session), addr).await?;
+    let session = welcome.session;
+    let data = attach(addr, Attach { session, stream: None }).await?;
+    let mut streams = Vec::new();
+    for stream in 0..welcome.streams as usize {
+        let stream = Some(stream);
+        streams.push(attach(addr, Attach { session, stream }).await?);
+    }
     let agreement = Agreement {
         hello,
         welcome,
@@ -119,7 +125,13 @@ pub async fn connect(
         early: Vec::new(),
         occupied: None,
     };
-    Ok(Established::start(control, data, agreement))
+    Ok(Established::start(control, data, streams, agreement))
+}
+
+async fn attach(addr: SocketAddr, attach: Attach) -> Result<Connection, ConnectError> {
+    let connection = open(addr).await?;
+    say(&connection, Message::Attach(attach), addr).await?;
+    Ok(connection)
 }
 
 async fn open(addr: SocketAddr) -> Result<Connection, ConnectError> {

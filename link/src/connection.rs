@@ -31,8 +31,6 @@ const PIECES_MAX: usize = 64;
 const PIECE_JOINED_MAX: usize = 2 * 1024;
 /// A thread that sends writes by itself while no more than this is queued.
 const IMMEDIATE_BYTES_MAX: usize = 64 * 1024;
-/// Bytes that tell a connection's speed.
-const MEASURED_BYTES_MIN: u64 = 1024 * 1024;
 /// The kernel's buffers for one connection, in bytes, where it lets us ask for them. What is to be sent shall wait in
 /// our own queue, whose length is known; what has arrived may wait in the kernel.
 const SEND_BUFFER_BYTES: usize = 1024 * 1024;
@@ -50,6 +48,9 @@ pub enum CloseCause {
     /// The peer sent what no tandem sends.
     #[error("the peer sent something that is not the tandem protocol")]
     Garbage(#[source] WireError),
+    /// The peer sent what does not belong on this connection.
+    #[error("the peer sent a {0} message on a connection that carries pages only")]
+    Misplaced(&'static str),
 }
 
 /// Sets what every connection of a pair wants from the kernel.
@@ -100,6 +101,11 @@ impl Incoming {
 
     pub(crate) fn stream(&self) -> &Arc<TcpStream> {
         &self.stream
+    }
+
+    /// Gives the stream and what was read of it and not taken.
+    pub(crate) fn into_parts(self) -> (Arc<TcpStream>, BytesMut) {
+        (self.stream, self.buffer)
     }
 
     /// Returns the next message and its size. Nothing is lost if the wait is given up.
@@ -167,8 +173,6 @@ pub(crate) struct Outgoing {
     writing: Mutex<Writing>,
     work: Notify,
     drained: Notify,
-    /// The last measurement that nobody has taken, or 0.
-    speed: AtomicU64,
     broken: AtomicBool,
 }
 
@@ -183,16 +187,6 @@ struct Queue {
 #[derive(Debug, Default)]
 struct Writing {
     pieces: VecDeque<Bytes>,
-    flow: Option<Flow>,
-}
-
-/// The connection takes less than there is: since when, and how much it has taken.
-///
-/// While that lasts the kernel's buffer is full, so what it takes is what has left it at the other end.
-#[derive(Clone, Copy, Debug)]
-struct Flow {
-    since: Instant,
-    bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,7 +212,6 @@ impl Outgoing {
             writing: Mutex::default(),
             work: Notify::new(),
             drained: Notify::new(),
-            speed: AtomicU64::new(0),
             broken: AtomicBool::new(false),
         }
     }
@@ -261,12 +254,6 @@ impl Outgoing {
             self.work.notify_one();
         }
         Ok(())
-    }
-
-    /// Returns the speed, in bytes a second, at which the connection last took what was written while there was more than it
-    /// took at once; once for each measurement.
-    pub(crate) fn take_speed(&self) -> Option<u64> {
-        Some(self.speed.swap(0, Ordering::Relaxed)).filter(|speed| *speed > 0)
     }
 
     /// Writes what is queued, and what will be, until the connection breaks or is given up.
@@ -346,7 +333,6 @@ impl Outgoing {
             if writing.pieces.is_empty() {
                 let mut queue = self.queue();
                 if queue.pieces.is_empty() {
-                    writing.flow = None;
                     return Ok(Progress::Empty);
                 }
                 std::mem::swap(&mut writing.pieces, &mut queue.pieces);
@@ -363,17 +349,8 @@ impl Outgoing {
                     drop(slices);
                     writing.advance(written);
                     self.wrote(written);
-                    if let Some(speed) = writing.measure(written) {
-                        self.speed.store(speed, Ordering::Relaxed);
-                    }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    writing.flow.get_or_insert_with(|| Flow {
-                        since: clock::now(),
-                        bytes: 0,
-                    });
-                    return Ok(Progress::Full);
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Progress::Full),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -412,19 +389,6 @@ impl Writing {
         }
         assert_eq!(written, 0, "the kernel takes no more than it is given");
     }
-
-    /// Counts what the kernel took; returns the speed when that was enough to tell it.
-    fn measure(&mut self, written: usize) -> Option<u64> {
-        let flow = self.flow.as_mut()?;
-        flow.bytes += written as u64;
-        if flow.bytes < MEASURED_BYTES_MIN {
-            return None;
-        }
-        let now = clock::now();
-        let speed = flow.bytes.saturating_mul(1_000_000_000) / now.since(flow.since).0.max(1);
-        *flow = Flow { since: now, bytes: 0 };
-        Some(speed.max(1))
-    }
 }
 
 fn pieces(message: &Message) -> [Bytes; 2] {
@@ -445,28 +409,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use checkpoint::wire::{Output, encode_into};
-    use checkpoint::{Duration, Epoch, Generation, Tag};
+    use checkpoint::{Epoch, Generation, Tag};
     use proptest::prelude::*;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;
 
     use super::*;
-
-    #[test]
-    fn speed_is_told_by_what_is_taken_while_there_is_more() {
-        let mut writing = Writing::default();
-        assert_eq!(
-            writing.measure(1 << 30),
-            None,
-            "nothing waits: that was the kernel's memory"
-        );
-        let since = clock::now() - Duration::from_millis(10);
-        writing.flow = Some(Flow { since, bytes: 0 });
-        assert_eq!(writing.measure(1_000), None);
-        let speed = writing.measure(1_000_000_000).unwrap();
-        assert!((1..=100_000_100_000).contains(&speed), "{speed}");
-        assert_eq!(writing.measure(1_000), None, "the next one begins");
-    }
 
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -601,7 +549,7 @@ mod tests {
             let all: Vec<u8> = (0..lengths.iter().sum::<usize>()).map(|at| at.to_le_bytes()[0]).collect();
             let mut rest = Bytes::from(all.clone());
             let pieces = lengths.iter().map(|length| rest.split_to(*length)).collect();
-            let mut writing = Writing { pieces, flow: None };
+            let mut writing = Writing { pieces };
             let mut done = 0;
             for step in steps {
                 let step = step.min(all.len() - done);

@@ -1,7 +1,8 @@
 //! What both roles' shells share: connections to the peer, the clock, the sentinel, the status report.
 //!
 //! ```text
-//!   role's loop ─┬─ connect / listener ──► peer ──► connection ──► TCP     the pair's two connections
+//!   role's loop ─┬─ connect / listener ──► peer ─┬► connection ──► TCP    the pair's connections
+//!                │                              └► pages ───────► TCP    those that carry pages
 //!                ├─ sentinel                                              tells the peer of this process's death
 //!                ├─ control, status, flows                                what the operator asks and is told
 //!                ├─ port, record                                          the guest's network, the durable note
@@ -22,6 +23,7 @@ pub mod flows;
 pub mod listener;
 pub mod mailbox;
 pub mod operator;
+pub mod pages;
 pub mod peer;
 pub mod port;
 pub mod record;
@@ -32,6 +34,7 @@ pub mod worker;
 pub use connect::{ConnectError, connect};
 pub use listener::{ListenError, Listener};
 pub use operator::Alarms;
+pub use pages::{ArrivedPages, PageSenders};
 pub use peer::{BulkSender, CloseCause, Closed, Established, Events, Link, LinkEvent, Which};
 pub use sentinel::Sentinel;
 pub use worker::Worker;

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use checkpoint::Instant;
-use checkpoint::wire::{Hello, Message, Refusal, Session, Welcome};
+use checkpoint::wire::{Attach, Hello, Message, Refusal, Session, Welcome};
 use rustix::net::{Shutdown, shutdown};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -30,7 +30,7 @@ use crate::{clock, entropy};
 const HALF_OPEN_MAX: usize = 64;
 /// Connections that have said who they are and wait for [`Listener::accept`].
 const OPENINGS_MAX: usize = 4;
-/// Control messages that may come before the data connection stands.
+/// Control messages that may come before the other connections stand.
 const EARLY_MAX: usize = 64;
 /// After a failure to accept a connection (no file descriptor left), the next try waits this long.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -98,7 +98,7 @@ struct Opening {
 #[derive(Debug)]
 enum First {
     Hello(Box<Hello>),
-    Attach(Session),
+    Attach(Attach),
 }
 
 impl Listener {
@@ -137,7 +137,7 @@ impl Listener {
         self.local
     }
 
-    /// Waits until a primary that `judge` welcomes has both its connections open.
+    /// Waits until a primary that `judge` welcomes has all its connections open.
     ///
     /// While the link lives, other primaries are told that this host is busy, until [`Link::close`] or its last
     /// handle is dropped. If the wait is given up, a handshake that is under way fails and leaves nothing behind.
@@ -155,7 +155,7 @@ impl Listener {
                 first,
             } = self.next_opening().await;
             let First::Hello(hello) = first else {
-                tracing::warn!(%from, "a data connection without a session");
+                tracing::warn!(%from, "a connection without a session");
                 continue;
             };
             if clock::now().since(at) >= STEP_LIMIT.into() {
@@ -192,11 +192,14 @@ impl Listener {
         }
     }
 
-    /// Welcomes the primary and waits for its data connection.
+    /// Welcomes the primary and waits for its other connections, in whatever order they come.
     async fn pair(&mut self, mut control: Connection, mut agreement: Agreement) -> Option<Established> {
         let from = agreement.peer;
         let welcome = agreement.welcome.clone();
         let node = agreement.hello.node.clone();
+        // The data connection first, then the page streams.
+        let mut places: Vec<Option<Connection>> = Vec::new();
+        places.resize_with(1 + welcome.streams as usize, || None);
         let pairing = async {
             control
                 .say(Message::Welcome(welcome.clone()))
@@ -211,8 +214,19 @@ impl Listener {
                         Err(cause) => return Err(cause.to_string()),
                     },
                     opening = self.next_opening() => match opening.first {
-                        First::Attach(session) if session == welcome.session => return Ok(opening.connection),
-                        First::Attach(_) => tracing::warn!(from = %opening.from, "a data connection of another session"),
+                        First::Attach(attach) => match place(&mut places, attach, welcome.session) {
+                            Ok(place) => {
+                                *place = Some(opening.connection);
+                                if places.iter().all(Option::is_some) {
+                                    return Ok(());
+                                }
+                            }
+                            Err(why) => {
+                                tracing::warn!(from = %opening.from, "turned a connection away: {why}");
+                                let refusal = Refusal::Protocol(why.to_owned());
+                                drop(tokio::spawn(refuse(opening.connection, refusal)));
+                            }
+                        },
                         First::Hello(_) => drop(tokio::spawn(refuse(opening.connection, Refusal::Busy(node.clone())))),
                     },
                 }
@@ -220,9 +234,13 @@ impl Listener {
         };
         match timeout(STEP_LIMIT, pairing)
             .await
-            .unwrap_or_else(|_| Err("it opened no data connection".to_owned()))
+            .unwrap_or_else(|_| Err("it did not open its data connection and page streams".to_owned()))
         {
-            Ok(data) => Some(Established::start(control, data, agreement)),
+            Ok(()) => {
+                let mut connections = places.into_iter().flatten();
+                let data = connections.next().expect("all are there");
+                Some(Established::start(control, data, connections.collect(), agreement))
+            }
             Err(reason) => {
                 tracing::warn!(%from, node, reason, "a primary did not complete its link");
                 None
@@ -304,7 +322,7 @@ async fn receive(stream: TcpStream, from: SocketAddr, occupancy: Arc<Occupancy>,
             Some(node) => return refuse(connection, Refusal::Busy(node)).await,
             None => First::Hello(Box::new(hello)),
         },
-        Ok(Ok((Message::Attach(session), _))) => First::Attach(session),
+        Ok(Ok((Message::Attach(attach), _))) => First::Attach(attach),
         Ok(Ok(_)) => return refuse(connection, Refusal::Protocol("a message out of its place".to_owned())).await,
         Ok(Err(CloseCause::Garbage(error))) => {
             tracing::warn!(%from, %error, "turned a connection away");
@@ -333,6 +351,23 @@ async fn refuse(mut connection: Connection, refusal: Refusal) {
         }
     };
     let _ = timeout(REFUSAL_LIMIT, tell).await;
+}
+
+/// Returns the place that a connection is to take, if it is free.
+fn place(
+    places: &mut [Option<Connection>],
+    attach: Attach,
+    session: Session,
+) -> Result<&mut Option<Connection>, &'static str> {
+    if attach.session != session {
+        return Err("it belongs to another session");
+    }
+    let place = attach.stream.map_or(0, |stream| stream + 1);
+    match places.get_mut(place) {
+        None => Err("it is a page stream that was not agreed on"),
+        Some(Some(_)) => Err("that connection is open already"),
+        Some(place) => Ok(place),
+    }
 }
 
 fn random_session() -> Session {

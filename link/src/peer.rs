@@ -1,17 +1,19 @@
-//! The pair of connections to the peer, once both stand.
+//! The connections to the peer, once all stand.
 //!
 //! ```text
 //!   send_control ──► control ──► the peer          control ──► read ──┐ first
-//!   send, bulk   ──► data ─────► the peer          data ─────► read ──┴──► Events
+//!   send, bulk   ──► data ─────► the peer          data ─────► read ──┼──► Events
+//!   page senders ──► streams ──► the peer          streams ──► read ──┘
 //! ```
 //!
-//! *Control* carries heartbeats and goodbyes, *data* everything else. Each keeps its order; neither waits
-//! for the other, so that a heartbeat gets through while data is backed up. What has arrived and is not
+//! *Control* carries heartbeats and goodbyes, the *page streams* ([`crate::pages`]) pages, *data* everything else. Each keeps its
+//! order; none waits for another, so that a heartbeat gets through while data is backed up, and an input while pages are. What has arrived and is not
 //! yet taken is bounded: then the reader stops, and TCP makes the peer wait.
 //!
 //! Made by `connect` and `listener`, used by the role's loop and its VM thread. Decides nothing: it
 //! reports the end of a connection, and it is the loop that judges what that means.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,6 +30,7 @@ use tokio::time::timeout;
 pub use crate::connection::{CloseCause, Closed};
 use crate::connection::{Heard, Incoming, Outgoing};
 use crate::listener::Occupied;
+use crate::pages::{ArrivedPages, PageReader, PageSenders};
 
 /// Bytes of messages that wait for the role's loop before the reader stops.
 const ARRIVED_BYTES_MAX: u32 = 32 * 1024 * 1024;
@@ -35,16 +38,30 @@ const ARRIVED_BYTES_MAX: u32 = 32 * 1024 * 1024;
 const ARRIVED_MESSAGES_MAX: usize = 8 * 1024;
 /// The same for the control connection.
 const CONTROL_MESSAGES_MAX: usize = 64;
+/// Batches and ends of the page streams that wait for the role's loop before their readers stop.
+const PAGES_ARRIVED_MAX: usize = 256;
 /// A [`BulkSender`] waits while this much is queued.
 const BULK_QUEUED_BYTES_MAX: usize = 8 * 1024 * 1024;
 
-/// Which of the two connections.
+/// Which of the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
     /// Handshake, heartbeats, goodbye.
     Control,
-    /// Everything else.
+    /// Everything else but pages.
     Data,
+    /// The page stream of that number.
+    Pages(usize),
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Control => f.write_str("control"),
+            Self::Data => f.write_str("data"),
+            Self::Pages(stream) => write!(f, "page stream {stream}"),
+        }
+    }
 }
 
 /// What the peer, or its end, sent.
@@ -52,6 +69,8 @@ pub enum Which {
 pub enum LinkEvent {
     /// A message. Those of one connection come in their order.
     Message(Message),
+    /// Pages. Those of one stream come in their order.
+    Pages(ArrivedPages),
     /// The last event of a connection: everything that the peer had sent on it has been delivered.
     Closed {
         /// The connection.
@@ -61,7 +80,7 @@ pub enum LinkEvent {
     },
 }
 
-/// Both connections stand, and both sides have agreed.
+/// All connections stand, and both sides have agreed.
 #[derive(Debug)]
 pub struct Established {
     /// What the primary said.
@@ -83,6 +102,7 @@ pub struct Link(Arc<Inner>);
 pub struct Events {
     control: mpsc::Receiver<Arrived>,
     data: mpsc::Receiver<Arrived>,
+    pages: mpsc::Receiver<LinkEvent>,
 }
 
 /// Sends on the data connection from a thread that may block.
@@ -101,7 +121,7 @@ pub(crate) struct Agreement {
     pub(crate) hello: Hello,
     pub(crate) welcome: Welcome,
     pub(crate) peer: SocketAddr,
-    /// Control messages that came before the data connection stood.
+    /// Control messages that came before the other connections stood.
     pub(crate) early: Vec<Message>,
     pub(crate) occupied: Option<Occupied>,
 }
@@ -110,13 +130,15 @@ pub(crate) struct Agreement {
 struct Inner {
     control: Arc<Outgoing>,
     data: Arc<Outgoing>,
-    streams: [Arc<TcpStream>; 2],
+    senders: PageSenders,
+    /// Those of control and data, and then the page streams.
+    streams: Vec<Arc<TcpStream>>,
     heard: Arc<Heard>,
     session: Session,
     peer: SocketAddr,
     /// True once nobody wants to receive any more. The readers hold its other ends.
     finishing: watch::Sender<bool>,
-    tasks: [AbortHandle; 4],
+    tasks: Vec<AbortHandle>,
     occupied: Mutex<Option<Occupied>>,
 }
 
@@ -156,13 +178,19 @@ impl Link {
         BulkSender(Arc::clone(&self.0.data))
     }
 
-    /// Returns when the last bytes of the peer arrived, on either connection.
+    /// Returns the senders of pages, for threads that may block.
+    #[must_use]
+    pub fn page_senders(&self) -> PageSenders {
+        self.0.senders.clone()
+    }
+
+    /// Returns when the last bytes of the peer arrived, on any connection.
     #[must_use]
     pub fn last_heard(&self) -> Instant {
         self.0.heard.last()
     }
 
-    /// Returns the number that ties the two connections together.
+    /// Returns the number that ties the connections together.
     #[must_use]
     pub fn session(&self) -> Session {
         self.0.session
@@ -174,23 +202,23 @@ impl Link {
         self.0.peer
     }
 
-    /// Returns both sockets, for the sentinel to guard.
+    /// Returns all sockets, for the sentinel to guard.
     #[must_use]
-    pub fn sockets(&self) -> [BorrowedFd<'_>; 2] {
-        [self.0.streams[0].as_fd(), self.0.streams[1].as_fd()]
+    pub fn sockets(&self) -> Vec<BorrowedFd<'_>> {
+        self.0.streams.iter().map(AsFd::as_fd).collect()
     }
 
-    /// Ends both connections now. What is queued, and what has arrived and was not taken, may be lost.
+    /// Ends all connections now. What is queued, and what has arrived and was not taken, may be lost.
     ///
     /// The peer sees the end even if the sentinel holds the sockets too.
     pub fn close(&self) {
         self.0.close();
     }
 
-    /// Ends both connections in order: writes what is queued, ends the streams, waits for the peer to do the same.
+    /// Ends all connections in order: writes what is queued, ends the streams, waits for the peer to do the same.
     /// What still arrives is thrown away. After `limit` the link is closed all the same.
     ///
-    /// The data connection ends last: its end, heard first, would look like a loss, and the goodbye came too late.
+    /// The control connection ends first: the end of another, heard before, would look like a loss, and the goodbye came too late.
     pub async fn finish(&self, limit: Duration) {
         self.0.finishing.send_replace(true);
         let orderly = async {
@@ -236,33 +264,39 @@ impl Drop for Inner {
 }
 
 impl Events {
-    /// Returns the next event, control before data; `None` when both connections have ended and all is delivered,
-    /// or after [`Link::close`]. Nothing is lost if the wait is given up.
-    pub async fn recv(&mut self) -> Option<LinkEvent> {
-        let arrived = tokio::select! {
-            biased;
-            Some(arrived) = self.control.recv() => arrived,
-            Some(arrived) = self.data.recv() => arrived,
-            else => return None,
+    /// Returns the next event, those of the control connection first; `None` when all connections have ended and all is
+    /// delivered, or after [`Link::close`]. Nothing is lost if the wait is given up. Without `pages`, those of the page streams
+    /// wait, their ends included.
+    pub async fn recv(&mut self, pages: bool) -> Option<LinkEvent> {
+        let Self {
+            control,
+            data,
+            pages: streams,
+        } = self;
+        let bulk = async {
+            tokio::select! {
+                Some(arrived) = data.recv() => Some(arrived.event),
+                Some(event) = streams.recv(), if pages => Some(event),
+                else => None,
+            }
         };
-        Some(arrived.event)
+        tokio::select! {
+            biased;
+            Some(arrived) = control.recv() => Some(arrived.event),
+            Some(event) = bulk => Some(event),
+            else => None,
+        }
     }
 
     /// Returns the next event if there is one already.
-    pub fn try_recv(&mut self) -> Option<LinkEvent> {
-        let arrived = self.control.try_recv().or_else(|_| self.data.try_recv()).ok()?;
-        Some(arrived.event)
+    pub fn try_recv(&mut self, pages: bool) -> Option<LinkEvent> {
+        let arrived = self.control.try_recv().or_else(|_| self.data.try_recv());
+        let streams = || pages.then(|| self.pages.try_recv().ok()).flatten();
+        arrived.ok().map(|arrived| arrived.event).or_else(streams)
     }
 }
 
 impl BulkSender {
-    /// Returns the connection's speed in bytes a second, if it was measured since the last call: it is while more is sent
-    /// than it takes at once.
-    #[must_use]
-    pub fn take_speed(&self) -> Option<u64> {
-        self.0.take_speed()
-    }
-
     /// Sends a message once there is room in the queue. Blocks the calling thread, which must not be the runtime's.
     ///
     /// # Errors
@@ -289,8 +323,8 @@ impl Connection {
 }
 
 impl Established {
-    /// Starts the tasks of both connections.
-    pub(crate) fn start(control: Connection, data: Connection, agreement: Agreement) -> Self {
+    /// Starts the tasks and threads of all connections.
+    pub(crate) fn start(control: Connection, data: Connection, streams: Vec<Connection>, agreement: Agreement) -> Self {
         let Agreement {
             hello,
             welcome,
@@ -298,6 +332,8 @@ impl Established {
             early,
             occupied,
         } = agreement;
+        // Who was called is the secondary, which pages are sent to.
+        let reads_pages = occupied.is_some();
         let heard = Arc::new(Heard::default());
         let (finishing, finish) = watch::channel(false);
         let (control_events, control_receiver) = mpsc::channel(CONTROL_MESSAGES_MAX);
@@ -315,20 +351,30 @@ impl Established {
             room: Some(room),
             finish,
         };
-        let streams = [
-            Arc::clone(control.incoming.stream()),
-            Arc::clone(data.incoming.stream()),
-        ];
-        let tasks = [
+        let socket = |connection: &Connection| Arc::clone(connection.incoming.stream());
+        let page_sockets: Vec<_> = streams.iter().map(socket).collect();
+        let mut sockets = vec![socket(&control), socket(&data)];
+        sockets.extend(page_sockets.iter().cloned());
+        let mut tasks = vec![
             spawn_writer(&control.outgoing),
             spawn_writer(&data.outgoing),
             spawn_reader(control.incoming, control_delivery, early, &heard),
             spawn_reader(data.incoming, data_delivery, Vec::new(), &heard),
         ];
+        let (pages_events, pages_receiver) = mpsc::channel(PAGES_ARRIVED_MAX);
+        let count = streams.len();
+        for (stream, connection) in streams.into_iter().enumerate() {
+            let (heard, events) = (Arc::clone(&heard), pages_events.clone());
+            match reads_pages {
+                true => PageReader::new(stream, connection.incoming, heard, events).spawn(count),
+                false => tasks.push(spawn_watcher(stream, connection.incoming, heard, events)),
+            }
+        }
         let link = Link(Arc::new(Inner {
             control: control.outgoing,
             data: data.outgoing,
-            streams,
+            senders: PageSenders::new(&page_sockets),
+            streams: sockets,
             heard,
             session: welcome.session,
             peer,
@@ -339,6 +385,7 @@ impl Established {
         let events = Events {
             control: control_receiver,
             data: data_receiver,
+            pages: pages_receiver,
         };
         Self {
             hello,
@@ -352,6 +399,29 @@ impl Established {
 fn spawn_writer(outgoing: &Arc<Outgoing>) -> AbortHandle {
     let outgoing = Arc::clone(outgoing);
     tokio::spawn(async move { outgoing.write().await }).abort_handle()
+}
+
+/// Waits for the end of a stream on which nothing comes from the other side.
+fn spawn_watcher(
+    stream: usize,
+    mut incoming: Incoming,
+    heard: Arc<Heard>,
+    events: mpsc::Sender<LinkEvent>,
+) -> AbortHandle {
+    incoming.note_in(heard);
+    let watch = async move {
+        let event = match incoming.next().await {
+            // Whatever it is, it is out of its place: the protocol is to say so.
+            Ok((message, _)) => LinkEvent::Message(message),
+            Err(cause) => LinkEvent::Closed {
+                which: Which::Pages(stream),
+                cause,
+            },
+        };
+        // Fails only if the receiver is dropped.
+        let _ = events.send(event).await;
+    };
+    tokio::spawn(watch).abort_handle()
 }
 
 fn spawn_reader(

@@ -31,8 +31,8 @@ use rustix::net::{
 
 use crate::clock;
 
-/// Sockets that can be guarded at a time.
-pub const GUARDED_MAX: usize = 8;
+/// Sockets that can be guarded at a time: control, data and the page streams.
+pub const GUARDED_MAX: usize = 2 + checkpoint::limits::STREAMS_MAX;
 
 const WATCH: u8 = b'w';
 const GUARD: u8 = b'g';
@@ -120,7 +120,7 @@ impl Sentinel {
     /// # Panics
     /// Panics on more than [`GUARDED_MAX`] sockets.
     pub fn guard(&self, sockets: &[BorrowedFd<'_>]) {
-        assert!(sockets.len() <= GUARDED_MAX, "a link has two connections");
+        assert!(sockets.len() <= GUARDED_MAX, "a link has no more connections");
         if let Err(error) = self.tell(GUARD, sockets) {
             tracing::warn!(%error, "the sentinel can't guard the link: the peer will notice this host's death later");
         }

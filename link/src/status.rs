@@ -101,8 +101,11 @@ pub struct Peer {
     pub node: Option<String>,
     /// Its address, or the one that this host listens on.
     pub addr: String,
-    /// Whether both connections stand.
+    /// Whether all connections stand.
     pub connected: bool,
+    /// Connections for pages among them; 0 before they are agreed on.
+    #[serde(default)]
+    pub streams: u64,
 }
 
 /// Checkpoints committed, by what triggered them.
@@ -427,7 +430,12 @@ impl Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let node = self.node.as_deref().map_or_else(|| "unknown".to_owned(), printable);
         let connected = if self.connected { "connected" } else { "not connected" };
-        write!(f, "{node} at {}, {connected}", printable(&self.addr))
+        write!(f, "{node} at {}, {connected}", printable(&self.addr))?;
+        match self.streams {
+            0 => Ok(()),
+            1 => f.write_str(", 1 page stream"),
+            streams => write!(f, ", {streams} page streams"),
+        }
     }
 }
 
@@ -543,6 +551,7 @@ mod tests {
                 node: Some("b".into()),
                 addr: "10.0.0.2:4242".into(),
                 connected: true,
+                streams: 2,
             },
             last_checkpoint_age_ms: Some(412),
             checkpoints: Checkpoints {
@@ -610,6 +619,7 @@ mod tests {
             text.lines().all(|line| line.len() > 13 && line.as_bytes()[12] == b' '),
             "{text}"
         );
+        assert!(text.contains("at 10.0.0.2:4242, connected, 2 page streams"), "{text}");
         assert!(text.contains("checkpoints  9 (1 sync, 8 mismatch)"), "{text}");
         assert!(
             text.contains(

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint::wire::{
-    DiskWrite, GoodbyeReason, Heartbeat, Held, Hello, Input, MachineShape, Message, PageBatch, Refusal, Session,
-    Welcome, encode_into,
+    Attach, DiskWrite, GoodbyeReason, Heartbeat, Held, Hello, Input, MachineShape, Message, PageBatch, Refusal,
+    Session, Welcome, encode_into,
 };
 use checkpoint::{InputNumber, Instant, Tag};
 use link::{
@@ -19,6 +19,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 const LIMIT: Duration = Duration::from_secs(20);
+const STREAMS: u32 = 3;
 const HEARTBEAT: Message = Message::Heartbeat(Heartbeat {
     sent: Instant(1),
     echo: Instant(2),
@@ -39,17 +40,19 @@ fn hello(node: &str) -> Hello {
         committed: 0,
         takeover_limit_ms: 300,
         witness: true,
+        streams: STREAMS,
     }
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "a judge may refuse")]
-fn welcome(_: &Hello, session: Session) -> Result<Welcome, Refusal> {
+fn welcome(hello: &Hello, session: Session) -> Result<Welcome, Refusal> {
     Ok(Welcome {
         node: "b".into(),
         session,
         generation: 0,
         committed: 0,
         held: Held::default(),
+        streams: hello.streams,
     })
 }
 
@@ -65,12 +68,16 @@ fn input(number: u64, bytes: usize) -> Message {
     })
 }
 
-fn pages(bytes: usize) -> Message {
-    Message::Pages(PageBatch {
+fn bulk(bytes: usize) -> Message {
+    Message::Write(DiskWrite {
         tag: Tag::default(),
-        count: 1,
-        encoded: Bytes::from(vec![7; bytes]),
+        offset: 0,
+        data: Bytes::from(vec![7; bytes]),
     })
+}
+
+fn pages(number: u32, bytes: usize) -> PageBatch {
+    PageBatch::new(Tag::default(), number + 1, Bytes::from(vec![7; bytes]))
 }
 
 async fn established(listener: &mut Listener) -> (Established, Established) {
@@ -80,7 +87,7 @@ async fn established(listener: &mut Listener) -> (Established, Established) {
 }
 
 async fn next(events: &mut Events) -> Option<LinkEvent> {
-    timeout(LIMIT, events.recv()).await.expect("an event")
+    timeout(LIMIT, events.recv(true)).await.expect("an event")
 }
 
 async fn message(events: &mut Events) -> Message {
@@ -101,6 +108,53 @@ async fn raw(addr: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     answer
 }
 
+/// The control connection of a primary that says what this test wants.
+async fn raw_control(addr: SocketAddr) -> (TcpStream, Session) {
+    let mut control = TcpStream::connect(addr).await.unwrap();
+    control.write_all(&bytes_of(&Message::Hello(hello("a")))).await.unwrap();
+    let mut decoder = checkpoint::wire::Decoder::new();
+    loop {
+        let mut bytes = [0; 512];
+        let count = control.read(&mut bytes).await.unwrap();
+        decoder.push(&bytes[..count]);
+        if let Some(Message::Welcome(welcome)) = decoder.next().unwrap() {
+            return (control, welcome.session);
+        }
+    }
+}
+
+async fn raw_attached(addr: SocketAddr, session: Session, stream: Option<usize>) -> TcpStream {
+    let mut connection = TcpStream::connect(addr).await.unwrap();
+    connection.write_all(&attach(session, stream)).await.unwrap();
+    connection
+}
+
+async fn raw_streams(addr: SocketAddr, session: Session) -> Vec<TcpStream> {
+    let mut streams = Vec::new();
+    for stream in 0..STREAMS as usize {
+        streams.push(raw_attached(addr, session, Some(stream)).await);
+    }
+    streams
+}
+
+/// A refusal with these words comes, and then the end.
+async fn assert_refused(connection: &mut TcpStream, words: &str) {
+    let mut answer = Vec::new();
+    let _ = timeout(LIMIT, connection.read_to_end(&mut answer))
+        .await
+        .expect("the listener closes");
+    let mut decoder = checkpoint::wire::Decoder::new();
+    decoder.push(&answer);
+    match decoder.next().unwrap() {
+        Some(Message::Refuse(refusal)) => assert!(refusal.to_string().contains(words), "{refusal}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn attach(session: Session, stream: Option<usize>) -> Vec<u8> {
+    bytes_of(&Message::Attach(Attach { session, stream }))
+}
+
 fn bytes_of(message: &Message) -> Vec<u8> {
     let mut bytes = Vec::new();
     encode_into(message, &mut bytes);
@@ -117,7 +171,7 @@ async fn both_sides_know_each_other_and_messages_arrive_in_order() {
     for number in 0..2_000 {
         primary.send(input(number, if number % 100 == 0 { 9_000 } else { 60 }));
         if number % 500 == 0 {
-            primary.send(pages(900_000));
+            primary.send(bulk(900_000));
         }
     }
     for number in 0..2_000 {
@@ -126,7 +180,7 @@ async fn both_sides_know_each_other_and_messages_arrive_in_order() {
             input(number, if number % 100 == 0 { 9_000 } else { 60 })
         );
         if number % 500 == 0 {
-            assert_eq!(message(&mut secondary.events).await, pages(900_000));
+            assert_eq!(message(&mut secondary.events).await, bulk(900_000));
         }
     }
     secondary.link.send(Message::Acknowledge(Tag::default()));
@@ -142,8 +196,8 @@ async fn heartbeats_pass_while_data_is_backed_up_and_nothing_is_lost() {
     const MEGABYTES: usize = 100;
     let mut listener = Listener::bind(anywhere()).unwrap();
     let (primary, mut secondary) = established(&mut listener).await;
-    let bulk = primary.link.bulk();
-    let sender = std::thread::spawn(move || (0..MEGABYTES).try_for_each(|_| bulk.blocking_send(pages(1_000_000))));
+    let sender = primary.link.bulk();
+    let sender = std::thread::spawn(move || (0..MEGABYTES).try_for_each(|_| sender.blocking_send(bulk(1_000_000))));
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(!sender.is_finished(), "a sender waits for a peer that does not read");
     let queued = primary.link.queued_bytes();
@@ -152,7 +206,7 @@ async fn heartbeats_pass_while_data_is_backed_up_and_nothing_is_lost() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(message(&mut secondary.events).await, HEARTBEAT);
     for _ in 0..MEGABYTES {
-        assert_eq!(message(&mut secondary.events).await, pages(1_000_000));
+        assert_eq!(message(&mut secondary.events).await, bulk(1_000_000));
     }
     sender.join().unwrap().unwrap();
 }
@@ -167,7 +221,7 @@ async fn the_link_is_read_to_its_end() {
     primary.link.send_control(Message::Goodbye(GoodbyeReason::Operator));
     let finish = tokio::spawn(async move { primary.link.finish(LIMIT).await });
     let (mut inputs, mut goodbye, mut ends) = (0, false, Vec::new());
-    while ends.len() < 2 {
+    while ends.len() < 2 + STREAMS as usize {
         match next(&mut secondary.events).await.unwrap() {
             LinkEvent::Message(Message::Input(_)) if !ends.contains(&Which::Data) => inputs += 1,
             LinkEvent::Message(Message::Goodbye(_)) => goodbye = true,
@@ -179,6 +233,7 @@ async fn the_link_is_read_to_its_end() {
         }
     }
     assert!(goodbye);
+    assert_eq!(ends[0], Which::Control, "the end of another would look like a loss");
     assert_eq!(inputs, 100);
     assert!(next(&mut secondary.events).await.is_none());
     secondary.link.close();
@@ -189,11 +244,12 @@ async fn the_link_is_read_to_its_end() {
 async fn closing_lets_go_of_everyone_who_waits() {
     let mut listener = Listener::bind(anywhere()).unwrap();
     let (mut primary, mut secondary) = established(&mut listener).await;
-    let bulk = primary.link.bulk();
-    let sender = std::thread::spawn(move || while bulk.blocking_send(pages(1_000_000)).is_ok() {});
+    let (sender, streams) = (primary.link.bulk(), primary.link.page_senders());
+    let sender = std::thread::spawn(move || while sender.blocking_send(bulk(1_000_000)).is_ok() {});
+    let shipper = std::thread::spawn(move || while streams.blocking_send(1, pages(0, 1_000_000)).is_ok() {});
     tokio::time::sleep(Duration::from_millis(200)).await;
     primary.link.close();
-    tokio::task::spawn_blocking(move || sender.join().unwrap())
+    tokio::task::spawn_blocking(move || (sender.join().unwrap(), shipper.join().unwrap()))
         .await
         .unwrap();
     assert_eq!(primary.link.queued_bytes(), 0);
@@ -318,14 +374,14 @@ async fn a_data_connection_needs_the_session_of_its_control_connection() {
     let mut listener = Listener::bind(anywhere()).unwrap();
     let addr = listener.local_addr();
     let (mut thief, session) = (TcpStream::connect(addr).await.unwrap(), Session(0));
-    thief.write_all(&bytes_of(&Message::Attach(session))).await.unwrap();
+    thief.write_all(&attach(session, None)).await.unwrap();
     let steal = async {
         let mut control = TcpStream::connect(addr).await.unwrap();
         control.write_all(&bytes_of(&Message::Hello(hello("x")))).await.unwrap();
         control.read_exact(&mut [0]).await.unwrap();
         let mut data = TcpStream::connect(addr).await.unwrap();
-        data.write_all(&bytes_of(&Message::Attach(session))).await.unwrap();
-        assert_eq!(data.read(&mut [0]).await.unwrap_or(0), 0, "closed without a word");
+        data.write_all(&attach(session, None)).await.unwrap();
+        assert_refused(&mut data, "another session").await;
         drop(control);
         loop {
             match connect(addr, hello("a"), |_| Ok(())).await {
@@ -345,19 +401,9 @@ async fn garbage_after_the_handshake_ends_that_connection_with_its_cause() {
     let mut listener = Listener::bind(anywhere()).unwrap();
     let addr = listener.local_addr();
     let forge = async {
-        let mut control = TcpStream::connect(addr).await.unwrap();
-        control.write_all(&bytes_of(&Message::Hello(hello("a")))).await.unwrap();
-        let mut decoder = checkpoint::wire::Decoder::new();
-        let session = loop {
-            let mut bytes = [0; 512];
-            let count = control.read(&mut bytes).await.unwrap();
-            decoder.push(&bytes[..count]);
-            if let Some(Message::Welcome(welcome)) = decoder.next().unwrap() {
-                break welcome.session;
-            }
-        };
-        let mut data = TcpStream::connect(addr).await.unwrap();
-        data.write_all(&bytes_of(&Message::Attach(session))).await.unwrap();
+        let (control, session) = raw_control(addr).await;
+        let mut data = raw_attached(addr, session, None).await;
+        let streams = raw_streams(addr, session).await;
         let write = Message::Write(DiskWrite {
             tag: Tag::default(),
             offset: 0,
@@ -368,7 +414,7 @@ async fn garbage_after_the_handshake_ends_that_connection_with_its_cause() {
         let last = bytes.len() - 1;
         bytes[last] ^= 1;
         data.write_all(&bytes).await.unwrap();
-        (control, data)
+        (control, data, streams)
     };
     let (_streams, mut secondary) = tokio::join!(forge, listener.accept(welcome));
     assert!(matches!(message(&mut secondary.events).await, Message::Write(_)));
@@ -378,6 +424,153 @@ async fn garbage_after_the_handshake_ends_that_connection_with_its_cause() {
             cause: CloseCause::Garbage(_),
         }) => {}
         other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_come_in_the_order_of_their_stream() {
+    const BATCHES: u32 = 60;
+    let mut listener = Listener::bind(anywhere()).unwrap();
+    let (primary, mut secondary) = established(&mut listener).await;
+    let streams = primary.link.page_senders();
+    assert_eq!(streams.streams(), STREAMS as usize);
+    let senders: Vec<_> = (0..streams.streams())
+        .map(|stream| {
+            let streams = streams.clone();
+            let size = move |number: u32| [100, 5_000, 250_000, 1_000_000][(number as usize + stream) % 4];
+            std::thread::spawn(move || {
+                (0..BATCHES).try_for_each(|number| streams.blocking_send(stream, pages(number, size(number))))
+            })
+        })
+        .collect();
+    let mut next_numbers = [0; STREAMS as usize];
+    while next_numbers != [BATCHES; STREAMS as usize] {
+        let Some(LinkEvent::Pages(arrived)) = next(&mut secondary.events).await else {
+            panic!("pages");
+        };
+        let number = &mut next_numbers[arrived.stream];
+        let bytes = arrived.batch.encoded.len();
+        assert_eq!(arrived.batch, pages(*number, bytes));
+        *number += 1;
+    }
+    senders.into_iter().for_each(|sender| sender.join().unwrap().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_whose_pages_are_not_taken_holds_up_nothing_else() {
+    let mut listener = Listener::bind(anywhere()).unwrap();
+    let (primary, mut secondary) = established(&mut listener).await;
+    let (streams, mut held, mut batches) = (primary.link.page_senders(), Vec::new(), 0);
+    let sender =
+        std::thread::spawn(move || (0..60).try_for_each(|number| streams.blocking_send(0, pages(number, 1_000_000))));
+    // What is read and neither staged nor dropped is bounded: the reader stops, and then who sends.
+    while let Ok(Some(event)) = timeout(Duration::from_millis(700), secondary.events.recv(true)).await {
+        let LinkEvent::Pages(arrived) = event else {
+            panic!("pages")
+        };
+        batches += 1;
+        held.push(arrived.room);
+    }
+    assert!((5..16).contains(&batches) && !sender.is_finished(), "{batches} batches");
+    let streams = primary.link.page_senders();
+    std::thread::spawn(move || streams.blocking_send(1, pages(0, 500_000)));
+    primary.link.send(input(1, 60));
+    primary.link.send_control(HEARTBEAT);
+    let mut others = 0;
+    while others < 3 {
+        match next(&mut secondary.events).await.unwrap() {
+            LinkEvent::Pages(arrived) => assert_eq!(arrived.stream, 1),
+            LinkEvent::Message(_) => {}
+            other => panic!("{other:?}"),
+        }
+        others += 1;
+    }
+    held.clear();
+    while batches < 60 {
+        assert!(matches!(next(&mut secondary.events).await, Some(LinkEvent::Pages(arrived)) if arrived.stream == 0));
+        batches += 1;
+    }
+    sender.join().unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_wait_until_they_are_wanted() {
+    let mut listener = Listener::bind(anywhere()).unwrap();
+    let (primary, mut secondary) = established(&mut listener).await;
+    let streams = primary.link.page_senders();
+    let sent = tokio::task::spawn_blocking(move || streams.blocking_send(2, pages(0, 10)));
+    sent.await.unwrap().unwrap();
+    primary.link.send(input(1, 60));
+    let first = timeout(LIMIT, secondary.events.recv(false)).await.unwrap();
+    assert!(matches!(first, Some(LinkEvent::Message(Message::Input(_)))));
+    assert!(secondary.events.try_recv(false).is_none());
+    assert!(matches!(next(&mut secondary.events).await, Some(LinkEvent::Pages(_))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_has_one_place_and_only_one_that_was_agreed_on() {
+    let mut listener = Listener::bind(anywhere()).unwrap();
+    let addr = listener.local_addr();
+    let forge = async {
+        let (control, session) = raw_control(addr).await;
+        let data = raw_attached(addr, session, None).await;
+        let mut again = raw_attached(addr, session, None).await;
+        assert_refused(&mut again, "open already").await;
+        let mut beyond = raw_attached(addr, session, Some(STREAMS as usize)).await;
+        assert_refused(&mut beyond, "not agreed on").await;
+        let mut streams = raw_streams(addr, session).await;
+        streams[1]
+            .write_all(&bytes_of(&Message::Pages(pages(0, 100))))
+            .await
+            .unwrap();
+        (control, data, streams)
+    };
+    let (_streams, mut secondary) = tokio::join!(forge, listener.accept(welcome));
+    assert!(matches!(next(&mut secondary.events).await, Some(LinkEvent::Pages(arrived)) if arrived.stream == 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_stream_carries_good_pages_and_nothing_else() {
+    let damaged = {
+        let mut bytes = bytes_of(&Message::Pages(pages(0, 5_000)));
+        bytes[3_000] ^= 1;
+        bytes
+    };
+    for (bytes, misplaced) in [
+        (damaged, false),
+        (bytes_of(&input(1, 60)), true),
+        (vec![0xff; 500], false),
+    ] {
+        let mut listener = Listener::bind(anywhere()).unwrap();
+        let (primary, mut secondary) = {
+            let addr = listener.local_addr();
+            let forge = async {
+                let (control, session) = raw_control(addr).await;
+                let data = raw_attached(addr, session, None).await;
+                let mut streams = raw_streams(addr, session).await;
+                // Pages behind it in one go are not lost.
+                streams[0]
+                    .write_all(&bytes_of(&Message::Pages(pages(0, 200))))
+                    .await
+                    .unwrap();
+                streams[0].write_all(&bytes).await.unwrap();
+                (control, data, streams)
+            };
+            tokio::join!(forge, listener.accept(welcome))
+        };
+        assert!(matches!(next(&mut secondary.events).await, Some(LinkEvent::Pages(_))));
+        match next(&mut secondary.events).await {
+            Some(LinkEvent::Closed {
+                which: Which::Pages(0),
+                cause,
+            }) => assert!(
+                matches!(cause, CloseCause::Misplaced("Input")) == misplaced
+                    && matches!(cause, CloseCause::Garbage(_)) != misplaced,
+                "{cause}"
+            ),
+            other => panic!("{other:?}"),
+        }
+        drop(primary);
     }
 }
 

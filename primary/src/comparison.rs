@@ -20,6 +20,8 @@ const CHUNK_PLACES: usize = 1_024;
 /// Pages that are encoded until an answer is looked for.
 const STEP_PLACES: usize = 256;
 const SAMPLE_STEP_PLACES: usize = 32;
+/// The same where none is awaited: enough for each stream to have a thread for a while.
+const UNASKED_STEP_PLACES: usize = 8_192;
 
 /// What is to be done next with the copied pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,8 +51,9 @@ pub(crate) struct Comparison {
     /// What the time until the next answer tells.
     tells: Tells,
     alike: BTreeSet<u64>,
-    /// Most places of a question.
+    /// Most places of a question, and of a step where nothing is asked.
     chunk: usize,
+    unasked: usize,
 }
 
 /// A question that is not answered.
@@ -81,6 +84,7 @@ impl Comparison {
             },
             alike: BTreeSet::new(),
             chunk: chunk.unwrap_or(CHUNK_PLACES),
+            unasked: chunk.unwrap_or(UNASKED_STEP_PLACES),
         }
     }
 
@@ -90,13 +94,16 @@ impl Comparison {
         let (end, step) = match self.asks {
             Question::All(_) if may_ask && self.asked < self.total => return Next::Ask,
             Question::Sample if may_ask && self.encoded < self.total => return Next::Ask,
-            Question::All(_) => (self.open.as_ref().map_or(self.asked, |open| open.from), STEP_PLACES),
-            Question::Sample => (self.total, SAMPLE_STEP_PLACES),
-            Question::Nothing => (self.total, STEP_PLACES),
+            Question::All(_) => (
+                self.open.as_ref().map_or(self.asked, |open| open.from),
+                STEP_PLACES.min(self.chunk),
+            ),
+            Question::Sample => (self.total, SAMPLE_STEP_PLACES.min(self.chunk)),
+            Question::Nothing => (self.total, self.unasked),
         };
         if self.encoded < end {
             let from = self.encoded;
-            self.encoded = end.min(from + step.min(self.chunk));
+            self.encoded = end.min(from + step);
             Next::Encode(from..self.encoded)
         } else if self.open.is_some() || (self.asks != Question::Nothing && !self.halted) {
             Next::Wait
@@ -180,9 +187,9 @@ impl Comparison {
         self.asks = if asks { Question::All(0) } else { Question::Nothing };
     }
 
-    /// Tells whether a page was found alike, once.
-    pub(crate) fn take_alike(&mut self, page: u64) -> bool {
-        self.alike.remove(&page)
+    /// Takes the pages that were found alike.
+    pub(crate) fn take_alike(&mut self) -> BTreeSet<u64> {
+        core::mem::take(&mut self.alike)
     }
 }
 
@@ -203,6 +210,7 @@ mod tests {
     ) -> (Vec<usize>, Vec<u64>) {
         let mut comparison = Comparison::new(total, asks, Some(chunk));
         let (mut encoded, mut own, mut open, mut steps) = (Vec::new(), Vec::new(), None::<Vec<bool>>, 0);
+        let mut known = BTreeSet::new();
         loop {
             match comparison.next() {
                 Next::Ask => {
@@ -223,7 +231,7 @@ mod tests {
                         places
                             .clone()
                             .map(|place| place as u64)
-                            .filter(|page| comparison.take_alike(*page)),
+                            .filter(|page| known.remove(page)),
                     );
                     encoded.extend(places);
                 }
@@ -238,6 +246,7 @@ mod tests {
                 }
                 if let Some(answer) = open.take() {
                     let (asked, count, _) = comparison.answered(&answer);
+                    known.append(&mut comparison.take_alike());
                     let more = comparison.unasked();
                     comparison.go_on(more > 0 && count * 2 > asked);
                 }

@@ -6,51 +6,65 @@
 //!                                      └─ abandon ─► forget: another sync
 //! ```
 //!
+//! There is a [`Lane`] for each page stream, with an encoder, a cache and sums of its own: they work side by side, since no page
+//! takes two of them. What is decided about all pages together is [`Encoding`]'s.
+//!
 //! Who drives it says truly when a checkpoint is acknowledged: with the first page of the next, and never before. That, and that
 //! every page shipped goes through here, is what deltas rest on. Pure: it neither reads guest memory nor sends.
+
+use std::collections::BTreeSet;
 
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::pages::identical::{PageHasher, PageHashes, PageMatches};
 use checkpoint::pages::{
     Asking, BATCH_BYTES, BaseCache, BatchEncoder, Chooser, Codec, CodecStats, Page, Pushed, Question, is_zero,
+    stream_of,
 };
-use checkpoint::staging::Totals;
-use checkpoint::wire::PageBatch;
+use checkpoint::wire::{PageBatch, PageSum, PageSums};
 use checkpoint::{Duration, Instant, Tag};
 
 use crate::comparison::{Comparison, Next};
 
-/// What is known for encoding pages, and the sums of those shipped ahead.
+/// What is known for encoding pages.
 pub struct Encoding {
+    lanes: Vec<Lane>,
+    cache_bytes: usize,
+    /// The checkpoint whose pages are encoded, or were last; none after it was abandoned.
+    open: Option<Tag>,
+    asking: Asking,
+    comparison: Comparison,
+    /// How long the pages of its stop took until they were queued.
+    took: Duration,
+}
+
+/// The pages of one stream.
+pub struct Lane {
     encoder: BatchEncoder,
     cache: BaseCache,
     chooser: Chooser,
-    /// The checkpoint whose pages are encoded, or were last; none after it was abandoned.
-    open: Option<Tag>,
-    /// Of the pages that were shipped ahead in it.
-    ahead: Option<Totals>,
+    /// The checkpoint that pages are part of.
+    tag: Tag,
+    /// What was encoded in it, ahead of its stop and after it.
+    sum: PageSum,
     /// What the encoder had done before it.
     before: CodecStats,
-    asking: Asking,
-    comparison: Comparison,
-    /// Pages of its stop that were sent otherwise than as alike, their bytes, and the time of all of them.
-    spent: (u64, u64, Duration),
+    /// Pages that the secondary's stopped VM has alike.
+    alike: BTreeSet<u64>,
+    /// Pages of its stop that were sent otherwise than as alike, and their bytes.
+    spent: (u64, u64),
 }
 
 impl Encoding {
-    /// Makes one that remembers at most `cache_bytes` of what the secondary has committed.
+    /// Makes one for so many streams that remembers at most `cache_bytes` of what the secondary has committed.
     #[must_use]
-    pub fn new(cache_bytes: usize) -> Self {
+    pub fn new(cache_bytes: usize, streams: usize) -> Self {
         Self {
-            encoder: BatchEncoder::new(BATCH_BYTES, None),
-            cache: BaseCache::new(cache_bytes),
-            chooser: Chooser::default(),
+            lanes: lanes(cache_bytes, streams),
+            cache_bytes,
             open: None,
-            ahead: None,
-            before: CodecStats::default(),
             asking: Asking::default(),
             comparison: nothing_to_compare(),
-            spent: (0, 0, Duration(0)),
+            took: Duration(0),
         }
     }
 
@@ -60,62 +74,65 @@ impl Encoding {
         if self.open == Some(tag) {
             return;
         }
-        match self.open.replace(tag) {
-            Some(before) => self.cache.commit(before.epoch),
-            None => self.cache.abandon(),
+        let before = self.open.replace(tag);
+        for lane in &mut self.lanes {
+            match before {
+                Some(before) => lane.cache.commit(before.epoch),
+                None => lane.cache.abandon(),
+            }
+            lane.begin(tag);
         }
-        self.ahead = None;
-        self.encoder.rebase(self.cache.committed());
-        self.before = *self.encoder.stats();
         self.comparison = nothing_to_compare();
-        self.spent = (0, 0, Duration(0));
+        self.took = Duration(0);
+    }
+
+    /// Returns the pages' streams, which may be worked on side by side.
+    pub fn lanes(&mut self) -> &mut [Lane] {
+        &mut self.lanes
+    }
+
+    /// Returns the stream of a page, and what encodes it.
+    pub fn lane_of(&mut self, page: u64) -> (usize, &mut Lane) {
+        let stream = stream_of(page, self.lanes.len());
+        (stream, &mut self.lanes[stream])
+    }
+
+    /// Returns the sums of the open checkpoint, ahead of its stop and after it.
+    ///
+    /// # Panics
+    /// Panics if a batch is begun and not finished.
+    #[must_use]
+    pub fn sums(&self) -> PageSums {
+        assert!(
+            self.lanes.iter().all(|lane| lane.encoder.is_empty()),
+            "what is summed has been sent"
+        );
+        let sums: Vec<PageSum> = self.lanes.iter().map(|lane| lane.sum).collect();
+        PageSums::of(&sums).expect("a pairing's number of streams")
     }
 
     /// Returns what was encoded for the open checkpoint, ahead of its stop and after it.
     #[must_use]
     pub fn stats(&self) -> CodecStats {
-        self.encoder.stats().since(&self.before)
-    }
-
-    /// Encodes a page. Says whether the batch is full, and must be finished before the next.
-    pub fn push(&mut self, page: u64, content: &Page) -> bool {
-        self.push_timed(page, content, || Instant(0))
-    }
-
-    /// As `push`, taking note of the time that it takes by that clock.
-    pub fn push_timed(&mut self, page: u64, content: &Page, clock: impl Fn() -> Instant) -> bool {
-        let pushed = if self.comparison.take_alike(page) {
-            self.encoder.push_own(page)
-        } else {
-            let reference = self.cache.base(page);
-            let pushed = timed(&mut self.chooser, clock, |chooser| {
-                self.encoder.push(page, content, reference, chooser)
-            });
-            if !matches!(pushed.codec, Codec::Zero | Codec::Unchanged) {
-                let (pages, bytes, time) = self.spent;
-                self.spent = (pages + 1, bytes + pushed.bytes as u64, time);
-            }
-            pushed
-        };
-        self.cache.shipped(page, content, pushed.codec);
-        pushed.full
-    }
-
-    /// Takes note of the link's speed, in bytes a second.
-    pub fn link_measured(&mut self, speed: u64) {
-        self.chooser.link_measured(speed);
+        let mut stats = CodecStats::default();
+        for lane in &self.lanes {
+            stats.add(&lane.encoder.stats().since(&lane.before));
+        }
+        stats
     }
 
     /// Decides how many of the copied pages of a stop to ask about.
     pub fn choose(&mut self, pages: usize) -> Question {
-        self.asking.decide(pages as u64, self.chooser.link())
+        let link = self.link();
+        self.asking.decide(pages as u64, link)
     }
 
     /// Begins with the copied pages of the open checkpoint. Questions have at most `chunk` pages, or as many as is good.
     /// Says whether the secondary's VM must stop.
     pub fn compare(&mut self, pages: usize, asks: Question, chunk: Option<usize>) -> bool {
         self.comparison = Comparison::new(pages, asks, chunk);
-        self.spent = (0, 0, Duration(0));
+        self.lanes.iter_mut().for_each(|lane| lane.spent = (0, 0));
+        self.took = Duration(0);
         asks != Question::Nothing
     }
 
@@ -139,9 +156,11 @@ impl Encoding {
     ) -> Option<PageHashes> {
         let hasher = PageHasher::new(&seed);
         let mut hashes = Vec::new();
+        let lanes = &mut self.lanes;
         let worth = |place| {
             let (number, content) = page(place);
-            let base = self.cache.base(number);
+            let stream = stream_of(number, lanes.len());
+            let base = lanes[stream].cache.base(number);
             let worth = base.is_none_or(|base| base.page != content) && !is_zero(content);
             worth.then(|| {
                 hashes.push((number, hasher.hash(content)));
@@ -162,72 +181,51 @@ impl Encoding {
     /// Panics if it is about another number of pages, which the protocol refuses.
     pub fn answered(&mut self, matches: &PageMatches, took: Duration) {
         let (asked, alike, tells) = self.comparison.answered(&matches.alike);
+        for page in self.comparison.take_alike() {
+            self.lane_of(page).1.alike.insert(page);
+        }
         self.asking.answered(asked, alike, took, tells);
         let more = self.comparison.unasked();
-        let asks = self.asking.goes_on(more, asked, alike, self.chooser.link());
+        let asks = self.asking.goes_on(more, asked, alike, self.link());
         self.comparison.go_on(asks);
     }
 
     /// Takes note of the time that some of the copied pages took until they were queued.
     pub fn took(&mut self, time: Duration) {
-        self.spent.2.0 += time.0;
+        self.took.0 += time.0;
     }
 
     /// The open checkpoint is shipped: what its pages took is known.
     pub fn shipped(&mut self) {
-        let (pages, bytes, took) = self.spent;
-        self.asking.sent(pages, bytes, took);
+        let spent = self.lanes.iter().map(|lane| lane.spent);
+        let (pages, bytes) = spent.fold((0, 0), |all, lane| (all.0 + lane.0, all.1 + lane.1));
+        self.asking.sent(pages, bytes, self.took);
     }
 
-    /// Ends the batch and counts it in `totals`; none if nothing is in it.
-    ///
-    /// # Panics
-    /// Panics if the sums are those of another checkpoint.
-    pub fn finish(&mut self, totals: &mut Totals) -> Option<PageBatch> {
-        if self.encoder.is_empty() {
-            return None;
-        }
-        let (count, encoded) = self.encoder.finish();
-        let batch = PageBatch {
-            tag: totals.tag(),
-            count,
-            encoded,
-        };
-        totals
-            .pages(&batch)
-            .expect("the sums are of the checkpoint whose pages these are");
-        Some(batch)
-    }
-
-    /// Takes the sums of what was shipped ahead in the open checkpoint: to go on with them.
-    ///
-    /// # Panics
-    /// Panics if none is open.
-    pub fn take_ahead(&mut self) -> Totals {
-        let tag = self.open.expect("pages are shipped in a checkpoint that was begun");
-        self.ahead.take().unwrap_or_else(|| Totals::new(tag, None))
-    }
-
-    /// Puts the sums back, with what was shipped ahead since.
-    pub fn keep_ahead(&mut self, totals: Totals) {
-        self.ahead = Some(totals);
+    /// Bytes a second that all streams carry together.
+    fn link(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.chooser.link()).sum()
     }
 
     /// The open checkpoint will not be acknowledged.
     pub fn abandon(&mut self) {
-        // A batch that was begun is not sent any more.
-        let _ = self.encoder.finish();
-        self.cache.abandon();
+        for lane in &mut self.lanes {
+            // A batch that was begun is not sent any more.
+            let _ = lane.encoder.finish();
+            lane.cache.abandon();
+            lane.alike.clear();
+        }
         self.open = None;
-        self.ahead = None;
         self.comparison = nothing_to_compare();
     }
 
-    /// Forgets what a secondary holds: there will be another, or the same with another state.
-    pub fn forget(&mut self) {
+    /// Forgets what a secondary holds: there will be another, or the same with another state. Pages will take so many streams.
+    pub fn forget(&mut self, streams: usize) {
         self.abandon();
-        if !mutants::on(Mutant::KeepBaseOfAnother) {
-            self.cache.clear();
+        if self.lanes.len() != streams {
+            self.lanes = lanes(self.cache_bytes, streams);
+        } else if !mutants::on(Mutant::KeepBaseOfAnother) {
+            self.lanes.iter_mut().for_each(|lane| lane.cache.clear());
         }
     }
 }
@@ -236,12 +234,73 @@ fn nothing_to_compare() -> Comparison {
     Comparison::new(0, Question::Nothing, None)
 }
 
+fn lanes(cache_bytes: usize, streams: usize) -> Vec<Lane> {
+    let lane = |_| Lane {
+        encoder: BatchEncoder::new(BATCH_BYTES, None),
+        cache: BaseCache::new(cache_bytes / streams),
+        chooser: Chooser::default(),
+        tag: Tag::default(),
+        sum: PageSum::default(),
+        before: CodecStats::default(),
+        alike: BTreeSet::new(),
+        spent: (0, 0),
+    };
+    (0..streams).map(lane).collect()
+}
+
+impl Lane {
+    fn begin(&mut self, tag: Tag) {
+        self.tag = tag;
+        self.sum = PageSum::default();
+        self.encoder.rebase(self.cache.committed());
+        self.before = *self.encoder.stats();
+        self.alike.clear();
+        self.spent = (0, 0);
+    }
+
+    /// Encodes a page of this stream. Says whether the batch is full, and must be finished before the next.
+    pub fn push(&mut self, page: u64, content: &Page) -> bool {
+        self.push_timed(page, content, || Instant(0))
+    }
+
+    /// As `push`, taking note of the time that it takes by that clock.
+    pub fn push_timed(&mut self, page: u64, content: &Page, clock: impl Fn() -> Instant) -> bool {
+        let pushed = if self.alike.remove(&page) {
+            self.encoder.push_own(page)
+        } else {
+            let reference = self.cache.base(page);
+            let pushed = timed(&mut self.chooser, clock, |chooser| {
+                self.encoder.push(page, content, reference, chooser)
+            });
+            if !matches!(pushed.codec, Codec::Zero | Codec::Unchanged) {
+                let (pages, bytes) = self.spent;
+                self.spent = (pages + 1, bytes + pushed.bytes as u64);
+            }
+            pushed
+        };
+        self.cache.shipped(page, content, pushed.codec);
+        pushed.full
+    }
+
+    /// Takes note of the stream's speed, in bytes a second.
+    pub fn link_measured(&mut self, speed: u64) {
+        self.chooser.link_measured(speed);
+    }
+
+    /// Ends the batch and sums it; none if nothing is in it.
+    pub fn finish(&mut self) -> Option<PageBatch> {
+        if self.encoder.is_empty() {
+            return None;
+        }
+        let (count, encoded) = self.encoder.finish();
+        let batch = PageBatch::new(self.tag, count, encoded);
+        self.sum.add(PageSum::of(&batch));
+        Some(batch)
+    }
+}
+
 /// Encodes a page, and tells the chooser how long that took.
-pub(crate) fn timed(
-    chooser: &mut Chooser,
-    clock: impl Fn() -> Instant,
-    push: impl FnOnce(&mut Chooser) -> Pushed,
-) -> Pushed {
+fn timed(chooser: &mut Chooser, clock: impl Fn() -> Instant, push: impl FnOnce(&mut Chooser) -> Pushed) -> Pushed {
     let begun = clock();
     let pushed = push(chooser);
     let took = clock().since(begun);

@@ -17,7 +17,7 @@ pub enum Event {
     CheckpointAsked,
     /// Pages of the checkpoint that ends this epoch are to be compared with the secondary's; comes after its `Copied`.
     CompareAsked(Tag),
-    /// Everything of that checkpoint but the network state and the end mark is queued on the data connection.
+    /// Everything of that checkpoint but the network state and the end mark is queued, its pages on the page streams.
     CheckpointSent(Shipment),
     /// A secondary accepted the handshake.
     Connected(Welcome),
@@ -47,11 +47,11 @@ pub enum Event {
     },
     /// A frame is on the guest's receive ring.
     InputConsumed(Delivery),
-    /// The connections to the secondary are gone; every complete message before has been delivered.
+    /// A connection to the secondary is gone, and with it all of them; every complete message before has been delivered.
     LinkClosed(String),
     /// The dirty pages have been looked at; if some are shipped ahead, `ShippedAhead` follows.
     Looked(Look),
-    /// Memory, or its difference, is queued on the data connection.
+    /// Memory, or its difference, is queued on the page streams.
     MemorySynced(Shipment),
     /// The hashes of pages of a checkpoint: which of them the secondary has alike is to be asked.
     Hashed(PageHashes),
@@ -61,7 +61,7 @@ pub enum Event {
     PeerSent(Message),
     /// That record is durable.
     RecordStored(RecordUpdate),
-    /// Pages are queued on the data connection ahead of the stop; less than was said if a stop came first.
+    /// Pages are queued on the page streams ahead of the stop; less than was said if a stop came first.
     ShippedAhead(AheadShipment),
     /// The operator asks for an orderly end.
     StopAsked,
@@ -130,7 +130,7 @@ pub enum Action {
     Claim(Generation),
     /// The secondary's VM stands for this epoch: its pages may be asked about, by `Hashed`, or not.
     AskAlike(Tag),
-    /// Close both connections; `LinkClosed` follows after what was still in them.
+    /// Close all connections; `LinkClosed` follows after what was still in them.
     CloseLink,
     /// Compare these blocks with the own image and send the differing ones; after the last one, `DiskSynced`.
     CompareBlocks(BlockHashes),

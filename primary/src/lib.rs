@@ -16,6 +16,7 @@ mod copies;
 pub mod encoding;
 pub mod event;
 mod flows;
+mod lanes;
 pub mod protocol;
 pub mod run;
 pub mod scout;

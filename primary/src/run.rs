@@ -31,7 +31,7 @@ use crate::backends::{Disk, Events, give_back_image};
 use crate::event::{Action, Event, GuestEnd, Outcome};
 use crate::protocol::{Options, Primary, Start};
 use crate::trace::Traces;
-use crate::vm::{self, Command, DiskCommand, VmThread};
+use crate::vm::{self, Command, DiskCommand, ShipOrder, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
 const EVENTS_MAX: usize = 4_096;
@@ -58,6 +58,8 @@ pub struct Setup {
     pub node: String,
     /// Where a secondary listens; without it the VM runs alone.
     pub peer: Option<SocketAddr>,
+    /// Most page streams of a pairing.
+    pub streams: usize,
     /// The machine, for the handshake.
     pub shape: MachineShape,
     /// The machine, stopped.
@@ -144,6 +146,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
             held: Held::default(),
             takeover_limit_ms: setup.options.takeover_limit.as_millis(),
             witness: setup.options.witness,
+            streams: setup.streams,
         },
         peer: setup.peer,
         tap: setup.tap,
@@ -231,7 +234,7 @@ impl Role {
                 event = next_link_event(&mut self.link) => {
                     self.link_event(event);
                     for _ in 1..MESSAGES_PER_TURN {
-                        let Some(event) = self.link.as_mut().and_then(|(_, events)| events.try_recv()) else { break };
+                        let Some(event) = self.link.as_mut().and_then(|(_, events)| events.try_recv(true)) else { break };
                         self.link_event(event);
                     }
                 }
@@ -348,18 +351,20 @@ impl Role {
                 totals,
                 both_ran,
             } => {
-                let Some(bulk) = self.bulk() else { return };
-                self.vm.send(Command::Ship {
+                let Some((link, _)) = &self.link else { return };
+                self.vm.send(Command::Ship(Box::new(ShipOrder {
                     tag,
                     blocks,
                     totals,
                     both_ran,
-                    bulk,
-                });
+                    bulk: link.bulk(),
+                    streams: link.page_senders(),
+                })));
             }
             Action::ShipAhead { tag, pages } => {
-                let Some(bulk) = self.bulk() else { return };
-                self.vm.send(Command::ShipAhead { tag, pages, bulk });
+                let Some((link, _)) = &self.link else { return };
+                let streams = link.page_senders();
+                self.vm.send(Command::ShipAhead { tag, pages, streams });
             }
             Action::SendBlocks { tag, blocks } => {
                 let Some(bulk) = self.bulk() else { return };
@@ -374,11 +379,11 @@ impl Role {
             Action::SeedEntropy(seed) => self.vm.send(Command::Seed(seed)),
             Action::StoreRecord(update) => self.disk.send(DiskCommand::Store(update)),
             Action::SyncMemory { totals, difference } => {
-                let Some(bulk) = self.bulk() else { return };
+                let Some((link, _)) = &self.link else { return };
                 self.vm.send(Command::Sync {
-                    totals,
+                    totals: Box::new(totals),
                     difference,
-                    bulk,
+                    streams: link.page_senders(),
                 });
             }
             Action::Transmit { frames, not_after } => self.transmit(&frames, not_after),
@@ -467,9 +472,11 @@ impl Role {
     fn link_event(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Message(message) => self.step(Event::PeerSent(message)),
+            // A secondary sends none: the protocol is to say so.
+            LinkEvent::Pages(arrived) => self.step(Event::PeerSent(Message::Pages(arrived.batch))),
             LinkEvent::Closed { which, cause } => {
                 self.drop_link();
-                self.step(Event::LinkClosed(format!("{which:?} connection: {cause}")));
+                self.step(Event::LinkClosed(format!("{which} connection: {cause}")));
             }
         }
     }
@@ -587,7 +594,7 @@ impl Role {
 
 async fn next_link_event(link: &mut Option<(Link, LinkEvents)>) -> LinkEvent {
     match link {
-        Some((_, events)) => match events.recv().await {
+        Some((_, events)) => match events.recv(true).await {
             Some(event) => event,
             None => core::future::pending().await,
         },

@@ -8,7 +8,8 @@
 //! A page that is to be shipped ahead must be read before the next stop ends, or not at all: what the guest writes after it is
 //! of another epoch. So the courier reads under a lock, a few pages at a time, and a stop takes back what is not read.
 //! Where it pays, the secondary is asked first which of the copied pages its stopped VM has alike: then the parcel waits here.
-//! The protocol sees only numbers and digests. No decision is made here.
+//! The pages take their streams (see [`crate::lanes`]), everything else the data connection. The protocol sees only numbers and
+//! digests. No decision is made here.
 
 use core::ops::ControlFlow;
 use std::collections::VecDeque;
@@ -17,11 +18,11 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use checkpoint::Tag;
-use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::identical::PageMatches;
-use checkpoint::pages::{Amount, BATCH_BYTES, BatchEncoder, Chooser, Page, Question, is_zero};
+use checkpoint::pages::{Amount, Question};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{DeviceState, DiskWrite, Message, PageBatch, Section};
+use checkpoint::wire::{DeviceState, DiskWrite, Message, PageSums, Section};
+use link::PageSenders;
 use link::mailbox;
 use link::peer::BulkSender;
 use link::worker::{Inbox, Worker};
@@ -32,8 +33,9 @@ use storage::{FileImage, Image};
 
 use crate::comparison::Next;
 use crate::copies::Copies;
-use crate::encoding::{Encoding, timed};
+use crate::encoding::Encoding;
 use crate::event::{AheadShipment, Event, Shipment};
+use crate::lanes;
 use crate::trace::Traces;
 
 /// Pages read at a time when pages are shipped ahead: a stop waits for so many copies at most.
@@ -70,6 +72,7 @@ impl Unread {
 pub(crate) struct Parcel {
     pub(crate) totals: Totals,
     pub(crate) bulk: BulkSender,
+    pub(crate) streams: PageSenders,
     pub(crate) copies: Copies,
     /// Pages that were not copied: the VM stands until they have been read, which is told as `Copied`.
     pub(crate) beyond: Vec<u64>,
@@ -91,9 +94,10 @@ enum Errand {
     Ask(Tag),
     Ahead {
         tag: Tag,
-        bulk: BulkSender,
+        streams: PageSenders,
     },
-    Forget,
+    /// Pages will take so many streams.
+    Forget(usize),
     Ship(Box<Parcel>),
 }
 
@@ -125,7 +129,8 @@ impl Courier {
             unread: unread.clone(),
             few: Copies::default(),
             give_back,
-            encoding: Encoding::new(cache_bytes),
+            encoding: Encoding::new(cache_bytes, 1),
+            broken: false,
             shipping: None,
         };
         let thread = Worker::spawn("courier", move |inbox| carrier.run(&inbox))?;
@@ -142,9 +147,9 @@ impl Courier {
     }
 
     /// Ships pages that count as clean from before this call on; answered by `ShippedAhead`.
-    pub(crate) fn ship_ahead(&self, tag: Tag, pages: &PageSet, bulk: BulkSender) {
+    pub(crate) fn ship_ahead(&self, tag: Tag, pages: &PageSet, streams: PageSenders) {
         self.unread.add(pages);
-        self.thread.send(Errand::Ahead { tag, bulk });
+        self.thread.send(Errand::Ahead { tag, streams });
     }
 
     /// Takes back the pages that are still to be shipped ahead: none is read after this.
@@ -173,9 +178,9 @@ impl Courier {
         self.thread.send(Errand::Abandon);
     }
 
-    /// There will be another secondary.
-    pub(crate) fn forget(&self) {
-        self.thread.send(Errand::Forget);
+    /// There will be another secondary, with so many page streams.
+    pub(crate) fn forget(&self, streams: usize) {
+        self.thread.send(Errand::Forget(streams));
     }
 }
 
@@ -189,6 +194,8 @@ struct Carrier {
     few: Copies,
     give_back: mpsc::Sender<Copies>,
     encoding: Encoding,
+    /// A connection of this pairing takes no more: nothing is shipped until it is over.
+    broken: bool,
     /// The checkpoint that is being shipped.
     shipping: Option<Shipping>,
 }
@@ -196,10 +203,10 @@ struct Carrier {
 /// A checkpoint on its way.
 struct Shipping {
     parcel: Box<Parcel>,
-    out: Outbox,
     began: Instant,
-    /// What of it was shipped ahead.
+    /// What of it was shipped ahead, and its sums.
     ahead: Amount,
+    before: PageSums,
     /// When the open question was asked; the first one counts from when the secondary's VM was to stop.
     asked: checkpoint::Instant,
     is_asked: bool,
@@ -230,8 +237,9 @@ impl Carrier {
                 Ok(None) => {}
                 Err(error) => {
                     self.end_shipping();
-                    if let ShipError::Vm(reason) = error {
-                        self.report(Event::VmFailed(reason));
+                    match error {
+                        ShipError::Link => self.broken = true,
+                        ShipError::Vm(reason) => self.report(Event::VmFailed(reason)),
                     }
                 }
             }
@@ -241,11 +249,18 @@ impl Carrier {
     fn obey(&mut self, errand: Errand) -> Result<Option<Event>, ShipError> {
         match errand {
             Errand::Abandon => {
+                self.broken = false;
                 self.encoding.abandon();
                 self.end_shipping();
             }
-            Errand::Forget => self.encoding.forget(),
-            Errand::Ahead { tag, bulk } => return self.ship_ahead(tag, bulk).map(Some),
+            Errand::Forget(streams) => {
+                self.broken = false;
+                self.encoding.forget(streams);
+            }
+            // What did not get through is missing in the sums: the loss of the link is about to be told.
+            Errand::Ahead { .. } if self.broken => {}
+            Errand::Ship(parcel) if self.broken => self.give_back(*parcel),
+            Errand::Ahead { tag, streams } => return self.ship_ahead(tag, &streams).map(Some),
             Errand::Alike(matches, at) => {
                 if let Some(shipping) = of(&mut self.shipping, matches.tag) {
                     self.encoding.answered(&matches, at.since(shipping.asked));
@@ -285,15 +300,10 @@ impl Carrier {
         let tag = parcel.totals.tag();
         self.encoding.begin(tag);
         let ahead = self.encoding.stats().total();
-        let mut totals = parcel.totals.clone();
-        let totals_ahead = self.encoding.take_ahead();
-        if totals_ahead.pages_counted() > 0 {
-            totals.go_on_with_pages(&totals_ahead);
-        }
         let shipping = self.shipping.insert(Shipping {
             began: Instant::now(),
             ahead,
-            out: Outbox::new(totals, parcel.bulk.clone()),
+            before: self.encoding.sums(),
             asked: clock::now(),
             is_asked: false,
             bytes_asked: 0,
@@ -310,7 +320,8 @@ impl Carrier {
         };
         let compares = self.encoding.compare(pages, asks, None);
         if !parcel.beyond.is_empty() {
-            ship_beyond(&self.ram, &mut self.encoding, &mut shipping.out, &parcel.beyond)?;
+            let beyond = || parcel.beyond.iter().copied();
+            lanes::ship_memory(&mut self.encoding, &parcel.streams, &self.ram, beyond, false)?;
             let (pages, entropy) = (parcel.pages, parcel.entropy);
             return Ok(Some(Event::Copied { tag, pages, entropy }));
         }
@@ -339,7 +350,8 @@ impl Carrier {
             }
             Next::Encode(places) => {
                 let began = clock::now();
-                push(&mut self.encoding, &mut shipping.out, parcel.copies.range(places))?;
+                let copies = || parcel.copies.range(places.clone());
+                lanes::ship_copied(&mut self.encoding, &parcel.streams, places.len(), copies)?;
                 self.encoding.took(clock::now().since(began));
             }
             Next::Wait => shipping.waits = true,
@@ -352,16 +364,19 @@ impl Carrier {
     fn finish(&mut self) -> Result<Event, ShipError> {
         let mut shipping = self.shipping.take().expect("a checkpoint is being shipped");
         let sent = self.send_rest(&mut shipping);
-        let Shipping { parcel, out, .. } = shipping;
-        let entropy = parcel.entropy;
-        self.give_back(*parcel);
-        sent?;
-        Ok(Event::CheckpointSent(out.shipment(entropy)))
+        self.give_back(*shipping.parcel);
+        sent.map(Event::CheckpointSent)
     }
 
-    fn send_rest(&mut self, shipping: &mut Shipping) -> Result<(), ShipError> {
-        let Shipping { parcel, out, .. } = shipping;
-        finish(&mut self.encoding, out)?;
+    fn send_rest(&mut self, shipping: &mut Shipping) -> Result<Shipment, ShipError> {
+        let Shipping { parcel, before, .. } = shipping;
+        lanes::finish_all(&mut self.encoding, &parcel.streams)?;
+        let sums = self.encoding.sums();
+        let mut out = Outbox {
+            totals: parcel.totals.clone(),
+            bulk: parcel.bulk.clone(),
+        };
+        out.totals.add_pages(&sums);
         for &block in &parcel.blocks {
             let (offset, data) = read_block(&*self.image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
             out.write(offset, data)?;
@@ -369,70 +384,43 @@ impl Carrier {
         out.devices(core::mem::take(&mut parcel.sections))?;
         self.encoding.shipped();
         let (tag, took, stats) = (parcel.totals.tag(), shipping.began.elapsed(), self.encoding.stats());
-        let bytes = shipping.out.bytes + shipping.bytes_asked;
-        self.traces.sent(tag, took, &stats, shipping.ahead, bytes);
-        Ok(())
+        let (pages, bytes) = (sums.pages() - before.pages(), sums.bytes() - before.bytes());
+        self.traces
+            .sent(tag, took, &stats, shipping.ahead, bytes + shipping.bytes_asked);
+        Ok(Shipment {
+            totals: out.totals,
+            pages,
+            bytes,
+            entropy: parcel.entropy,
+        })
     }
 
     /// Ships the pages that are unread, until there are none: they are shipped, or a stop has taken them back.
-    fn ship_ahead(&mut self, tag: Tag, bulk: BulkSender) -> Result<Event, ShipError> {
+    fn ship_ahead(&mut self, tag: Tag, streams: &PageSenders) -> Result<Event, ShipError> {
         let began = clock::now();
         self.encoding.begin(tag);
-        let mut out = Outbox::new(self.encoding.take_ahead(), bulk);
+        let before = self.encoding.sums();
         let mut few = core::mem::take(&mut self.few);
         while self.unread.read(&self.ram, &mut few)? {
-            push(&mut self.encoding, &mut out, few.iter())?;
+            for (page, content) in few.iter() {
+                let (stream, lane) = self.encoding.lane_of(page);
+                lanes::push(lane, stream, streams, page, content)?;
+            }
         }
-        finish(&mut self.encoding, &mut out)?;
+        lanes::finish_all(&mut self.encoding, streams)?;
         self.few = few;
-        let (pages, bytes) = (out.pages, out.bytes);
-        self.encoding.keep_ahead(out.totals);
-        let took = clock::now().since(began);
+        let sums = self.encoding.sums();
         Ok(Event::ShippedAhead(AheadShipment {
             tag,
-            pages,
-            bytes,
-            took,
+            pages: sums.pages() - before.pages(),
+            bytes: sums.bytes() - before.bytes(),
+            took: clock::now().since(began),
         }))
     }
 }
 
 fn of(shipping: &mut Option<Shipping>, tag: Tag) -> Option<&mut Shipping> {
     shipping.as_mut().filter(|shipping| shipping.parcel.totals.tag() == tag)
-}
-
-/// Ships pages out of memory: the VM stands.
-fn ship_beyond(ram: &GuestRam, encoding: &mut Encoding, out: &mut Outbox, pages: &[u64]) -> Result<(), ShipError> {
-    let mut content = [0; PAGE_BYTES];
-    for &page in pages {
-        ram.read_page(page, &mut content)?;
-        push(encoding, out, [(page, &content)].into_iter())?;
-    }
-    Ok(finish(encoding, out)?)
-}
-
-/// Encodes pages, and sends the batches that they fill.
-fn push<'a>(
-    encoding: &mut Encoding,
-    out: &mut Outbox,
-    pages: impl Iterator<Item = (u64, &'a Page)>,
-) -> Result<(), LinkGone> {
-    for (page, content) in pages {
-        if encoding.push_timed(page, content, clock::now) {
-            if let Some(speed) = out.bulk.take_speed() {
-                encoding.link_measured(speed);
-            }
-            finish(encoding, out)?;
-        }
-    }
-    Ok(())
-}
-
-fn finish(encoding: &mut Encoding, out: &mut Outbox) -> Result<(), LinkGone> {
-    match encoding.finish(&mut out.totals) {
-        Some(batch) => out.send_pages(batch),
-        None => Ok(()),
-    }
 }
 
 /// The connection ended in the middle of a shipment; the protocol hears of it from the connection.
@@ -462,73 +450,13 @@ impl From<VmError> for ShipError {
     }
 }
 
-/// Where the parts of one checkpoint are counted and queued.
-pub(crate) struct Outbox {
+/// Where the parts of one checkpoint that are no pages are counted and queued.
+struct Outbox {
     totals: Totals,
-    pages: u64,
-    bytes: u64,
     bulk: BulkSender,
 }
 
 impl Outbox {
-    pub(crate) fn new(totals: Totals, bulk: BulkSender) -> Self {
-        Self {
-            totals,
-            pages: 0,
-            bytes: 0,
-            bulk,
-        }
-    }
-
-    /// A fresh image is zero: `skip_zero` leaves such pages out.
-    pub(crate) fn pages(
-        &mut self,
-        ram: &GuestRam,
-        pages: impl Iterator<Item = u64>,
-        skip_zero: bool,
-    ) -> Result<(), ShipError> {
-        let mut content = [0; PAGE_BYTES];
-        let mut encoder = BatchEncoder::new(BATCH_BYTES, None);
-        let mut chooser = Chooser::default();
-        for page in pages {
-            ram.read_page(page, &mut content)?;
-            if skip_zero && is_zero(&content) {
-                continue;
-            }
-            let pushed = timed(&mut chooser, clock::now, |chooser| {
-                encoder.push(page, &content, None, chooser)
-            });
-            if pushed.full {
-                if let Some(speed) = self.bulk.take_speed() {
-                    chooser.link_measured(speed);
-                }
-                self.batch(&mut encoder)?;
-            }
-        }
-        if !encoder.is_empty() {
-            self.batch(&mut encoder)?;
-        }
-        Ok(())
-    }
-
-    fn batch(&mut self, encoder: &mut BatchEncoder) -> Result<(), LinkGone> {
-        let (count, encoded) = encoder.finish();
-        let batch = PageBatch {
-            tag: self.totals.tag(),
-            count,
-            encoded,
-        };
-        self.totals.pages(&batch).expect("the batch has the tag of the sums");
-        self.send_pages(batch)
-    }
-
-    /// Sends a batch that is counted already.
-    fn send_pages(&mut self, batch: PageBatch) -> Result<(), LinkGone> {
-        self.pages += u64::from(batch.count);
-        self.bytes += batch.encoded.len() as u64;
-        send(&self.bulk, Message::Pages(batch))
-    }
-
     fn write(&mut self, offset: u64, data: Bytes) -> Result<(), LinkGone> {
         let write = DiskWrite {
             tag: self.totals.tag(),
@@ -548,15 +476,6 @@ impl Outbox {
             .device_state(&state)
             .expect("the devices' state is counted once");
         send(&self.bulk, Message::DeviceState(state))
-    }
-
-    pub(crate) fn shipment(self, entropy: [u8; 32]) -> Shipment {
-        Shipment {
-            totals: self.totals,
-            pages: self.pages,
-            bytes: self.bytes,
-            entropy,
-        }
     }
 }
 

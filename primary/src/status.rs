@@ -40,6 +40,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
                 .peer_address
                 .map_or_else(|| "none configured".to_owned(), |address| address.to_string()),
             connected: protocol.peer().is_some(),
+            streams: protocol.streams().unwrap_or_default() as u64,
         },
         mode: protocol.protected().then(|| Mode {
             now: protocol.epoch_mode().to_string(),

@@ -9,6 +9,7 @@ use checkpoint::Tag;
 use checkpoint::pages::identical::PageMatches;
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message, Section};
+use link::PageSenders;
 use link::mailbox;
 use link::peer::BulkSender;
 use link::record::RecordPlace;
@@ -18,9 +19,11 @@ use machine::{GuestRam, PageSet, Vm};
 use storage::verify::{BlockHash, HashKey, block_count};
 use storage::{FileImage, Image as _};
 
+use crate::encoding::Encoding;
 use crate::event::{Event, Look, Shipment};
+use crate::lanes;
 use crate::scout::Scout;
-use crate::ship::{Courier, Outbox, Parcel, ShipError, read_block, send};
+use crate::ship::{Courier, Parcel, ShipError, read_block, send};
 use crate::trace::{Stopwatch, Traces};
 
 /// What the VM's thread is told.
@@ -34,23 +37,27 @@ pub(crate) enum Command {
     Reseed,
     Resume,
     Seed(Option<[u8; 32]>),
-    Ship {
-        tag: Tag,
-        blocks: Vec<u64>,
-        totals: Totals,
-        both_ran: bool,
-        bulk: BulkSender,
-    },
+    Ship(Box<ShipOrder>),
     ShipAhead {
         tag: Tag,
         pages: u64,
-        bulk: BulkSender,
+        streams: PageSenders,
     },
     Sync {
-        totals: Totals,
+        totals: Box<Totals>,
         difference: bool,
-        bulk: BulkSender,
+        streams: PageSenders,
     },
+}
+
+/// The checkpoint that is to be copied and shipped.
+pub(crate) struct ShipOrder {
+    pub(crate) tag: Tag,
+    pub(crate) blocks: Vec<u64>,
+    pub(crate) totals: Totals,
+    pub(crate) both_ran: bool,
+    pub(crate) bulk: BulkSender,
+    pub(crate) streams: PageSenders,
 }
 
 /// The thread; it ends with the VM, stopped.
@@ -130,20 +137,14 @@ impl Keeper {
                     self.keep_dirty();
                     Ok(None)
                 }
-                Command::Ship {
-                    tag,
-                    blocks,
-                    totals,
-                    both_ran,
-                    bulk,
-                } => self.ship(tag, blocks, totals, both_ran, bulk).map(|()| None),
-                Command::ShipAhead { tag, pages, bulk } => self.ship_ahead(tag, pages, bulk).map(Some),
+                Command::Ship(order) => self.ship(*order).map(|()| None),
+                Command::ShipAhead { tag, pages, streams } => self.ship_ahead(tag, pages, streams).map(Some),
                 Command::Sync {
                     totals,
                     difference,
-                    bulk,
+                    streams,
                 } => self
-                    .sync(totals, difference, &bulk)
+                    .sync(*totals, difference, &streams)
                     .map(|shipment| Some(Event::MemorySynced(shipment))),
             };
             match event {
@@ -198,29 +199,41 @@ impl Keeper {
     }
 
     /// Ships memory while the VM runs: what it dirties meanwhile is left to the first checkpoint.
-    fn sync(&mut self, totals: Totals, difference: bool, bulk: &BulkSender) -> Result<Shipment, ShipError> {
+    fn sync(&mut self, mut totals: Totals, difference: bool, streams: &PageSenders) -> Result<Shipment, ShipError> {
         let tag = totals.tag();
         let dirty = self.vm.take_dirty()?;
         self.scout.stopped();
-        self.courier.forget();
-        let mut out = Outbox::new(totals, bulk.clone());
-        let sent = if difference {
-            out.pages(&self.ram, dirty.iter(), false)
+        self.courier.forget(streams.streams());
+        // Nothing is known of what the secondary has, and nothing is remembered: this is all or most of memory.
+        let mut encoding = Encoding::new(0, streams.streams());
+        encoding.begin(tag);
+        let populated;
+        let pages = if difference {
+            &dirty
         } else {
-            out.pages(&self.ram, self.ram.populated()?.iter(), true)
+            populated = self.ram.populated()?;
+            &populated
         };
+        let sent = lanes::ship_memory(&mut encoding, streams, &self.ram, || pages.iter(), !difference);
         // Those of a whole sync need no mark: a secondary that lacks it holds nothing that a difference could build on.
         let unacknowledged = self.unacknowledged_in(tag);
         if difference {
             unacknowledged.union(&dirty);
         }
         sent?;
-        Ok(out.shipment([0; 32]))
+        let sums = encoding.sums();
+        totals.add_pages(&sums);
+        Ok(Shipment {
+            totals,
+            pages: sums.pages(),
+            bytes: sums.bytes(),
+            entropy: [0; 32],
+        })
     }
 
     /// Looks at the dirty pages, and lets the courier ship those that have gone quiet: their bits are cleared first,
     /// then they are read.
-    fn ship_ahead(&mut self, tag: Tag, most: u64, bulk: BulkSender) -> Result<Event, ShipError> {
+    fn ship_ahead(&mut self, tag: Tag, most: u64, streams: PageSenders) -> Result<Event, ShipError> {
         let began = clock::now();
         let dirty = self.vm.dirty_now()?;
         let cold = self.scout.look(&dirty, most);
@@ -230,7 +243,7 @@ impl Keeper {
         }
         if ahead > 0 {
             self.vm.clear_dirty(&cold)?;
-            self.courier.ship_ahead(tag, &cold, bulk);
+            self.courier.ship_ahead(tag, &cold, streams);
         }
         Ok(Event::Looked(Look {
             tag,
@@ -251,14 +264,8 @@ impl Keeper {
     }
 
     /// Copies what a checkpoint ships, and lets the courier ship it.
-    fn ship(
-        &mut self,
-        tag: Tag,
-        blocks: Vec<u64>,
-        totals: Totals,
-        both_ran: bool,
-        bulk: BulkSender,
-    ) -> Result<(), ShipError> {
+    fn ship(&mut self, order: ShipOrder) -> Result<(), ShipError> {
+        let tag = order.tag;
         let mut watch = self.watch.take().unwrap_or_else(Stopwatch::start);
         watch.parts.order_us = watch.lap();
         let mut dirty = self.vm.take_dirty()?;
@@ -280,12 +287,13 @@ impl Keeper {
         link::entropy::fill(&mut entropy);
         let is_copied = beyond.is_empty();
         self.parcel = Some(Parcel {
-            totals,
-            bulk,
+            totals: order.totals,
+            bulk: order.bulk,
+            streams: order.streams,
             copies,
             beyond,
             pages,
-            blocks,
+            blocks: order.blocks,
             sections: sections
                 .map(|section| Section {
                     name: section.name,
@@ -294,7 +302,7 @@ impl Keeper {
                 })
                 .collect(),
             entropy,
-            both_ran,
+            both_ran: order.both_ran,
         });
         if is_copied {
             self.report(Event::Copied { tag, pages, entropy });

@@ -35,6 +35,10 @@ pub enum Event {
     Loaded(Tag),
     /// The overlay or the stage is near its limit.
     NearLimit,
+    /// Pages came on this page stream. Not said before `Secondary::takes_pages`.
+    PagesArrived(usize, PageBatch),
+    /// A page stream is gone; every complete message before has been delivered, or never will be.
+    PagesClosed(LinkEnd),
     /// The VM is stopped and its devices are quiet.
     Paused,
     /// The primary said something.
@@ -76,8 +80,8 @@ impl fmt::Display for LinkEnd {
 /// Something is to be done. Actions of one step are carried out in their order.
 #[derive(Debug)]
 pub enum Action {
-    /// Write these pages into the committed image at once: no VM runs on it yet.
-    ApplyPages(PageBatch),
+    /// Write these pages, which came on that stream, into the committed image at once: no VM runs on it yet.
+    ApplyPages(usize, PageBatch),
     /// Write to the base image at once: it is being synced.
     ApplyWrite(DiskWrite),
     /// Try everything that could fail at the load of the staged checkpoint; answered by `Checked`.
@@ -87,7 +91,7 @@ pub enum Action {
     BeginSync(Begin),
     /// Ask the witness for a term; answered by `WitnessAnswered`.
     Claim(Generation),
-    /// Close both connections; `ControlClosed` and `DataClosed` follow after what was still in them.
+    /// Close all connections; `ControlClosed`, `DataClosed` and `PagesClosed` follow after what was still in them.
     CloseLink,
     /// The VM is stopped: make the writes up to this epoch the disk, drop the overlay; answered by
     /// `DiskCommitted` when that is durable.
@@ -118,8 +122,8 @@ pub enum Action {
     SeedEntropy([u8; 32]),
     /// Keep the devices' state for the load.
     StageDevices(DeviceState),
-    /// Keep these pages for the load.
-    StagePages(PageBatch),
+    /// Keep these pages, which came on that stream, for the load.
+    StagePages(usize, PageBatch),
     /// Keep this write for the commit.
     StageWrite(DiskWrite),
     /// Write the record beside the image, durably; answered by `RecordStored`.

@@ -15,6 +15,7 @@ mod disk;
 pub mod event;
 pub mod protocol;
 pub mod run;
+mod stage;
 mod status;
 mod vm;
 

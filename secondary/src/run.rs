@@ -10,6 +10,7 @@ use checkpoint::{Generation, Instant};
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
 use link::mailbox::{self, mailbox};
+use link::pages::Held;
 use link::port::{Observer, Port, PortBackend, Turns};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
@@ -24,6 +25,7 @@ use tracing::info;
 use crate::disk::{self, Disk, Follower};
 use crate::event::{Action, Event, LinkEnd, Outcome};
 use crate::protocol::{Options, Secondary};
+use crate::stage::Stagers;
 use crate::vm::{self, Command, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
@@ -93,13 +95,16 @@ pub async fn run(
         .set_backends(Box::new(net), Box::new(block))
         .map_err(std::io::Error::other)?;
     let card = Turns::new(setup.vm.net_turns())?;
-    let vm = vm::spawn(setup.vm, events.clone())?;
+    let stagers = Stagers::spawn(setup.options.streams, &setup.vm.ram(), &events)?;
+    let vm = vm::spawn(setup.vm, stagers.orders(), events.clone())?;
     let thread = disk::spawn(disk.clone(), setup.record, events.clone(), vm.orders())?;
     let primary = setup.established.hello.node;
     setup.sentinel.guard(&setup.established.link.sockets());
     let role = Role {
         protocol: Secondary::new(setup.options, primary, clock::now()),
         actions: Vec::new(),
+        arrived: None,
+        stagers,
         vm,
         disk,
         thread,
@@ -109,7 +114,7 @@ pub async fn run(
         session: setup.established.welcome.session,
         goodbye: false,
         finishing: None,
-        closed: (false, false),
+        closed: false,
         pair: setup.pair,
         node: setup.node,
         port: setup.port,
@@ -143,6 +148,9 @@ impl Observer for Events {
 struct Role {
     protocol: Secondary,
     actions: Vec<Action>,
+    /// What is kept of the link until the pages that have just arrived are staged.
+    arrived: Option<Held>,
+    stagers: Stagers,
     vm: VmThread,
     disk: Disk,
     thread: Worker<disk::Command>,
@@ -153,8 +161,8 @@ struct Role {
     goodbye: bool,
     finishing: Option<tokio::task::JoinHandle<()>>,
     address: String,
-    /// Whether the control and the data connection have ended.
-    closed: (bool, bool),
+    /// Whether a connection has ended.
+    closed: bool,
     pair: String,
     node: String,
     port: Arc<Port>,
@@ -188,10 +196,10 @@ impl Role {
             tokio::select! {
                 event = inbox.recv() => self.step(event),
                 () = self.card.due() => {}
-                Some(event) = peer.recv() => {
+                Some(event) = peer.recv(self.protocol.takes_pages()) => {
                     self.link_event(event);
                     for _ in 1..MESSAGES_PER_TURN {
-                        let Some(event) = peer.try_recv() else { break };
+                        let Some(event) = peer.try_recv(self.protocol.takes_pages()) else { break };
                         self.link_event(event);
                     }
                 }
@@ -225,13 +233,15 @@ impl Role {
             .unwrap_or_else(|| Outcome::Failed("the role ended without a reason".to_owned()));
         let taken = matches!(outcome, Outcome::TakenOver(_));
         let image_ready = taken.then(|| self.fold());
-        let (vm, disk) = (self.vm, self.thread);
+        let (vm, stagers, disk) = (self.vm, self.stagers, self.thread);
         let vm = tokio::task::spawn_blocking(move || {
             // After a takeover the disk's thread goes on by itself; else nothing may be written after this run.
             if !taken {
                 disk.join();
             }
-            vm.join()
+            let vm = vm.join();
+            stagers.join();
+            vm
         })
         .await
         .map_err(std::io::Error::other)?;
@@ -278,7 +288,10 @@ impl Role {
 
     fn carry_out(&mut self, action: Action) {
         match action {
-            Action::ApplyPages(batch) => self.vm.send(Command::ApplyPages(batch)),
+            Action::ApplyPages(stream, batch) => {
+                let room = self.arrived.take().expect("pages are applied as they arrive");
+                self.stagers.apply(stream, batch, room);
+            }
             Action::ApplyWrite(write) => self.thread.send(disk::Command::Apply(write)),
             Action::BeginSync(Begin { tag, base }) => {
                 let hashes = (link::entropy::hash_key(self.session), self.link.bulk());
@@ -288,6 +301,7 @@ impl Role {
                 });
                 self.vm.send(Command::BeginSync {
                     keep: base.memory.is_some(),
+                    ready: self.stagers.begin(),
                 });
             }
             Action::Check(tag) => {
@@ -308,7 +322,10 @@ impl Role {
                 self.card.make_due();
             }
             Action::DropDeliveries => self.port.clear(),
-            Action::DropStage => self.vm.send(Command::DropStage),
+            Action::DropStage => {
+                self.stagers.drop_staged();
+                self.vm.send(Command::DropStage);
+            }
             Action::End(outcome) => self.outcome = Some(outcome),
             Action::Load(tag) => self.vm.send(Command::Load(tag)),
             Action::PauseVm => self.vm.send(Command::Pause),
@@ -321,7 +338,10 @@ impl Role {
             }
             Action::SeedEntropy(seed) => self.vm.send(Command::Seed(seed)),
             Action::StageDevices(state) => self.vm.send(Command::StageDevices(state)),
-            Action::StagePages(batch) => self.vm.send(Command::StagePages(batch)),
+            Action::StagePages(stream, batch) => {
+                let room = self.arrived.take().expect("pages are staged as they arrive");
+                self.stagers.stage(stream, batch, room);
+            }
             Action::StageWrite(write) => {
                 let staged = self.disk.replica().stage(write.tag.epoch, write.offset, &write.data);
                 if let Err(error) = staged {
@@ -354,19 +374,20 @@ impl Role {
     fn link_event(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Message(message) => self.step(Event::PeerSent(message)),
-            LinkEvent::Closed {
-                which: Which::Control,
-                cause,
-            } => {
-                self.closed.0 = true;
-                self.step(Event::ControlClosed(link_end("control", cause)));
+            LinkEvent::Pages(pages) => {
+                self.arrived = Some(pages.room);
+                self.step(Event::PagesArrived(pages.stream, pages.batch));
+                // They may not have been wanted.
+                self.arrived = None;
             }
-            LinkEvent::Closed {
-                which: Which::Data,
-                cause,
-            } => {
-                self.closed.1 = true;
-                self.step(Event::DataClosed(link_end("data", cause)));
+            LinkEvent::Closed { which, cause } => {
+                self.closed = true;
+                let end = link_end(which, cause);
+                self.step(match which {
+                    Which::Control => Event::ControlClosed(end),
+                    Which::Data => Event::DataClosed(end),
+                    Which::Pages(_) => Event::PagesClosed(end),
+                });
             }
         }
     }
@@ -440,7 +461,7 @@ impl Role {
                 pair: &self.pair,
                 node: &self.node,
                 address: &self.address,
-                connected: self.closed == (false, false),
+                connected: !self.closed,
                 link_queued_bytes: self.link.queued_bytes() as u64,
                 overlay_bytes: overlay,
                 staged_bytes: staged,
@@ -452,11 +473,12 @@ impl Role {
     }
 }
 
-fn link_end(which: &str, cause: CloseCause) -> LinkEnd {
+fn link_end(which: Which, cause: CloseCause) -> LinkEnd {
     match cause {
         CloseCause::Eof => LinkEnd::PeerEnded,
         CloseCause::Broken(error) => LinkEnd::Broken(format!("{which} connection: it broke: {error}")),
         CloseCause::Garbage(error) => LinkEnd::Broken(format!("{which} connection: {error}")),
+        CloseCause::Misplaced(_) => LinkEnd::Broken(format!("{which} connection: {cause}")),
     }
 }
 

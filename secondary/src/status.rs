@@ -34,6 +34,7 @@ pub(crate) fn status(protocol: &Secondary, now: Instant, shell: &Shell<'_>) -> S
             node: Some(protocol.primary().to_owned()),
             addr: shell.address.to_owned(),
             connected: shell.connected,
+            streams: protocol.streams() as u64,
         },
         mode: (state.is_protected()).then(|| Mode {
             now: protocol.epoch_mode().to_string(),

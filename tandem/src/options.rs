@@ -119,6 +119,10 @@ pub struct PairOptions {
     /// `acknowledgement`, which needs no memory for the copy [default: copy]
     #[arg(long, value_name = "POLICY")]
     pub resume_after: Option<Resume>,
+    /// Connections that carry nothing but memory, 1 to 8, each with threads of its own on both hosts; the lesser of what both
+    /// hosts are set to is used [default: 2]
+    #[arg(long, value_name = "COUNT")]
+    pub streams: Option<usize>,
     /// The options that any VM has.
     #[command(flatten)]
     pub vm: VmOptions,
@@ -172,7 +176,7 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 22] = [
+const KEYS: [&str; 23] = [
     "ahead-rate",
     "checkpoint-every",
     "checkpoint-memory",
@@ -191,6 +195,7 @@ const KEYS: [&str; 22] = [
     "pause-budget",
     "peer",
     "resume-after",
+    "streams",
     "takeover-limit",
     "tap",
     "unmatched-limit",
@@ -222,6 +227,7 @@ impl PairOptions {
             pause_budget: self.pause_budget.or(file.pause_budget),
             ahead_rate: self.ahead_rate.or(file.ahead_rate),
             resume_after: self.resume_after.or(file.resume_after),
+            streams: self.streams.or(file.streams),
             vm: self.vm.or(file.vm),
         })
     }
@@ -246,6 +252,7 @@ impl PairOptions {
             "pause-budget" => self.pause_budget = Some(parsed(value)?),
             "peer" => self.peer = Some(value.to_owned()),
             "resume-after" => self.resume_after = Some(parsed(value)?),
+            "streams" => self.streams = Some(parsed(value).map_err(|_| "write a whole number")?),
             "takeover-limit" => self.takeover_limit = Some(parsed(value)?),
             "tap" => self.vm.tap = Some(value.to_owned()),
             "unmatched-limit" => self.unmatched_limit = Some(parsed(value)?),
@@ -433,6 +440,7 @@ mod tests {
                 "pair.toml:1: listen: 'here': invalid socket address syntax, as in 10.0.0.1:7100",
             ),
             ("log-json = \"yes\"", "pair.toml:1: log-json: write true or false"),
+            ("streams = \"many\"", "pair.toml:1: streams: write a whole number"),
             ("memory = [1]", "pair.toml:1: memory: write one value in quotes"),
         ] {
             let error = parse_text(text).unwrap_err().to_string();

@@ -141,6 +141,7 @@ struct RoleSettings {
     pause_budget: Option<Duration>,
     checkpoint_memory: u64,
     resume: Resume,
+    streams: usize,
 }
 
 impl From<Settings> for RoleSettings {
@@ -164,6 +165,7 @@ impl From<Settings> for RoleSettings {
             pause_budget: settings.pause_budget.map(Into::into),
             checkpoint_memory: settings.checkpoint_memory,
             resume: settings.resume,
+            streams: settings.streams,
         }
     }
 }
@@ -186,6 +188,7 @@ impl From<RunSettings> for RoleSettings {
             pause_budget: None,
             checkpoint_memory: u64::MAX,
             resume: Resume::default(),
+            streams: 1,
         }
     }
 }
@@ -320,6 +323,7 @@ impl Host {
             held: Held::default(),
             takeover_limit_ms: self.settings.takeover_limit.as_millis(),
             witness: self.witness.is_some(),
+            streams: self.settings.streams,
         }
     }
 
@@ -446,6 +450,7 @@ impl Host {
             pair: self.pair().to_owned(),
             node: self.settings.node.clone(),
             peer: self.settings.peer,
+            streams: self.settings.streams,
             shape: self.shape(),
             vm,
             port,

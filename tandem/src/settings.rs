@@ -36,6 +36,8 @@ const UNMATCHED_LIMIT: RangeInclusive<Span> = Span::ms(1)..=Span::ms(10_000);
 const CHECKPOINT_MEMORY_DEFAULT_MIN: ByteSize = ByteSize::mib(64);
 const CHECKPOINT_MEMORY_MIN: ByteSize = ByteSize::mib(1);
 const PAUSE_BUDGET: RangeInclusive<Span> = Span(Duration::from_micros(100))..=Span::ms(10_000);
+const STREAMS_DEFAULT: usize = 2;
+const STREAMS: RangeInclusive<usize> = 1..=checkpoint::limits::STREAMS_MAX;
 const NAME_BYTES_MAX: usize = 32;
 const INTERFACE_BYTES_MAX: usize = 15;
 
@@ -72,6 +74,8 @@ pub struct Settings {
     pub ahead_rate: u64,
     /// When the VM runs on after a stop for a checkpoint.
     pub resume: Resume,
+    /// Most page streams of a pairing.
+    pub streams: usize,
 }
 
 /// What a VM runs with, protected or not.
@@ -197,6 +201,7 @@ impl Settings {
                 .ahead_rate
                 .map_or_else(|| Budget::default().bytes_per_second, |rate| rate.0),
             resume: options.resume_after.unwrap_or_default(),
+            streams: streams(options.streams)?,
             pair,
             node,
         })
@@ -404,6 +409,16 @@ fn span(
     }
 }
 
+fn streams(given: Option<usize>) -> Result<usize, SettingsError> {
+    let streams = given.unwrap_or(STREAMS_DEFAULT);
+    if STREAMS.contains(&streams) {
+        Ok(streams)
+    } else {
+        let reason = format!("must be from {} to {}", STREAMS.start(), STREAMS.end());
+        Err(wrong("streams", streams, reason))
+    }
+}
+
 fn resolve(peer: &str) -> Result<SocketAddr, SettingsError> {
     let mut found = peer.to_socket_addrs().map_err(|error| {
         wrong(
@@ -464,6 +479,7 @@ mod tests {
         assert_eq!(settings.ahead_rate, 128 << 20);
         assert_eq!(settings.pause_budget, None);
         assert_eq!(settings.checkpoint_memory, 128 << 20);
+        assert_eq!(settings.streams, 2);
         assert_eq!(settings.vm.memory, 256 << 20);
         assert_eq!(settings.vm.control, Path::new("/run/tandem/shop-a.sock"));
         assert_eq!(settings.peer, Some("10.0.0.2:7100".parse().unwrap()));
@@ -481,7 +497,9 @@ mod tests {
 
     #[test]
     fn what_can_not_be_used_is_told_with_its_cure() {
-        let cases: [(Change, &str); 10] = [
+        let cases: [(Change, &str); 12] = [
+            (|o| o.streams = Some(0), "--streams 0: must be from 1 to 8"),
+            (|o| o.streams = Some(9), "--streams 9: must be from 1 to 8"),
             (
                 |o| o.vm.memory = Some(ByteSize::mib(257)),
                 "--memory 257M: must be a multiple of 2M: take 258M",

@@ -6,7 +6,7 @@ use std::fmt;
 use crate::faults::Kind;
 
 /// Every step of both roles, and the two of a host without a role: `Primary::phase`, `Secondary::phase`.
-pub const STEPS: [&str; 30] = [
+pub const STEPS: [&str; 31] = [
     // Of the primary.
     "alone",
     "pairing",
@@ -25,6 +25,7 @@ pub const STEPS: [&str; 30] = [
     // Of the secondary.
     "idle",
     "receiving",
+    "gathering",
     "checking",
     "recording",
     "halting",

@@ -11,6 +11,7 @@ use storage::sim::SimImage;
 use storage::verify::{BlockHash, HashKey};
 use storage::{CommitJob, Image};
 
+use crate::network::Channel;
 use crate::node::Role;
 use crate::world::{Happening, VmOrder, World};
 
@@ -156,7 +157,7 @@ impl World {
                 offset,
                 data: data.into(),
             };
-            self.send(node, false, Message::SyncBlock(write));
+            self.send(node, Channel::Data, Message::SyncBlock(write));
         }
         if self.nodes[node].link.is_some() {
             self.step_primary(node, PrimaryEvent::DiskSynced(tag.generation));
@@ -174,7 +175,11 @@ impl World {
         if hashes {
             let hashes = storage::verify::hashes(&*image, &KEY, 0, usize::MAX)?;
             let hashes = hashes.into_iter().map(|hash| hash.0).collect();
-            self.send(node, false, Message::BlockHashes(BlockHashes { tag, first: 0, hashes }));
+            self.send(
+                node,
+                Channel::Data,
+                Message::BlockHashes(BlockHashes { tag, first: 0, hashes }),
+            );
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use checkpoint::wire::{Decoder, Message, encode_into};
 
-use crate::network::Item;
+use crate::network::{Channel, Item};
 use crate::node::{DiskFault, Role};
 use crate::random::Random;
 use crate::trace::Line;
@@ -11,10 +11,12 @@ use crate::world::{Happening, MILLISECOND, World};
 /// What a fault does. Hosts are given by their number, spans in milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Both connections break for both hosts, not at the same moment; what is under way is lost in part.
+    /// A page stream breaks for both hosts, not at the same moment; the other connections stand.
+    BreakStream,
+    /// All connections break for both hosts, not at the same moment; what is under way is lost in part.
     CloseLink,
-    /// The next message to this host on that connection (control?) loses its integrity on the way.
-    Corrupt(usize, bool, Damage),
+    /// The next message to this host on that connection loses its integrity on the way.
+    Corrupt(usize, Channel, Damage),
     /// Nothing passes any more, and nobody is told.
     CutLink,
     /// Nothing more reaches this host from the other, and nobody is told.
@@ -37,13 +39,13 @@ pub enum Fault {
     PowerLoss(usize),
     /// Both hosts lose power, the second so much later.
     PowerLossBoth(u64),
-    /// The next message to this host on the data connection comes twice, or its next acknowledgement again in the checkpoint
+    /// The next message to this host on that connection comes twice, or its next acknowledgement again in the checkpoint
     /// after: the peer breaks the protocol.
-    Repeat(usize),
+    Repeat(usize, Channel),
     /// Each of the host's disk operations takes up to so much longer, for the second span.
     SlowDisk(usize, u64, u64),
-    /// Each message on that connection (control?) takes up to so much longer, for the second span.
-    SlowLink(bool, u64, u64),
+    /// Each message on that connection takes up to so much longer, for the second span.
+    SlowLink(Channel, u64, u64),
     /// Nothing passes for a time; then everything, in order.
     Stall(u64),
     /// The process is asked to end, and does so in order.
@@ -76,7 +78,7 @@ pub enum Damage {
 /// The kind of a fault, and the only thing that coverage tells apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// [`Fault::CloseLink`].
+    /// [`Fault::CloseLink`] and [`Fault::BreakStream`].
     CloseLink,
     /// [`Fault::Corrupt`].
     Corrupt,
@@ -159,8 +161,9 @@ impl Kind {
     #[must_use]
     pub fn against(self, host: usize, random: &mut Random) -> Fault {
         match self {
+            Self::CloseLink if random.one_in(3) => Fault::BreakStream,
             Self::CloseLink => Fault::CloseLink,
-            Self::Corrupt => Fault::Corrupt(host, random.one_in(4), Damage::random(random)),
+            Self::Corrupt => Fault::Corrupt(host, Channel::random(random), Damage::random(random)),
             Self::CutLink => Fault::CutLink,
             Self::CutTo => Fault::CutTo(host),
             Self::DiskFull => Fault::DiskFull(host, 20 + random.below(800)),
@@ -172,9 +175,9 @@ impl Kind {
             Self::PowerCut => Fault::PowerCut(host, random.below(12)),
             Self::PowerLoss => Fault::PowerLoss(host),
             Self::PowerLossBoth => Fault::PowerLossBoth(random.below(6).pow(4)),
-            Self::Repeat => Fault::Repeat(host),
+            Self::Repeat => Fault::Repeat(host, Channel::random_bulk(random)),
             Self::SlowDisk => Fault::SlowDisk(host, 1 + random.below(200), 50 + random.below(900)),
-            Self::SlowLink => Fault::SlowLink(random.one_in(2), 1 + random.below(250), 50 + random.below(500)),
+            Self::SlowLink => Fault::SlowLink(Channel::random(random), 1 + random.below(250), 50 + random.below(500)),
             Self::Stall => Fault::Stall(20 + random.below(500)),
             Self::Stop => Fault::Stop(host),
             Self::Suspend => Fault::Suspend(host, 350 + random.below(600)),
@@ -224,7 +227,7 @@ impl Fault {
     #[must_use]
     pub fn kind(self) -> Kind {
         match self {
-            Self::CloseLink => Kind::CloseLink,
+            Self::BreakStream | Self::CloseLink => Kind::CloseLink,
             Self::Corrupt(..) => Kind::Corrupt,
             Self::CutLink => Kind::CutLink,
             Self::CutTo(_) => Kind::CutTo,
@@ -237,7 +240,7 @@ impl Fault {
             Self::PowerCut(..) => Kind::PowerCut,
             Self::PowerLoss(_) => Kind::PowerLoss,
             Self::PowerLossBoth(_) => Kind::PowerLossBoth,
-            Self::Repeat(_) => Kind::Repeat,
+            Self::Repeat(..) => Kind::Repeat,
             Self::SlowDisk(..) => Kind::SlowDisk,
             Self::SlowLink(..) => Kind::SlowLink,
             Self::Stall(_) => Kind::Stall,
@@ -285,6 +288,25 @@ impl Fault {
             | Self::WitnessCut(host, _)
             | Self::WriteFails(host, _) => Some(host),
             _ => None,
+        }
+    }
+}
+
+impl Channel {
+    fn random(random: &mut Random) -> Self {
+        if random.one_in(4) {
+            Self::Control
+        } else {
+            Self::random_bulk(random)
+        }
+    }
+
+    /// On a page stream only what is sent to a secondary is something.
+    fn random_bulk(random: &mut Random) -> Self {
+        if random.one_in(2) {
+            Self::Data
+        } else {
+            Self::Pages(index(random.below(8)))
         }
     }
 }
@@ -390,18 +412,19 @@ impl World {
 
     fn strike_link(&mut self, link: usize, fault: Fault) {
         match fault {
+            Fault::BreakStream => self.break_stream(link),
             Fault::CloseLink => self.break_link(link),
-            Fault::Corrupt(to, control, damage) => self.links[link].damage(to, control, damage),
+            Fault::Corrupt(to, channel, damage) => self.links[link].damage(to, channel, damage),
             Fault::CutLink => self.links[link].cut = [true; 2],
             Fault::CutTo(node) => self.links[link].cut[node] = true,
             Fault::HalfOpen(node) => self.half_open(link, node),
-            Fault::Repeat(to) if matches!(self.nodes[to].role, Role::Primary(_)) && self.random.one_in(2) => {
+            Fault::Repeat(to, _) if matches!(self.nodes[to].role, Role::Primary(_)) && self.random.one_in(2) => {
                 self.links[link].replay(to);
             }
-            Fault::Repeat(to) => self.links[link].repeat(to),
-            Fault::SlowLink(control, extra, span) => {
+            Fault::Repeat(to, channel) => self.links[link].repeat(to, channel),
+            Fault::SlowLink(channel, extra, span) => {
                 let until = self.now + span * MILLISECOND;
-                self.links[link].slow(control, extra * MILLISECOND, until);
+                self.links[link].slow(channel, extra * MILLISECOND, until);
             }
             Fault::Stall(span) => self.stall(link, self.now + span * MILLISECOND),
             _ => unreachable!("a fault of the link"),
@@ -456,7 +479,9 @@ impl World {
     }
 
     fn freeze(&mut self, node: usize, span: u64) {
-        self.nodes[node].frozen_until = self.now + span * MILLISECOND;
+        // What waits for the end of an earlier one is not overtaken.
+        let until = self.now + span * MILLISECOND;
+        self.nodes[node].frozen_until = self.nodes[node].frozen_until.max(until);
         self.nodes[node].deadline_first = self.random.one_in(2);
     }
 

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use checkpoint::Generation;
+use checkpoint::limits::STREAMS_MAX;
 use checkpoint::pair::WitnessAnswer;
-use checkpoint::wire::{Message, Session, Welcome};
+use checkpoint::wire::{Message, PageBatch, Session, Welcome};
 use primary::event::Event as PrimaryEvent;
 use secondary::event::{Event as SecondaryEvent, LinkEnd};
 use secondary::protocol::{Options as SecondaryOptions, Secondary};
@@ -15,6 +16,27 @@ use crate::faults::{Damage, Damaged};
 use crate::node::Role;
 use crate::trace::Line;
 use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, World};
+
+/// One of a pair's connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Channel {
+    /// Heartbeats and goodbyes.
+    Control,
+    /// Everything else but pages.
+    Data,
+    /// The page stream of that number.
+    Pages(usize),
+}
+
+impl Channel {
+    fn index(self) -> usize {
+        match self {
+            Self::Control => 0,
+            Self::Data => 1,
+            Self::Pages(stream) => 2 + stream,
+        }
+    }
+}
 
 /// What arrives on a connection.
 #[derive(Debug)]
@@ -30,7 +52,7 @@ impl Item {
     }
 }
 
-/// The two connections of a pair.
+/// The connections of a pair.
 #[derive(Debug, Default)]
 pub(crate) struct Link {
     /// Nothing reaches this host any more.
@@ -39,8 +61,14 @@ pub(crate) struct Link {
     stalled_until: u64,
     /// Hosts that have closed it.
     closed: [bool; 2],
-    /// What is on its way to a host on a connection (control?).
-    lanes: [[Lane; 2]; 2],
+    /// Hosts that have said goodbye.
+    parted: [bool; 2],
+    /// Page streams.
+    streams: usize,
+    /// What is on its way to a host on a connection.
+    lanes: [[Lane; 2 + STREAMS_MAX]; 2],
+    /// What came on page streams whose reader is not yet asked for it, in its order.
+    unread: Vec<(usize, Item)>,
 }
 
 /// One direction of one connection.
@@ -62,31 +90,47 @@ struct Lane {
 
 impl Link {
     /// The next message to this host on that connection is damaged.
-    pub(crate) fn damage(&mut self, to: usize, control: bool, damage: Damage) {
-        let lane = self.lane(to, control);
+    pub(crate) fn damage(&mut self, to: usize, channel: Channel, damage: Damage) {
+        // Missing bytes are missed with those that follow, which may be long in coming on a page stream; TCP loses none.
+        let damage = match (channel, damage) {
+            (Channel::Pages(_), Damage::Cut(source) | Damage::Double(source)) => Damage::Flip(source),
+            (_, damage) => damage,
+        };
+        let lane = self.lane(to, channel);
         lane.damage = Some(damage);
         lane.damaged.get_or_insert_default();
     }
 
-    /// The next data message to this host comes twice.
-    pub(crate) fn repeat(&mut self, to: usize) {
-        self.lane(to, false).repeat = true;
+    /// The next message to this host on that connection comes twice.
+    pub(crate) fn repeat(&mut self, to: usize, channel: Channel) {
+        self.lane(to, channel).repeat = true;
     }
 
     /// The next acknowledgement that is sent to this host comes again in the checkpoint after.
     pub(crate) fn replay(&mut self, to: usize) {
-        self.lane(to, false).replay = true;
+        self.lane(to, Channel::Data).replay = true;
     }
 
     /// Messages on that connection take up to so much longer.
-    pub(crate) fn slow(&mut self, control: bool, extra: u64, until: u64) {
+    pub(crate) fn slow(&mut self, channel: Channel, extra: u64, until: u64) {
         for to in 0..2 {
-            self.lane(to, control).slow = (extra, until);
+            self.lane(to, channel).slow = (extra, until);
         }
     }
 
-    fn lane(&mut self, to: usize, control: bool) -> &mut Lane {
-        &mut self.lanes[to][usize::from(control)]
+    fn channels(&self) -> impl Iterator<Item = Channel> + use<> {
+        [Channel::Control, Channel::Data]
+            .into_iter()
+            .chain((0..self.streams).map(Channel::Pages))
+    }
+
+    /// Any number is that of a stream.
+    fn lane(&mut self, to: usize, channel: Channel) -> &mut Lane {
+        let channel = match channel {
+            Channel::Pages(stream) => Channel::Pages(stream % self.streams),
+            channel => channel,
+        };
+        &mut self.lanes[to][channel.index()]
     }
 }
 
@@ -103,7 +147,7 @@ pub(crate) struct Witness {
 pub(crate) struct Wire {
     pub(crate) link: usize,
     pub(crate) to: usize,
-    control: bool,
+    channel: Channel,
     item: Item,
 }
 
@@ -134,7 +178,10 @@ impl World {
             return self.later(50 * MILLISECOND, Happening::Dial(node, life));
         }
         let link = self.links.len();
-        self.links.push(Link::default());
+        self.links.push(Link {
+            streams: self.streams,
+            ..Link::default()
+        });
         self.nodes[node].link = Some(link);
         self.nodes[other].link = Some(link);
         let generation = Generation(self.nodes[other].record.map_or(0, |record| record.generation.0));
@@ -143,6 +190,7 @@ impl World {
             takeover_limit: TAKEOVER_LIMIT,
             generation,
             held: self.nodes[other].held(),
+            streams: self.streams,
         };
         let secondary = Secondary::new(options, name(node), self.nodes[other].clock(self.now));
         self.nodes[other].role = Role::Secondary(Box::new(secondary));
@@ -153,29 +201,41 @@ impl World {
             generation: 0,
             committed: 0,
             held: self.nodes[other].held(),
+            streams: u32::try_from(self.streams).expect("few"),
         };
         self.step_primary(node, PrimaryEvent::Connected(welcome));
     }
 
-    pub(crate) fn send(&mut self, from: usize, control: bool, message: Message) {
-        self.put(from, control, Item::Message(message));
+    pub(crate) fn send(&mut self, from: usize, channel: Channel, message: Message) {
+        self.put(from, channel, Item::Message(message));
     }
 
-    fn put(&mut self, from: usize, control: bool, item: Item) {
+    pub(crate) fn send_pages(&mut self, from: usize, stream: usize, batch: PageBatch) {
+        self.send(from, Channel::Pages(stream), Message::Pages(batch));
+    }
+
+    fn put(&mut self, from: usize, channel: Channel, item: Item) {
         let Some(number) = self.nodes[from].link else { return };
         let to = 1 - from;
         let (now, link) = (self.now, &mut self.links[number]);
         if let Item::Message(Message::End(_)) = item
-            && let Some(copy) = link.lane(from, false).kept.take()
+            && let Some(copy) = link.lane(from, Channel::Data).kept.take()
         {
-            self.wire(now + 1_000, number, from, false, copy);
+            self.wire(now + 1_000, number, from, Channel::Data, copy);
         }
         let link = &mut self.links[number];
         if link.closed[from] && matches!(item, Item::Message(_)) {
             return;
         }
+        link.parted[from] |= matches!(item, Item::Message(Message::Goodbye(_)));
+        if link.parted[from] && matches!(item, Item::Closed(_)) {
+            // As the shell does: the end of another connection does not overtake the goodbye.
+            let control = link.lane(to, Channel::Control).last;
+            let lane = link.lane(to, channel);
+            lane.last = lane.last.max(control);
+        }
         let stalled_until = link.stalled_until;
-        let lane = link.lane(to, control);
+        let lane = link.lane(to, channel);
         let extra = if lane.slow.1 > now { lane.slow.0 } else { 0 };
         let delay = 30_000 + self.random.below(100_000) + self.random.below(extra + 1);
         let at = (now + delay).max(stalled_until).max(lane.last);
@@ -194,18 +254,18 @@ impl World {
             (item, _) => vec![item],
         };
         if let Some(item) = again {
-            self.wire(at, number, to, control, item);
+            self.wire(at, number, to, channel, item);
         }
         for item in items {
-            self.wire(at, number, to, control, item);
+            self.wire(at, number, to, channel, item);
         }
     }
 
-    fn wire(&mut self, at: u64, link: usize, to: usize, control: bool, item: Item) {
+    fn wire(&mut self, at: u64, link: usize, to: usize, channel: Channel, item: Item) {
         let wire = Wire {
             link,
             to,
-            control,
+            channel,
             item,
         };
         self.later(at.saturating_sub(self.now), Happening::Wire(wire));
@@ -215,17 +275,33 @@ impl World {
         let Wire {
             link: number,
             to,
-            control,
+            channel,
             item,
         } = wire;
         let link = &mut self.links[number];
-        let lane = &mut link.lanes[to][usize::from(control)];
+        let lane = &mut link.lanes[to][channel.index()];
         if lane.ended || link.cut[to] {
             return;
         }
         if let Item::Closed(_) = item {
             lane.ended = true;
         }
+        if let (Role::Secondary(secondary), Channel::Pages(stream)) = (&self.nodes[to].role, channel)
+            && !secondary.takes_pages()
+        {
+            return link.unread.push((stream, item));
+        }
+        self.hear(to, channel, item);
+        if let Role::Secondary(secondary) = &self.nodes[to].role
+            && secondary.takes_pages()
+        {
+            for (stream, item) in core::mem::take(&mut self.links[number].unread) {
+                self.hear(to, Channel::Pages(stream), item);
+            }
+        }
+    }
+
+    fn hear(&mut self, to: usize, channel: Channel, item: Item) {
         match (&self.nodes[to].role, item) {
             (Role::Primary(_), Item::Message(message)) => self.step_primary(to, PrimaryEvent::PeerSent(message)),
             (Role::Primary(_), Item::Closed(end)) => {
@@ -233,19 +309,26 @@ impl World {
                 self.close(to);
                 self.step_primary(to, PrimaryEvent::LinkClosed(end.to_string()));
             }
-            (Role::Secondary(_), Item::Message(message)) => self.step_secondary(to, SecondaryEvent::PeerSent(message)),
-            (Role::Secondary(_), Item::Closed(end)) if control => {
-                self.step_secondary(to, SecondaryEvent::ControlClosed(end));
+            (Role::Secondary(_), item) => {
+                let event = match (channel, item) {
+                    (Channel::Pages(stream), Item::Message(Message::Pages(batch))) => {
+                        SecondaryEvent::PagesArrived(stream, batch)
+                    }
+                    (_, Item::Message(message)) => SecondaryEvent::PeerSent(message),
+                    (Channel::Control, Item::Closed(end)) => SecondaryEvent::ControlClosed(end),
+                    (Channel::Data, Item::Closed(end)) => SecondaryEvent::DataClosed(end),
+                    (Channel::Pages(_), Item::Closed(end)) => SecondaryEvent::PagesClosed(end),
+                };
+                self.step_secondary(to, event);
             }
-            (Role::Secondary(_), Item::Closed(end)) => self.step_secondary(to, SecondaryEvent::DataClosed(end)),
             (Role::Off | Role::Waiting, _) => {}
         }
     }
 
     /// Lets a host believe that the other sent this.
-    pub fn forge(&mut self, to: usize, control: bool, message: Message) {
+    pub fn forge(&mut self, to: usize, channel: Channel, message: Message) {
         let link = self.nodes[to].link.expect("paired");
-        self.wire(self.now, link, to, control, Item::Message(message));
+        self.wire(self.now, link, to, channel, Item::Message(message));
     }
 
     /// One end closes: the other reads what is under way, then the end; this one hears nothing more.
@@ -254,8 +337,9 @@ impl World {
         if core::mem::replace(&mut self.links[number].closed[node], true) {
             return;
         }
-        self.put(node, true, Item::Closed(LinkEnd::PeerEnded));
-        self.put(node, false, Item::Closed(LinkEnd::PeerEnded));
+        for channel in self.links[number].channels() {
+            self.put(node, channel, Item::Closed(LinkEnd::PeerEnded));
+        }
         for lane in &mut self.links[number].lanes[node] {
             lane.ended = true;
         }
@@ -267,20 +351,31 @@ impl World {
     /// A reset in the middle: each end of each connection breaks at a moment of its own.
     pub(crate) fn break_link(&mut self, link: usize) {
         for to in 0..2 {
-            for control in [true, false] {
+            for channel in self.links[link].channels() {
                 let delay = self.random.below(3 * MILLISECOND);
                 let end = Item::Closed(LinkEnd::Broken("reset".to_owned()));
-                self.wire(self.now + delay, link, to, control, end);
+                self.wire(self.now + delay, link, to, channel, end);
             }
+        }
+    }
+
+    /// A reset of one page stream only.
+    pub(crate) fn break_stream(&mut self, link: usize) {
+        let stream = self.random.below(self.links[link].streams as u64);
+        let channel = Channel::Pages(usize::try_from(stream).expect("few"));
+        for to in 0..2 {
+            let delay = self.random.below(3 * MILLISECOND);
+            let end = Item::Closed(LinkEnd::Broken("reset".to_owned()));
+            self.wire(self.now + delay, link, to, channel, end);
         }
     }
 
     /// The connections are reset at one end; the other is not told, and nothing passes any more.
     pub(crate) fn half_open(&mut self, link: usize, node: usize) {
         self.links[link].cut[1 - node] = true;
-        for control in [true, false] {
+        for channel in self.links[link].channels() {
             let end = Item::Closed(LinkEnd::Broken("reset".to_owned()));
-            self.wire(self.now, link, node, control, end);
+            self.wire(self.now, link, node, channel, end);
         }
     }
 

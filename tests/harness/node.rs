@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use checkpoint::limits::STREAMS_MAX;
 use checkpoint::pages::Question;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate};
@@ -18,7 +19,7 @@ use storage::{CommitJob, Image, Record, Recovery, Replica};
 
 use crate::checkers::Snapshot;
 use crate::random::Random;
-use crate::shipping::{Errand, Parcel, Shipping, Stage};
+use crate::shipping::{Errand, Parcel, Shipping, Stage, Streamed};
 use crate::toy_vm::{DISK_BYTES, Registers, SECTOR_BYTES, ToyVm, index, sectors};
 
 /// What a host does.
@@ -55,8 +56,9 @@ pub struct Node {
     pub frozen_until: u64,
     /// A deadline that is due together with an event is seen first.
     pub deadline_first: bool,
-    /// When the last order to the VM's thread is carried out.
+    /// When the last order to the VM's thread is carried out, and the last pages of any stream are staged.
     pub ordered_until: u64,
+    pub(crate) staged_until: [u64; STREAMS_MAX],
     /// It does not read the clients' frames.
     pub input_held: bool,
     /// How the last role ended.
@@ -152,6 +154,7 @@ impl Node {
             frozen_until: 0,
             deadline_first: false,
             ordered_until: 0,
+            staged_until: [0; STREAMS_MAX],
             input_held: false,
             outcome: None,
             doomed: false,
@@ -433,7 +436,7 @@ impl Node {
     // Primary's shell.
 
     /// Ships memory, or what is dirty of it.
-    pub fn sync_memory(&mut self, totals: Totals, difference: bool) -> (Vec<Message>, Shipment) {
+    pub(crate) fn sync_memory(&mut self, totals: Totals, difference: bool) -> (Vec<Streamed>, Shipment) {
         self.shipping.sync(&mut self.vm.memory, totals, difference)
     }
 
@@ -483,7 +486,6 @@ impl Node {
                 waits: false,
                 rest,
                 begun: false,
-                sent: 0,
                 entropy: seed,
             };
             self.shipping.errands.push_back(Errand::Parcel(Box::new(parcel)));
@@ -512,8 +514,8 @@ impl Node {
     }
 
     /// Applies pages to the committed image.
-    pub fn apply(&mut self, batch: &PageBatch) {
-        self.stage_pages(batch);
+    pub fn apply(&mut self, stream: (usize, usize), batch: &PageBatch) {
+        self.stage_pages(stream, batch);
         self.apply_stage();
     }
 
@@ -533,9 +535,10 @@ impl Node {
         self.stage.compare(hashes, &self.vm.memory)
     }
 
-    /// Keeps pages for the load.
-    pub fn stage_pages(&mut self, batch: &PageBatch) {
-        self.stage.put(batch, self.base, &self.committed, &self.vm.memory);
+    /// Keeps pages for the load, which came on a stream of so many.
+    pub fn stage_pages(&mut self, stream: (usize, usize), batch: &PageBatch) {
+        self.stage
+            .put(stream, batch, self.base, &self.committed, &self.vm.memory);
     }
 
     /// Keeps device state for the load.

@@ -13,6 +13,7 @@ use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkE
 
 use crate::checkers::Checkers;
 use crate::disk::DiskOrder;
+use crate::network::Channel;
 use crate::node::Role;
 use crate::toy_vm::{DISK_BYTES, PAGES};
 use crate::trace::{Line, brief};
@@ -99,7 +100,7 @@ impl World {
                 PrimaryAction::KeepDirty => self.order(node, VmOrder::KeepDirty),
                 PrimaryAction::PauseVm => self.order(node, VmOrder::Pause),
                 PrimaryAction::ResumeVm => self.order(node, VmOrder::Resume),
-                PrimaryAction::Send(message) => self.send(node, false, message),
+                PrimaryAction::Send(message) => self.send(node, Channel::Data, message),
                 PrimaryAction::SendCheckpoint {
                     tag,
                     blocks,
@@ -112,7 +113,7 @@ impl World {
                 }
                 PrimaryAction::ShipAhead { tag, pages } => self.order(node, VmOrder::ShipAhead(tag, pages)),
                 PrimaryAction::SendBlocks { tag, blocks } => self.disk_order(node, DiskOrder::Send { tag, blocks }),
-                PrimaryAction::SendControl(message) => self.send(node, true, message),
+                PrimaryAction::SendControl(message) => self.send(node, Channel::Control, message),
                 PrimaryAction::StoreRecord(record) => self.disk_order(node, DiskOrder::Store(record)),
                 PrimaryAction::SyncMemory { totals, difference } => self.order(node, VmOrder::Sync(totals, difference)),
                 PrimaryAction::Transmit { frames, not_after } => self.transmit(node, &frames, not_after),
@@ -185,7 +186,7 @@ impl World {
         let life = self.nodes[node].life;
         for action in actions.drain(..) {
             match action {
-                SecondaryAction::ApplyPages(batch) => self.order(node, VmOrder::Apply(batch)),
+                SecondaryAction::ApplyPages(stream, batch) => self.pages(node, stream, VmOrder::Apply(stream, batch)),
                 SecondaryAction::ApplyWrite(write) => self.disk_order(node, DiskOrder::Apply(write)),
                 SecondaryAction::BeginSync(Begin { tag, base }) => {
                     let hashes = base.disk.is_none();
@@ -227,7 +228,7 @@ impl World {
                     if let Message::Acknowledge(tag) = &message {
                         self.checkers.acknowledge(*tag);
                     }
-                    self.send(node, false, message);
+                    self.send(node, Channel::Data, message);
                 }
                 SecondaryAction::SendControl(message) => {
                     let renews = matches!(message, Message::Heartbeat(_));
@@ -235,10 +236,12 @@ impl World {
                         !renews || !matches!(self.phase(node), "draining" | "severed" | "claiming"),
                         "rule 2: host {node} renews the lease of a primary that it is about to succeed"
                     );
-                    self.send(node, true, message);
+                    self.send(node, Channel::Control, message);
                 }
                 SecondaryAction::StageDevices(state) => self.order(node, VmOrder::StageDevices(state)),
-                SecondaryAction::StagePages(batch) => self.order(node, VmOrder::StagePages(batch)),
+                SecondaryAction::StagePages(stream, batch) => {
+                    self.pages(node, stream, VmOrder::StagePages(stream, batch))
+                }
                 SecondaryAction::StageWrite(write) => {
                     let replica = self.nodes[node].replica.as_mut().expect("a secondary");
                     if let Err(error) = replica.stage(write.tag.epoch, write.offset, &write.data) {

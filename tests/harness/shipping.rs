@@ -9,9 +9,9 @@ use std::sync::Arc;
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::pages::identical::{PageHashes, PageMatches};
-use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError, Question};
+use checkpoint::pages::{BatchDecoder, Content, Expected, Page, PageError, Question, stream_of};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{Message, PageBatch};
+use checkpoint::wire::{Message, PageBatch, PageSums};
 use checkpoint::{Epoch, Tag};
 use machine::PageSet;
 use primary::comparison::Next;
@@ -34,7 +34,7 @@ type Copied = Arc<Vec<u8>>;
 /// What the courier does, one after the other.
 pub(crate) enum Errand {
     /// Ship what is unread.
-    Ahead { link: usize, done: AheadShipment },
+    Ahead { link: usize, tag: Tag, begun: bool },
     /// Ship a checkpoint.
     Parcel(Box<Parcel>),
 }
@@ -61,15 +61,18 @@ pub(crate) struct Parcel {
     pub(crate) asks: Question,
     /// For the secondary.
     pub(crate) waits: bool,
-    pub(crate) sent: u64,
     pub(crate) entropy: [u8; 32],
 }
+
+/// A batch and its stream.
+pub(crate) type Streamed = (usize, PageBatch);
 
 /// What a step of the courier leads to.
 pub(crate) enum Step {
     CompareAsked(Tag),
     Hashed(PageHashes),
     Send(Message),
+    SendPages(Streamed),
     ShippedAhead(AheadShipment),
     Sent(Shipment),
 }
@@ -77,6 +80,10 @@ pub(crate) enum Step {
 /// The primary's side.
 pub(crate) struct Shipping {
     encoding: Encoding,
+    /// Encoded, and not sent yet.
+    batches: VecDeque<Streamed>,
+    /// What was summed before the errand.
+    before: PageSums,
     scout: Scout,
     /// Counted as clean, to be read; with what they were at the look, under a mutant.
     unread: VecDeque<(u64, Option<Copied>)>,
@@ -89,7 +96,9 @@ pub(crate) struct Shipping {
 impl Default for Shipping {
     fn default() -> Self {
         Self {
-            encoding: Encoding::new(CACHE_BYTES),
+            encoding: Encoding::new(CACHE_BYTES, 1),
+            batches: VecDeque::new(),
+            before: PageSums::new(1),
             scout: Scout::new(PAGES),
             unread: VecDeque::new(),
             errands: VecDeque::new(),
@@ -118,12 +127,8 @@ impl Shipping {
             }
             self.errands.push_back(Errand::Ahead {
                 link,
-                done: AheadShipment {
-                    tag,
-                    pages: 0,
-                    bytes: 0,
-                    took: checkpoint::Duration(0),
-                },
+                tag,
+                begun: false,
             });
         }
         Look {
@@ -164,10 +169,11 @@ impl Shipping {
         memory: &mut Memory,
         mut totals: Totals,
         difference: bool,
-    ) -> (Vec<Message>, Shipment) {
+    ) -> (Vec<Streamed>, Shipment) {
         let dirty = memory.harvest();
         self.scout.stopped();
-        self.encoding.forget();
+        self.batches.clear();
+        self.encoding.forget(totals.streams());
         let pages = if difference {
             dirty.clone()
         } else {
@@ -177,20 +183,23 @@ impl Shipping {
         if difference {
             unacknowledged.union(&dirty);
         }
-        let mut plain = Encoding::new(0);
+        let mut plain = Encoding::new(0, totals.streams());
+        plain.begin(totals.tag());
         let numbers: Vec<u64> = pages.iter().collect();
-        let mut messages = Vec::new();
+        let mut batches = VecDeque::new();
         for few in numbers.chunks(BATCH_PAGES) {
             let few = few.iter().map(|page| (*page, &memory.pages[index(*page)]));
-            messages.extend(batch(&mut plain, few, &mut totals).map(Message::Pages));
+            encode(&mut plain, few, &mut batches);
         }
-        (messages, shipment(totals, pages.len(), [0; 32]))
+        totals.add_pages(&plain.sums());
+        (batches.into(), shipment(totals, pages.len(), [0; 32]))
     }
 
     /// Nothing became of what was taken or cleared since the last acknowledgement.
     pub(crate) fn keep_dirty(&mut self, memory: &mut Memory) {
         self.errands.clear();
         self.unread.clear();
+        self.batches.clear();
         self.encoding.abandon();
         memory.put_back(&self.unacknowledged);
         self.unacknowledged.clear();
@@ -207,37 +216,42 @@ impl Shipping {
 
     /// Takes the courier's next step, if it has any errand.
     pub(crate) fn step(&mut self, memory: &mut Memory, seed: u64) -> Option<Step> {
-        match self.errands.front_mut()? {
-            Errand::Ahead { done, .. } => {
-                let mut done = *done;
-                self.encoding.begin(done.tag);
+        let errand = self.errands.front_mut()?;
+        if let Some(batch) = self.batches.pop_front() {
+            return Some(Step::SendPages(batch));
+        }
+        match errand {
+            Errand::Ahead { tag, begun, .. } => {
+                let tag = *tag;
+                if !core::mem::replace(begun, true) {
+                    self.encoding.begin(tag);
+                    self.before = self.encoding.sums();
+                }
                 loop {
                     let few = self.read(memory);
                     if few.is_empty() {
-                        self.errands.pop_front();
-                        return Some(Step::ShippedAhead(done));
+                        break;
                     }
-                    let mut totals = self.encoding.take_ahead();
                     let few = few.iter().map(|(page, content)| (*page, content));
-                    let batch = batch(&mut self.encoding, few, &mut totals);
-                    self.encoding.keep_ahead(totals);
+                    encode(&mut self.encoding, few, &mut self.batches);
                     // Pages that are as in the base are in none.
-                    let Some(batch) = batch else { continue };
-                    done.pages += u64::from(batch.count);
-                    done.bytes += batch.encoded.len() as u64;
-                    if let Some(Errand::Ahead { done: before, .. }) = self.errands.front_mut() {
-                        *before = done;
+                    if let Some(batch) = self.batches.pop_front() {
+                        return Some(Step::SendPages(batch));
                     }
-                    return Some(Step::Send(Message::Pages(batch)));
                 }
+                self.errands.pop_front();
+                let sums = self.encoding.sums();
+                Some(Step::ShippedAhead(AheadShipment {
+                    tag,
+                    pages: sums.pages() - self.before.pages(),
+                    bytes: sums.bytes() - self.before.bytes(),
+                    took: checkpoint::Duration(0),
+                }))
             }
             Errand::Parcel(parcel) => {
                 if !core::mem::replace(&mut parcel.begun, true) {
                     self.encoding.begin(parcel.totals.tag());
-                    let ahead = self.encoding.take_ahead();
-                    if ahead.pages_counted() > 0 {
-                        parcel.totals.go_on_with_pages(&ahead);
-                    }
+                    self.before = self.encoding.sums();
                     if self
                         .encoding
                         .compare(parcel.pages.len(), parcel.asks, Some(QUESTION_PAGES))
@@ -257,9 +271,9 @@ impl Shipping {
                         }
                         Next::Encode(places) => {
                             let few = parcel.pages[places].iter().map(|(page, content)| (*page, content));
-                            if let Some(batch) = batch(&mut self.encoding, few, &mut parcel.totals) {
-                                parcel.sent += u64::from(batch.count);
-                                return Some(Step::Send(Message::Pages(batch)));
+                            encode(&mut self.encoding, few, &mut self.batches);
+                            if let Some(batch) = self.batches.pop_front() {
+                                return Some(Step::SendPages(batch));
                             }
                         }
                         Next::Wait => {
@@ -272,10 +286,13 @@ impl Shipping {
                 if let Some(message) = parcel.rest.pop_front() {
                     return Some(Step::Send(message));
                 }
-                let Some(Errand::Parcel(parcel)) = self.errands.pop_front() else {
+                let Some(Errand::Parcel(mut parcel)) = self.errands.pop_front() else {
                     unreachable!("just seen")
                 };
-                Some(Step::Sent(shipment(parcel.totals, parcel.sent, parcel.entropy)))
+                let sums = self.encoding.sums();
+                parcel.totals.add_pages(&sums);
+                let sent = sums.pages() - self.before.pages();
+                Some(Step::Sent(shipment(parcel.totals, sent, parcel.entropy)))
             }
         }
     }
@@ -327,15 +344,19 @@ impl Shipping {
     }
 }
 
-fn batch<'a>(
+/// Encodes a few pages into a batch a stream.
+fn encode<'a>(
     encoding: &mut Encoding,
     pages: impl Iterator<Item = (u64, &'a Copied)>,
-    totals: &mut Totals,
-) -> Option<PageBatch> {
+    batches: &mut VecDeque<Streamed>,
+) {
     for (page, content) in pages {
-        assert!(!encoding.push(page, page_of(content)), "a few pages fit");
+        let full = encoding.lane_of(page).1.push(page, page_of(content));
+        assert!(!full, "a few pages fit");
     }
-    encoding.finish(totals)
+    for (stream, lane) in encoding.lanes().iter_mut().enumerate() {
+        batches.extend(lane.finish().map(|batch| (stream, batch)));
+    }
 }
 
 fn page_of(content: &Copied) -> &Page {
@@ -377,7 +398,14 @@ impl Stage {
     }
 
     /// Keeps the pages of a batch, which may build on `committed`.
-    pub(crate) fn put(&mut self, batch: &PageBatch, base: Option<Epoch>, committed: &[Copied], own: &Memory) {
+    pub(crate) fn put(
+        &mut self,
+        (stream, streams): (usize, usize),
+        batch: &PageBatch,
+        base: Option<Epoch>,
+        committed: &[Copied],
+        own: &Memory,
+    ) {
         let expected = Expected {
             count: batch.count,
             pages: PAGES,
@@ -391,6 +419,11 @@ impl Stage {
         let decoded = self
             .decoder
             .decode::<PageError>(&batch.encoded, &expected, read, |page, content| {
+                assert_eq!(
+                    stream_of(page, streams),
+                    stream,
+                    "rule 3: a page takes two streams, which have no order"
+                );
                 match content {
                     Content::Page(content) => drop(staged.insert(page, Arc::new(content.to_vec()))),
                     Content::Unchanged => drop(staged.remove(&page)),

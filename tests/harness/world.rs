@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use checkpoint::limits::STREAMS_MAX;
 use checkpoint::pages::Question;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::staging::Totals;
@@ -21,7 +22,7 @@ use crate::clients::Clients;
 use crate::coverage::Coverage;
 use crate::disk::DiskOrder;
 use crate::faults::{Fault, Kind};
-use crate::network::{Link, Wire, Witness};
+use crate::network::{Channel, Link, Wire, Witness};
 use crate::node::{DiskFault, Node, Role};
 use crate::operator::OPERATOR_LOOKS_EVERY;
 use crate::random::Random;
@@ -38,7 +39,8 @@ const FIRST_STARTS_CUT: u32 = 2;
 /// What a host's VM thread is told. It obeys in order.
 pub(crate) enum VmOrder {
     Alike(PageMatches),
-    Apply(PageBatch),
+    /// Pages of a stream, which are written into the image at once.
+    Apply(usize, PageBatch),
     Ask(Tag),
     /// Makes memory ready for a sync; keeps it if the primary builds on it.
     BeginSync(bool),
@@ -53,7 +55,7 @@ pub(crate) enum VmOrder {
     Ship(Totals, Vec<u64>, bool),
     ShipAhead(Tag, u64),
     StageDevices(DeviceState),
-    StagePages(PageBatch),
+    StagePages(usize, PageBatch),
     Sync(Totals, bool),
 }
 
@@ -111,6 +113,8 @@ pub struct World {
     pub(crate) nodes: [Node; 2],
     pub(crate) links: Vec<Link>,
     pub(crate) resume: Resume,
+    /// Page streams of each pairing.
+    pub(crate) streams: usize,
     pub(crate) pause_budget: Option<Duration>,
     pub(crate) room: Room,
     pub(crate) mode: Mode,
@@ -191,6 +195,7 @@ impl World {
             nodes,
             links: Vec::new(),
             resume,
+            streams: usize::try_from(1 + seed % 4).expect("few"),
             // Near what a toy's stop takes.
             room: match seed % 4 {
                 1 => Room {
@@ -390,8 +395,24 @@ impl World {
             VmOrder::Load(_) => (MILLISECOND, 10 * MILLISECOND),
             _ => (2_000, 200_000),
         };
-        let at = (self.now + least + self.random.below(longest)).max(self.nodes[node].ordered_until);
+        let mut at = (self.now + least + self.random.below(longest)).max(self.nodes[node].ordered_until);
+        // What is staged is taken or dropped as a whole.
+        if matches!(order, VmOrder::Check(..) | VmOrder::DropStage | VmOrder::Load(_)) {
+            at = self.nodes[node].staged_until.into_iter().fold(at, u64::max);
+        }
         self.nodes[node].ordered_until = at;
+        if let VmOrder::BeginSync(_) = order {
+            // The streams wait until the image is ready.
+            self.nodes[node].staged_until = [at; STREAMS_MAX];
+        }
+        let life = self.nodes[node].life;
+        self.later(at - self.now, Happening::Vm(node, life, order));
+    }
+
+    /// Pages of one stream are taken one batch after the other, beside the VM's thread and the other streams.
+    pub(crate) fn pages(&mut self, node: usize, stream: usize, order: VmOrder) {
+        let at = (self.now + 2_000 + self.random.below(200_000)).max(self.nodes[node].staged_until[stream]);
+        self.nodes[node].staged_until[stream] = at;
         let life = self.nodes[node].life;
         self.later(at - self.now, Happening::Vm(node, life, order));
     }
@@ -514,11 +535,11 @@ impl World {
         let host = &mut self.nodes[node];
         match order {
             VmOrder::BeginSync(keep) => host.begin_sync(keep),
-            VmOrder::Apply(batch) => host.apply(&batch),
+            VmOrder::Apply(stream, batch) => host.apply((stream, self.streams), &batch),
             VmOrder::DropStage => host.drop_stage(),
             VmOrder::KeepDirty => host.keep_dirty(),
             VmOrder::StageDevices(state) => host.stage_devices(state),
-            VmOrder::StagePages(batch) => host.stage_pages(&batch),
+            VmOrder::StagePages(stream, batch) => host.stage_pages((stream, self.streams), &batch),
             VmOrder::Resume => self.guest_resumes(node),
             VmOrder::Alike(matches) => {
                 host.shipping.answered(&matches);
@@ -573,12 +594,12 @@ impl World {
                 self.step_primary(node, PrimaryEvent::Looked(look));
             }
             VmOrder::Sync(totals, difference) => {
-                let (messages, shipment) = host.sync_memory(totals, difference);
+                let (batches, shipment) = host.sync_memory(totals, difference);
                 if host.link.is_none() {
                     return;
                 }
-                for message in messages {
-                    self.send(node, false, message);
+                for (stream, batch) in batches {
+                    self.send_pages(node, stream, batch);
                 }
                 self.step_primary(node, PrimaryEvent::MemorySynced(shipment));
             }
@@ -602,7 +623,8 @@ impl World {
         match host.shipping.step(&mut host.vm.memory, seed) {
             Some(Step::CompareAsked(tag)) => self.step_primary(node, PrimaryEvent::CompareAsked(tag)),
             Some(Step::Hashed(hashes)) => self.step_primary(node, PrimaryEvent::Hashed(hashes)),
-            Some(Step::Send(message)) => self.send(node, false, message),
+            Some(Step::Send(message)) => self.send(node, Channel::Data, message),
+            Some(Step::SendPages((stream, batch))) => self.send_pages(node, stream, batch),
             Some(Step::ShippedAhead(done)) => self.step_primary(node, PrimaryEvent::ShippedAhead(done)),
             Some(Step::Sent(shipment)) => self.step_primary(node, PrimaryEvent::CheckpointSent(shipment)),
             None => {}

@@ -17,10 +17,27 @@ const TOUCHED: u64 = 8 * 256;
 
 #[test]
 fn quiet_pages_are_shipped_ahead_and_a_takeover_finds_them() {
-    let Some(mut stage) = Stage::new(Setup::default()) else {
+    quiet_pages("1", 1);
+}
+
+#[test]
+fn pages_take_several_streams_and_a_takeover_finds_them() {
+    quiet_pages("4", 4);
+}
+
+fn quiet_pages(option: &'static str, streams: u64) {
+    let setup = Setup {
+        more: vec!["--streams", option],
+        ..Setup::default()
+    };
+    let Some(mut stage) = Stage::new(setup) else {
         return;
     };
     stage.pair(Host::A);
+    for host in [Host::A, Host::B] {
+        let status = stage.status(host).expect("both answer");
+        assert_eq!(status.peer.streams, streams);
+    }
     let work = Work::start(&stage, "ahead:");
     store_values(&stage);
     let before = stage.status(Host::A).expect("the primary answers");

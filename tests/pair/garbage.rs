@@ -5,7 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use checkpoint::wire::{self, Hello, MachineShape, Message, Session};
+use checkpoint::wire::{self, Attach, Hello, MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Tag};
 use link::status::State;
 use tandem::lab::Host;
@@ -64,7 +64,7 @@ fn case_10_44_garbage_on_every_port_changes_nothing() {
 /// Throws everything at the port and the control socket of a secondary.
 fn assault(stage: &mut Stage, host: Host) {
     let address = Stage::listen_address(host);
-    let attacks: [(&str, Vec<u8>); 9] = [
+    let attacks: [(&str, Vec<u8>); 10] = [
         ("noise", noise(70_000)),
         ("another protocol", b"GET / HTTP/1.1\r\nHost: tandem\r\n\r\n".to_vec()),
         ("a cut header", frame(&hello())[..HEADER_BYTES / 2].to_vec()),
@@ -76,7 +76,8 @@ fn assault(stage: &mut Stage, host: Host) {
         ),
         ("a changed body", flipped(HEADER_BYTES + 5)),
         ("a message out of place", frame(&out_of_place())),
-        ("a session that is not", frame(&Message::Attach(Session(7)))),
+        ("a session that is not", frame(&attach(None))),
+        ("a page stream of none", frame(&attach(Some(0)))),
     ];
     for (what, bytes) in attacks {
         send(stage, host, address, what, bytes);
@@ -148,7 +149,13 @@ fn hello() -> Message {
         committed: 0,
         takeover_limit_ms: 300,
         witness: true,
+        streams: 8,
     })
+}
+
+fn attach(stream: Option<usize>) -> Message {
+    let session = Session(7);
+    Message::Attach(Attach { session, stream })
 }
 
 fn out_of_place() -> Message {

@@ -98,13 +98,15 @@ pub enum Claim {
     Won,
 }
 
-/// One of the two connections of a pair.
+/// What kind of a pair's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Connection {
     /// Heartbeats and goodbyes.
     Control,
-    /// Everything else.
+    /// Everything else but pages.
     Data,
+    /// A page stream. What has not come of it is part of no complete checkpoint: nobody waits for its end.
+    Pages,
 }
 
 /// Something happened.
@@ -342,14 +344,18 @@ impl Contest {
     fn closed(&mut self, connection: Connection, ended: bool, leased_until: Instant, orders: &mut Vec<Order>) {
         let (until, before, mut open) = match self.standing {
             // A goodbye may still come on the control connection, whose end follows. After a broken one it may not.
-            Standing::Idle | Standing::Syncing if ended && connection == Connection::Data => return,
+            Standing::Idle | Standing::Syncing if ended && connection != Connection::Control => return,
             Standing::Idle | Standing::Syncing => return self.lost(orders),
             Standing::Following => (leased_until, false, [true; 2]),
             Standing::Draining { until, ended, open } => (until, ended, open),
             _ => return,
         };
         let ended = ended || before || mutants::on(Mutant::ContendWithinLease);
-        open[usize::from(connection == Connection::Data)] = false;
+        match connection {
+            Connection::Control => open[0] = false,
+            Connection::Data => open[1] = false,
+            Connection::Pages => {}
+        }
         self.standing = Standing::Draining { until, ended, open };
         if ended && open == [false; 2] {
             self.lost(orders);

@@ -140,37 +140,6 @@ impl BatchDecoder {
     }
 }
 
-/// Decodes a batch that needs neither a base nor the receiver's own pages, as those of the initial sync. Returns the
-/// number of pages.
-///
-/// # Errors
-/// Says what is wrong with the batch.
-pub fn decode_batch(encoded: &[u8], pages_total: u64, mut apply: impl FnMut(u64, &Page)) -> Result<u32, PageError> {
-    let expected = Expected {
-        count: u32::MAX,
-        pages: pages_total,
-        base: None,
-    };
-    let nothing = |index, _: &mut Page| {
-        let codec = Codec::Delta;
-        Err(PageError::Misplaced { index, codec })
-    };
-    BatchDecoder::default().records(encoded, &expected, nothing, |index, content| match content {
-        Content::Page(page) => {
-            apply(index, page);
-            Ok(())
-        }
-        Content::Unchanged => Err(PageError::Misplaced {
-            index,
-            codec: Codec::Unchanged,
-        }),
-        Content::Own => Err(PageError::Misplaced {
-            index,
-            codec: Codec::Own,
-        }),
-    })
-}
-
 /// Returns whether the batch builds on the committed state.
 fn take_head(rest: &mut &[u8], held: Option<Epoch>) -> Result<bool, PageError> {
     let (version, later) = rest.split_first().ok_or(PageError::Head)?;

@@ -32,6 +32,7 @@ mod decoder;
 mod delta;
 mod encoder;
 pub mod identical;
+mod streams;
 mod varint;
 
 #[cfg(test)]
@@ -40,8 +41,9 @@ mod tests;
 pub use asking::{Asking, Question, SAMPLE_PAGES, Tells};
 pub use cache::{BASE_BYTES_DEFAULT, BaseCache, CacheStats, Reference};
 pub use chooser::{Chooser, Link};
-pub use decoder::{BatchDecoder, Content, Expected, decode_batch};
+pub use decoder::{BatchDecoder, Content, Expected};
 pub use encoder::{BatchEncoder, Pushed};
+pub use streams::stream_of;
 
 use crate::epoch::Epoch;
 use crate::limits::{BODY_BYTES_MAX, PAGE_BYTES};

@@ -21,15 +21,15 @@ use rkyv::{Archive, Deserialize, Serialize};
 use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
 use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX,
-    SECTIONS_MAX, TEXT_BYTES_MAX,
+    SECTIONS_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
 };
 use crate::pages::PageError;
 use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 use crate::wire::header::{HEADER_BYTES, Header, Kind};
 use crate::wire::{
-    Begin, BlockHashes, DeviceState, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Hello, Input, Message, NetworkState,
-    Output, PROTOCOL_VERSION, PageBatch, Refusal, Section, Session, Welcome,
+    Attach, Begin, BlockHashes, DeviceState, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Hello, Input, Message,
+    NetworkState, Output, PROTOCOL_VERSION, PageBatch, PageSum, PageSums, Refusal, Section, Session, Welcome,
 };
 
 /// Pages of the largest memory; whether the machine has a page is seen when it is read.
@@ -153,7 +153,12 @@ pub fn encode(message: &Message) -> Encoded {
         }
         Message::Welcome(welcome) => (Kind::Welcome, 0, 0, archive(welcome)),
         Message::Refuse(refusal) => (Kind::Refuse, 0, 0, archive(&cut_refusal(refusal))),
-        Message::Attach(session) => (Kind::Attach, 0, 0, Bytes::copy_from_slice(&session.0.to_le_bytes())),
+        Message::Attach(attach) => (
+            Kind::Attach,
+            place(*attach),
+            0,
+            Bytes::copy_from_slice(&attach.session.0.to_le_bytes()),
+        ),
         Message::Heartbeat(heartbeat) => (Kind::Heartbeat, 0, 0, encode_heartbeat(heartbeat)),
         Message::Goodbye(reason) => (Kind::Goodbye, 0, 0, archive(&cut_goodbye(reason))),
         Message::Begin(begin) => (Kind::Begin, 0, 0, archive(&begin.base)),
@@ -192,7 +197,10 @@ pub fn encode(message: &Message) -> Encoded {
         number,
         count,
         body_bytes: u32::try_from(body.len()).expect("every bound fits"),
-        body_crc: crc32fast::hash(&body),
+        body_crc: match message {
+            Message::Pages(batch) => batch.crc(),
+            _ => crc32fast::hash(&body),
+        },
     };
     Encoded {
         header: header.to_bytes(),
@@ -239,7 +247,7 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
         }
         Kind::Refuse => Message::Refuse(checked_refusal(unarchive(kind, &body)?)?),
         Kind::Goodbye => Message::Goodbye(checked_goodbye(unarchive(kind, &body)?)?),
-        Kind::Attach => Message::Attach(Session(u128::from_le_bytes(fixed(kind, &body)?))),
+        Kind::Attach => Message::Attach(decode_attach(header, &body)?),
         Kind::Heartbeat => Message::Heartbeat(decode_heartbeat(fixed(kind, &body)?)),
         Kind::Begin => Message::Begin(Begin {
             tag,
@@ -260,7 +268,7 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
             Message::DeviceState(DeviceState { tag, sections })
         }
         Kind::NetworkState => Message::NetworkState(NetworkState { tag, encoded: body }),
-        Kind::End => Message::End(unarchive::<EndBody>(kind, &body)?.mark(tag)),
+        Kind::End => Message::End(Box::new(unarchive::<EndBody>(kind, &body)?.mark(tag)?)),
         Kind::Output => Message::Output(Output { tag, frame: body }),
         Kind::Confirm => Message::Confirm(tag, InputNumber(header.number)),
         Kind::Want => Message::Want(tag),
@@ -310,6 +318,27 @@ fn encode_heartbeat(heartbeat: &Heartbeat) -> Bytes {
     )
 }
 
+/// Which connection it is: 0 is the data connection.
+fn place(attach: Attach) -> u64 {
+    attach.stream.map_or(0, |stream| stream as u64 + 1)
+}
+
+fn decode_attach(header: &Header, body: &[u8]) -> Result<Attach, WireError> {
+    let place = usize::try_from(header.number)
+        .ok()
+        .filter(|place| *place <= STREAMS_MAX);
+    let Some(place) = place else {
+        return Err(WireError::Field {
+            kind: header.kind.name(),
+            what: "a page stream",
+        });
+    };
+    Ok(Attach {
+        session: Session(u128::from_le_bytes(fixed(header.kind, body)?)),
+        stream: place.checked_sub(1),
+    })
+}
+
 fn decode_heartbeat(body: [u8; 16]) -> Heartbeat {
     let [sent, echo]: [[u8; 8]; 2] = zerocopy::transmute!(body);
     Heartbeat {
@@ -322,8 +351,7 @@ fn decode_heartbeat(body: [u8; 16]) -> Heartbeat {
 #[derive(Archive, Serialize, Deserialize)]
 struct EndBody {
     base: Option<u64>,
-    pages: u64,
-    pages_digest: u32,
+    pages: Vec<PageSum>,
     writes: u64,
     writes_digest: u32,
     sections: u32,
@@ -336,8 +364,7 @@ impl EndBody {
     fn of(mark: &EndMark) -> Self {
         Self {
             base: mark.base.map(|epoch| epoch.0),
-            pages: mark.pages,
-            pages_digest: mark.pages_digest,
+            pages: mark.pages.as_slice().to_vec(),
             writes: mark.writes,
             writes_digest: mark.writes_digest,
             sections: mark.sections,
@@ -347,19 +374,24 @@ impl EndBody {
         }
     }
 
-    fn mark(self, tag: Tag) -> EndMark {
-        EndMark {
+    fn mark(self, tag: Tag) -> Result<EndMark, WireError> {
+        let Some(pages) = PageSums::of(&self.pages) else {
+            return Err(WireError::Field {
+                kind: Kind::End.name(),
+                what: "the number of page streams",
+            });
+        };
+        Ok(EndMark {
             tag,
             base: self.base.map(Epoch),
-            pages: self.pages,
-            pages_digest: self.pages_digest,
+            pages,
             writes: self.writes,
             writes_digest: self.writes_digest,
             sections: self.sections,
             input: InputNumber(self.input),
             next: self.next,
             entropy: self.entropy,
-        }
+        })
     }
 }
 
@@ -433,11 +465,7 @@ fn decode_pages(header: &Header, body: Bytes) -> Result<PageBatch, WireError> {
             what: "the page count",
         });
     }
-    Ok(PageBatch {
-        tag: header.tag,
-        count: header.count,
-        encoded: body,
-    })
+    Ok(PageBatch::summed(header.tag, header.count, body, header.body_crc))
 }
 
 fn check_text(kind: Kind, what: &'static str, text: &str, most: usize) -> Result<(), WireError> {

@@ -133,6 +133,12 @@ impl Header {
         self.body_bytes as usize
     }
 
+    /// Tells whether pages follow.
+    #[must_use]
+    pub fn is_pages(&self) -> bool {
+        self.kind == Kind::Pages
+    }
+
     /// Returns the name of the message's kind, for logs.
     #[must_use]
     pub fn kind_name(&self) -> &'static str {
@@ -225,7 +231,7 @@ impl Kind {
             | Self::Halt
             | Self::Halted => 0,
             Self::Attach | Self::Heartbeat => 16,
-            Self::End => 256,
+            Self::End => 512,
             Self::PageMatches => HASHES_MAX.div_ceil(8),
             Self::Welcome => 1024,
             Self::Begin => 64,
@@ -270,9 +276,8 @@ impl Kind {
 
     const fn uses(self) -> Uses {
         let (tag, number, count) = match self {
-            Self::Hello | Self::Welcome | Self::Refuse | Self::Attach | Self::Heartbeat | Self::Goodbye => {
-                (false, false, false)
-            }
+            Self::Hello | Self::Welcome | Self::Refuse | Self::Heartbeat | Self::Goodbye => (false, false, false),
+            Self::Attach => (false, true, false),
             Self::Begin
             | Self::DeviceState
             | Self::NetworkState
@@ -313,12 +318,12 @@ mod tests {
     fn bytes_on_the_wire_are_fixed() {
         #[rustfmt::skip]
         let golden = [
-            b'T', b'N', b'D', b'M', 3, 0, 21, 0,
+            b'T', b'N', b'D', b'M', 4, 0, 21, 0,
             8, 7, 6, 5, 4, 3, 2, 1,
             0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11,
             0, 0, 0, 0, 0, 0, 0, 0,
             0x33, 0x32, 3, 0, 0x24, 0x23, 0x22, 0x21,
-            0x44, 0x43, 0x42, 0x41, 0x31, 0xd6, 0x18, 0x57,
+            0x44, 0x43, 0x42, 0x41, 0x66, 0x25, 0x25, 0xad,
         ];
         assert_eq!(sample().to_bytes(), golden);
         assert_eq!(Header::parse(&golden), Ok(sample()));

@@ -1,17 +1,19 @@
 //! What the two hosts say to each other.
 //!
-//! Two TCP connections, both opened by the primary: *control* (handshake, heartbeats, goodbye) and
-//! *data* (everything else, in order). Every message is a fixed header and a body, each with its own
+//! TCP connections, all opened by the primary: *control* (handshake, heartbeats, goodbye), one to eight *page streams*,
+//! and *data* (everything else, in order). Every message is a fixed header and a body, each with its own
 //! checksum. Nothing a peer sends is trusted to be well-formed.
 //!
 //! Protocol versions: 1 — the first; 2 — `Welcome` tells what the secondary still holds, `Begin` what the sync builds on;
 //! 3 — `End` tells whether the secondary's guest runs in the next epoch; `Halt`, `Halted`, `PageHashes` and `PageMatches`
-//! compare pages before they are sent.
+//! compare pages before they are sent; 4 — pages travel on streams of their own: `Hello` and `Welcome` agree on their number,
+//! `Attach` says which connection it is, `End` has the sums of each.
 
 pub mod codec;
 pub mod decoder;
 pub mod header;
 mod reasons;
+mod sums;
 
 use bytes::Bytes;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -20,6 +22,7 @@ pub use codec::{Encoded, WireError, decode, encode, encode_into};
 pub use decoder::Decoder;
 pub use header::{HEADER_BYTES, Header};
 pub use reasons::{GoodbyeReason, Refusal};
+pub use sums::{PageBatch, PageSum, PageSums};
 
 use crate::epoch::{Epoch, EpochMode, Generation, InputNumber, Tag};
 #[cfg(test)]
@@ -28,7 +31,7 @@ use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,8 +42,8 @@ pub enum Message {
     Welcome(Welcome),
     /// Either: we do not fit; the connection ends.
     Refuse(Refusal),
-    /// Primary, first on the data connection: this belongs to the session of that `Welcome`.
-    Attach(Session),
+    /// Primary, first on the data connection and on each page stream: this belongs to the session of that `Welcome`.
+    Attach(Attach),
     /// Either, control: I live. Sent every eighth of the takeover limit; the secondary also answers each at once.
     Heartbeat(Heartbeat),
     /// Either, control: I end in order; this is no failure.
@@ -57,14 +60,14 @@ pub enum Message {
     Input(Input),
     /// Primary: a disk write of its guest.
     Write(DiskWrite),
-    /// Primary: encoded page frames of a checkpoint (or of the initial sync, which is applied at once).
+    /// Primary, on a page stream: encoded pages of a checkpoint (or of the initial sync, which are applied at once).
     Pages(PageBatch),
     /// Primary: the devices' and vCPUs' state at the stop.
     DeviceState(DeviceState),
     /// Primary: translation offsets and learned addresses at the stop, encoded by the proxy.
     NetworkState(NetworkState),
     /// Primary: the checkpoint is complete if all of this holds.
-    End(EndMark),
+    End(Box<EndMark>),
     /// Primary: its VM has stopped for this epoch, and the secondary's is to stop, too: pages will be compared.
     Halt(Tag),
     /// Primary, after `Halted`: which of these pages does your VM have alike?
@@ -97,9 +100,18 @@ pub struct Heartbeat {
     pub echo: Instant,
 }
 
-/// Random number that ties a data connection to its control connection.
+/// Random number that ties a pair's other connections to its control connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Archive, Serialize, Deserialize)]
 pub struct Session(pub u128);
+
+/// What a connection is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attach {
+    /// The session of the control connection that it belongs to.
+    pub session: Session,
+    /// The page stream that it is, from 0 on; without one it is the data connection.
+    pub stream: Option<usize>,
+}
 
 /// The machine as both hosts must build it.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -133,6 +145,8 @@ pub struct Hello {
     pub takeover_limit_ms: u64,
     /// Whether a witness is configured; both must agree.
     pub witness: bool,
+    /// Page streams that it would open.
+    pub streams: u32,
 }
 
 /// The secondary's answer.
@@ -140,7 +154,7 @@ pub struct Hello {
 pub struct Welcome {
     /// Name of the secondary host.
     pub node: String,
-    /// To be repeated on the data connection.
+    /// To be repeated on the data connection and the page streams.
     pub session: Session,
     /// Last generation this side held a complete state of, 0 if none.
     pub generation: u64,
@@ -148,6 +162,8 @@ pub struct Welcome {
     pub committed: u64,
     /// What it still has of the pairing before.
     pub held: Held,
+    /// Page streams that are to be opened: the lesser of what both are set to.
+    pub streams: u32,
 }
 
 /// Checkpoints of an earlier pairing: which ones a secondary still has, or which ones a sync builds on.
@@ -210,17 +226,6 @@ pub struct Output {
     pub frame: Bytes,
 }
 
-/// Encoded pages, see `pages`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PageBatch {
-    /// Epoch that the pages end.
-    pub tag: Tag,
-    /// Number of pages encoded.
-    pub count: u32,
-    /// The encoded pages.
-    pub encoded: Bytes,
-}
-
 /// One device's saved state, opaque here.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct Section {
@@ -257,10 +262,8 @@ pub struct EndMark {
     pub tag: Tag,
     /// The epoch whose committed state the pages are relative to; `None` when they are the whole of memory.
     pub base: Option<Epoch>,
-    /// Pages sent for it since the previous end mark (or since `Begin`).
-    pub pages: u64,
-    /// Digest of all page batches in order: crc32 of their encoded bytes, continued from batch to batch.
-    pub pages_digest: u32,
+    /// Pages sent for it since the previous end mark (or since `Begin`), on each stream.
+    pub pages: PageSums,
     /// Disk writes tagged with it.
     pub writes: u64,
     /// crc32 of those writes' offsets (little endian) and data, in order.
@@ -342,12 +345,20 @@ pub(crate) fn wire_samples() -> Vec<Message> {
         committed: 40,
         takeover_limit_ms: 300,
         witness: true,
+        streams: 4,
     };
     let mark = EndMark {
         tag,
         base: Some(Epoch(40)),
-        pages: 5,
-        pages_digest: 6,
+        pages: PageSums::of(&[
+            PageSum {
+                pages: 5,
+                bytes: 60,
+                digest: 6,
+            },
+            PageSum::default(),
+        ])
+        .expect("two streams"),
         writes: 7,
         writes_digest: 8,
         sections: 9,
@@ -371,13 +382,17 @@ pub(crate) fn wire_samples() -> Vec<Message> {
                 memory: None,
                 disk: Some(tag),
             },
+            streams: 2,
         }),
         Message::Refuse(Refusal::Differs {
             what: "vcpus".into(),
             primary: "2".into(),
             secondary: "4".into(),
         }),
-        Message::Attach(Session(12)),
+        Message::Attach(Attach {
+            session: Session(12),
+            stream: Some(1),
+        }),
         Message::Heartbeat(Heartbeat {
             sent: Instant(13),
             echo: Instant(14),
@@ -402,11 +417,7 @@ pub(crate) fn wire_samples() -> Vec<Message> {
             frame: bytes.clone(),
         }),
         Message::Write(write),
-        Message::Pages(PageBatch {
-            tag,
-            count: 2,
-            encoded: bytes.clone(),
-        }),
+        Message::Pages(PageBatch::new(tag, 2, bytes.clone())),
         Message::DeviceState(DeviceState {
             tag,
             sections: vec![section.clone(), section],
@@ -415,7 +426,7 @@ pub(crate) fn wire_samples() -> Vec<Message> {
             tag,
             encoded: bytes.clone(),
         }),
-        Message::End(mark),
+        Message::End(Box::new(mark)),
         Message::Output(Output { tag, frame: bytes }),
         Message::Confirm(tag, InputNumber(10)),
         Message::Want(tag),

@@ -75,6 +75,7 @@ impl World {
             held: Held::default(),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),
             witness: bounds.witness,
+            streams: 1,
         };
         let secondary = 1 - primary;
         let record = self.hosts[secondary].record;

@@ -43,6 +43,8 @@ pub(crate) enum Step {
     Kill(usize),
     /// The primary breaks the protocol, as its secondary sees it.
     Misbehave(usize),
+    /// A page stream of a secondary ends, because its primary has closed it or died.
+    PagesEnd(usize),
     /// A starting host claims its term.
     Start(usize),
     /// A host that claims its first term gets no answer, and its program ends.
@@ -152,13 +154,17 @@ impl Contests {
             steps.push(Step::Stop(host));
             if world.attached(host) {
                 steps.push(Step::Misbehave(host));
-                steps.extend(CONNECTIONS.map(|connection| Step::Break(host, connection)));
+                let every = [Connection::Control, Connection::Data, Connection::Pages];
+                steps.extend(every.map(|connection| Step::Break(host, connection)));
             }
         }
     }
 
     fn link_steps(&self, world: &World, steps: &mut Vec<Step>) {
         let Some(link) = &world.link else { return };
+        if !link.open[link.primary] && !link.pipes[link.primary][0].cut {
+            steps.push(Step::PagesEnd(1 - link.primary));
+        }
         for (host, pipes) in link.pipes.iter().enumerate() {
             for (pipe, connection) in pipes.iter().zip(CONNECTIONS) {
                 if !pipe.queue.is_empty() {
@@ -199,6 +205,7 @@ impl Contests {
             Step::Execute(host, index) => world.execute(host, index),
             Step::Kill(host) => world.die(host, false),
             Step::Misbehave(host) => world.misbehaved(bounds, host),
+            Step::PagesEnd(host) => world.closed(bounds, host, Connection::Pages, true),
             Step::Start(host) => world.start(host),
             Step::StartUnanswered(host) => {
                 world.start(host);

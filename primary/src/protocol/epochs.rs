@@ -87,7 +87,7 @@ impl Primary {
         self.epoch_mode = next;
         self.write_bytes = 0;
         self.is_full = false;
-        let totals = Totals::new(self.tag(), Some(tag.epoch));
+        let totals = Totals::new(self.tag(), Some(tag.epoch), self.streams);
         let totals = core::mem::replace(&mut self.totals, totals);
         self.wanted = None;
         self.state = State::Copying(Taken {
@@ -165,11 +165,8 @@ impl Primary {
             .network_state(&network)
             .expect("the network's state is counted once");
         actions.push(Action::Send(Message::NetworkState(network)));
-        actions.push(Action::Send(Message::End(totals.mark(
-            taken.input,
-            taken.next,
-            shipment.entropy,
-        ))));
+        let mark = totals.mark(taken.input, taken.next, shipment.entropy);
+        actions.push(Action::Send(Message::End(Box::new(mark))));
         self.memory_known.sent(tag);
         self.disk_known.sent(tag);
         self.counters.pages += shipment.pages;

@@ -275,6 +275,8 @@ pub struct Primary {
     input: InputNumber,
     confirmed: InputNumber,
     input_held: bool,
+    /// Page streams of the pairing.
+    streams: usize,
     totals: Totals,
     /// Blocks of the secondary's disk whose hashes have come.
     hashed: u64,
@@ -362,7 +364,9 @@ impl Primary {
                     epoch: last_epoch.next(),
                 },
                 None,
+                1,
             ),
+            streams: 1,
             hashed: 0,
             hashes_by: None,
             write_bytes: 0,
@@ -533,6 +537,12 @@ impl Primary {
     #[must_use]
     pub fn peer(&self) -> Option<&str> {
         self.peer.as_deref()
+    }
+
+    /// Returns the number of page streams while a secondary is connected.
+    #[must_use]
+    pub fn streams(&self) -> Option<usize> {
+        self.peer.is_some().then_some(self.streams)
     }
 
     /// Returns the counters of this run.

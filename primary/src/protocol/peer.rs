@@ -10,6 +10,8 @@ impl Primary {
         }
         self.peer = Some(welcome.node);
         self.held = welcome.held;
+        // Judged in the handshake.
+        self.streams = welcome.streams as usize;
         self.liveness = Some(Liveness::new(self.options.takeover_limit, now));
         self.state = State::Pairing;
         self.contend(now, failover::Event::Connected, "", actions);

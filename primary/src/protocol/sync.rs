@@ -73,7 +73,7 @@ impl Primary {
             disk: self.held.disk.filter(|tag| self.disk_known.has(*tag)),
         };
         let tag = self.tag();
-        self.totals = Totals::new(tag, base.memory.map(|tag| tag.epoch));
+        self.totals = Totals::new(tag, base.memory.map(|tag| tag.epoch), self.streams);
         self.hashed = 0;
         self.write_bytes = 0;
         self.is_full = false;

@@ -102,6 +102,7 @@ mod tests {
                 takeover_limit: Duration::from_millis(300),
                 generation: Generation(7),
                 held: Held::default(),
+                streams: 1,
             };
             let mut secondary = Secondary::new(options, "a".to_owned(), Instant(1));
             let mut actions = Vec::new();

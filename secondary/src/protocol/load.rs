@@ -1,15 +1,16 @@
 //! A checkpoint from its end mark to the resumption: verify, commit, load.
 
 use super::{
-    Action, EndMark, Epoch, EpochMode, Flight, InputNumber, Instant, Message, Mutant, Secondary, Standing, Tag,
-    failover, mutants,
+    Action, Arrival, EndMark, Epoch, EpochMode, Flight, InputNumber, Instant, Message, Mutant, Secondary, Standing,
+    Tag, failover, mutants,
 };
 
 impl Secondary {
     pub(super) fn end_mark(&mut self, now: Instant, mark: EndMark, actions: &mut Vec<Action>) {
-        if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.verify(&mark)?)) {
-            return self.misbehaved(now, &error.to_string(), actions);
-        }
+        let arrival = match self.in_flight().and_then(|totals| Ok(totals.verify(&mark)?)) {
+            Ok(arrival) => arrival,
+            Err(error) => return self.misbehaved(now, &error.to_string(), actions),
+        };
         let inputs = InputNumber(self.received.0 - self.later.len() as u64);
         let early = matches!(self.flight, Flight::Loading(..) | Flight::Halting | Flight::Comparing);
         if mark.input != inputs || early {
@@ -19,8 +20,24 @@ impl Secondary {
                 actions,
             );
         }
-        self.counters.last_shipment = (mark.pages, self.counters.page_bytes - self.page_bytes_before);
-        self.page_bytes_before = self.counters.page_bytes;
+        self.counters.last_shipment = (mark.pages.pages(), mark.pages.bytes());
+        match arrival {
+            Arrival::Complete => self.complete(mark, actions),
+            Arrival::PagesMissing => self.flight = Flight::Gathering(mark),
+        }
+    }
+
+    /// Pages may have been the last that the checkpoint lacked.
+    pub(super) fn gathered(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let Flight::Gathering(mark) = self.flight else { return };
+        match self.totals.verify(&mark) {
+            Ok(Arrival::Complete) => self.complete(mark, actions),
+            Ok(Arrival::PagesMissing) => {}
+            Err(error) => self.misbehaved(now, &error.to_string(), actions),
+        }
+    }
+
+    fn complete(&mut self, mark: EndMark, actions: &mut Vec<Action>) {
         self.flight = Flight::Checking(mark);
         if mutants::on(Mutant::AcknowledgeEarly) {
             actions.push(Action::Send(Message::Acknowledge(mark.tag)));

@@ -40,8 +40,8 @@ use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report};
-use checkpoint::staging::{StagingError, Totals};
-use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output};
+use checkpoint::staging::{Arrival, StagingError, Totals};
+use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch};
 use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Role, Tag};
 use proxy::NetworkPicture;
 
@@ -65,6 +65,8 @@ pub struct Options {
     pub generation: Generation,
     /// What the primary was told that this side still has.
     pub held: Held,
+    /// Page streams of the pairing.
+    pub streams: usize,
 }
 
 /// Counters for the status report.
@@ -95,6 +97,8 @@ enum PartError {
     BeforeBegin,
     #[error("it sent a part of a checkpoint after its end mark")]
     AfterEnd,
+    #[error("it sent pages of the next checkpoint before this one was loaded")]
+    BeforeLoad,
     #[error(transparent)]
     Staging(#[from] StagingError),
 }
@@ -110,7 +114,9 @@ enum Flight {
     Standing,
     /// So they may; pages of the VM, which stands, are being compared.
     Comparing,
-    /// Its end mark verified; the machine tries what could fail.
+    /// Its end mark has come; pages are still on their way.
+    Gathering(EndMark),
+    /// All of it has come and verified; the machine tries what could fail.
     Checking(EndMark),
     /// The first of a pairing: checked; the record is being written.
     Recording(EndMark),
@@ -152,8 +158,6 @@ pub struct Secondary {
     /// Why this side is fenced.
     fenced: String,
     counters: Counters,
-    /// Page bytes received up to the last end mark.
-    page_bytes_before: u64,
 }
 
 impl Secondary {
@@ -170,7 +174,7 @@ impl Secondary {
             liveness: Liveness::new(options.takeover_limit, now),
             primary,
             flight: Flight::Staging,
-            totals: Totals::new(Tag::default(), None),
+            totals: Totals::new(Tag::default(), None, options.streams),
             staged_network: None,
             network: NetworkPicture::new(),
             received: InputNumber(0),
@@ -183,7 +187,6 @@ impl Secondary {
             leaving: None,
             fenced: String::new(),
             counters: Counters::default(),
-            page_bytes_before: 0,
             options,
         }
     }
@@ -212,6 +215,8 @@ impl Secondary {
                 self.send_tagged(Message::Want, self.running, actions);
             }
             Event::NearLimit => {}
+            Event::PagesArrived(stream, batch) => self.pages_arrived(now, stream, batch, actions),
+            Event::PagesClosed(end) => self.closed(now, Connection::Pages, &end, actions),
             Event::Paused => {
                 self.quiet = true;
                 self.halted(actions);
@@ -266,6 +271,7 @@ impl Secondary {
     pub fn phase(&self) -> &'static str {
         match (self.standing(), &self.flight) {
             (Standing::Idle, _) => "idle",
+            (Standing::Syncing | Standing::Following, Flight::Gathering(_)) => "gathering",
             (Standing::Syncing | Standing::Following, Flight::Checking(_)) => "checking",
             (Standing::Syncing | Standing::Following, Flight::Recording(_)) => "recording",
             (Standing::Syncing | Standing::Following, Flight::Loading(..)) => "loading",
@@ -284,6 +290,19 @@ impl Secondary {
             (Standing::Fenced, _) => "fenced",
             (Standing::Over | Standing::Pairing(_) | Standing::Leading { .. }, _) => "over",
         }
+    }
+
+    /// Tells whether pages may be taken from the streams. Until the sync has begun they wait there: what begins it travels on
+    /// another connection.
+    #[must_use]
+    pub fn takes_pages(&self) -> bool {
+        self.standing() != Standing::Idle
+    }
+
+    /// Returns the number of page streams.
+    #[must_use]
+    pub fn streams(&self) -> usize {
+        self.options.streams
     }
 
     /// Returns the running epoch and its generation.

@@ -1,8 +1,8 @@
 //! The primary's messages: the pairing's begin, inputs, and the parts of a checkpoint.
 
 use super::{
-    Action, Begin, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, Mutant, NetworkPicture, PartError,
-    Report, Secondary, Standing, Totals, failover, limits, mutants,
+    Action, Begin, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, Mutant, NetworkPicture, PageBatch,
+    PartError, Report, Secondary, Standing, Totals, failover, limits, mutants,
 };
 
 impl Secondary {
@@ -31,20 +31,6 @@ impl Secondary {
             }
             Message::Input(input) => self.input(now, input, actions),
             Message::Write(write) => self.write(now, write, actions),
-            Message::Pages(batch) => {
-                if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.pages(&batch)?)) {
-                    return self.misbehaved(now, &error.to_string(), actions);
-                }
-                self.counters.pages += u64::from(batch.count);
-                self.counters.page_bytes += batch.encoded.len() as u64;
-                actions.push(
-                    if self.standing() == Standing::Syncing || mutants::on(Mutant::ApplyPagesEarly) {
-                        Action::ApplyPages(batch)
-                    } else {
-                        Action::StagePages(batch)
-                    },
-                );
-            }
             Message::DeviceState(state) => {
                 if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.device_state(&state)?)) {
                     return self.misbehaved(now, &error.to_string(), actions);
@@ -62,13 +48,44 @@ impl Secondary {
             }
             Message::Halt(tag) => self.halt(now, tag, actions),
             Message::PageHashes(hashes) => self.page_hashes(now, hashes, actions),
-            Message::End(mark) => self.end_mark(now, mark, actions),
+            Message::End(mark) => self.end_mark(now, *mark, actions),
             _ => self.misbehaved(
                 now,
                 "it sent a message that only a secondary sends, or out of order",
                 actions,
             ),
         }
+    }
+
+    /// Pages of the checkpoint in flight, in no order with anything but those of the same stream.
+    pub(super) fn pages_arrived(&mut self, now: Instant, stream: usize, batch: PageBatch, actions: &mut Vec<Action>) {
+        if !matches!(
+            self.standing(),
+            Standing::Idle | Standing::Syncing | Standing::Following | Standing::Draining { .. }
+        ) {
+            return;
+        }
+        self.liveness.heard(now);
+        let awaited = match self.flight {
+            _ if self.standing() == Standing::Idle => Err(PartError::BeforeBegin),
+            Flight::Checking(_) | Flight::Recording(_) => Err(PartError::AfterEnd),
+            // What it builds on is not committed yet.
+            Flight::Loading(..) => Err(PartError::BeforeLoad),
+            Flight::Staging | Flight::Halting | Flight::Standing | Flight::Comparing | Flight::Gathering(_) => Ok(()),
+        };
+        if let Err(error) = awaited.and_then(|()| Ok(self.totals.pages(stream, &batch)?)) {
+            return self.misbehaved(now, &error.to_string(), actions);
+        }
+        self.counters.pages += u64::from(batch.count);
+        self.counters.page_bytes += batch.encoded.len() as u64;
+        actions.push(
+            if self.standing() == Standing::Syncing || mutants::on(Mutant::ApplyPagesEarly) {
+                Action::ApplyPages(stream, batch)
+            } else {
+                Action::StagePages(stream, batch)
+            },
+        );
+        self.gathered(now, actions);
     }
 
     /// Answers at once, which renews the primary's lease; not after the loss of a connection.
@@ -105,7 +122,7 @@ impl Secondary {
         self.running = tag.epoch;
         self.committed = Epoch(tag.epoch.0 - 1);
         self.durable = self.committed;
-        self.totals = Totals::new(tag, base.memory.map(|tag| tag.epoch));
+        self.totals = Totals::new(tag, base.memory.map(|tag| tag.epoch), self.options.streams);
         self.store_record(false, false, actions);
         actions.push(Action::BeginSync(begin));
         self.report_state(actions);
@@ -140,7 +157,10 @@ impl Secondary {
 
     pub(super) fn write(&mut self, now: Instant, write: DiskWrite, actions: &mut Vec<Action>) {
         // The end mark is no end of them: the primary's guest may run in the next epoch already.
-        let ended = matches!(self.flight, Flight::Checking(_) | Flight::Recording(_));
+        let ended = matches!(
+            self.flight,
+            Flight::Gathering(_) | Flight::Checking(_) | Flight::Recording(_)
+        );
         let counted = match self.standing() {
             Standing::Idle => Err(PartError::BeforeBegin),
             _ if ended && write.tag.epoch == self.running => Err(PartError::AfterEnd),
@@ -156,14 +176,14 @@ impl Secondary {
         });
     }
 
-    /// Returns the sums of the checkpoint in flight, if parts of it may arrive now.
+    /// Returns the sums of the checkpoint in flight, if parts of it other than pages may arrive now.
     pub(super) fn in_flight(&mut self) -> Result<&mut Totals, PartError> {
         match self.flight {
             _ if self.standing() == Standing::Idle => Err(PartError::BeforeBegin),
             Flight::Staging | Flight::Halting | Flight::Standing | Flight::Comparing | Flight::Loading(..) => {
                 Ok(&mut self.totals)
             }
-            Flight::Checking(_) | Flight::Recording(_) => Err(PartError::AfterEnd),
+            Flight::Gathering(_) | Flight::Checking(_) | Flight::Recording(_) => Err(PartError::AfterEnd),
         }
     }
 

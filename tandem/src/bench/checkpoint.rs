@@ -133,7 +133,7 @@ pub(super) fn run(options: &BenchOptions, tidy: &Tidy, progress: &Progress) -> R
     need_memory(NEEDED)?;
     progress.tell("a pair, and the same guest by itself, start");
     let mut stage = Stage::new(tidy.folder("pair")?, MEMORY.to_string())?;
-    let cases = measure(&mut stage, options.quick, tidy, progress).map_err(|error| with_logs(error, &stage, tidy))?;
+    let cases = measure(&mut stage, options, tidy, progress).map_err(|error| with_logs(error, &stage, tidy))?;
     drop(stage);
     let guest = if options.quick { WEIGHED_QUICK } else { WEIGHED };
     Ok(CheckpointReport {
@@ -179,8 +179,9 @@ fn wanted(quick: bool) -> Vec<Wanted> {
     cases
 }
 
-fn measure(stage: &mut Stage, quick: bool, tidy: &Tidy, progress: &Progress) -> Result<Vec<Case>> {
-    stage.start_pair(&ASKED_ONLY)?;
+fn measure(stage: &mut Stage, options: &BenchOptions, tidy: &Tidy, progress: &Progress) -> Result<Vec<Case>> {
+    let quick = options.quick;
+    stage.start_pair(&options.with(&ASKED_ONLY))?;
     let mut floor = Floor::start(MEMORY, tidy)?;
     stage.await_protected(tidy)?;
     stage.await_guest(tidy)?;
@@ -345,7 +346,7 @@ fn weigh(guest: ByteSize, tidy: &Tidy, progress: &Progress) -> Result<SecondaryM
 }
 
 fn weigh_both(pair: &mut Stage, alone: &mut Stage, touched_mib: u64, tidy: &Tidy) -> Result<[Memory; 3]> {
-    pair.start_pair(&[])?;
+    pair.start_pair::<&str>(&[])?;
     alone.start_alone(Host::A)?;
     pair.await_protected(tidy)?;
     for stage in [&mut *pair, alone] {

@@ -57,6 +57,20 @@ pub struct BenchOptions {
     /// Where the disk images of the run are kept; must be on a disk, or a flush costs nothing [default: TMPDIR, or /tmp]
     #[arg(long, value_name = "DIR")]
     pub folder: Option<PathBuf>,
+    /// Page streams of the pairs whose checkpoints and clients are measured [default: that of any pair]
+    #[arg(long, value_name = "COUNT")]
+    pub streams: Option<usize>,
+}
+
+impl BenchOptions {
+    /// Returns a pair's options with these.
+    fn with(&self, options: &[&str]) -> Vec<String> {
+        let streams = self
+            .streams
+            .map(|streams| ["--streams".to_owned(), streams.to_string()]);
+        let options = options.iter().map(|&option| option.to_owned());
+        options.chain(streams.into_iter().flatten()).collect()
+    }
 }
 
 /// Measures, and prints what was found.

@@ -147,7 +147,7 @@ pub(super) fn run(options: &BenchOptions, tidy: &Tidy, progress: &Progress) -> R
         stages.pairs.push(Stage::new(tidy.folder(name)?, MEMORY.to_string())?);
     }
     let rounds = if options.quick { 1 } else { 5 };
-    let scenarios = measure(&mut stages, options.quick, rounds, tidy, progress).map_err(|error| {
+    let scenarios = measure(&mut stages, options, rounds, tidy, progress).map_err(|error| {
         let stages = stages.copies.iter().chain(&stages.pairs);
         let words: Vec<_> = stages.map(Stage::last_words).collect();
         if tidy.is_interrupted() {
@@ -204,12 +204,19 @@ fn wanted(quick: bool) -> Vec<Wanted> {
     all.iter().flat_map(each).collect()
 }
 
-fn measure(stages: &mut Stages, quick: bool, rounds: usize, tidy: &Tidy, progress: &Progress) -> Result<Vec<Scenario>> {
+fn measure(
+    stages: &mut Stages,
+    options: &BenchOptions,
+    rounds: usize,
+    tidy: &Tidy,
+    progress: &Progress,
+) -> Result<Vec<Scenario>> {
+    let quick = options.quick;
     for copy in &mut stages.copies {
         copy.start_alone(Host::A)?;
     }
-    for (pair, (_, options)) in stages.pairs.iter_mut().zip(MODES) {
-        pair.start_pair(options)?;
+    for (pair, (_, mode)) in stages.pairs.iter_mut().zip(MODES) {
+        pair.start_pair(&options.with(mode))?;
         pair.await_protected(tidy)?;
     }
     for stage in stages.copies.iter_mut().chain(&mut stages.pairs) {

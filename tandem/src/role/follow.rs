@@ -149,6 +149,8 @@ fn setup(
             takeover_limit: host.settings.takeover_limit,
             generation: record.map_or(Generation(0), |record| record.tag.generation),
             held,
+            // Judged in the handshake.
+            streams: established.welcome.streams as usize,
         },
         pair: host.pair().to_owned(),
         node: host.settings.node.clone(),
@@ -228,6 +230,7 @@ impl Waiting {
                     node: None,
                     addr: self.address.to_string(),
                     connected: false,
+                    ..Peer::default()
                 },
                 reason: Some(self.reason.clone()),
                 pid: std::process::id(),

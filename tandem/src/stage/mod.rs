@@ -67,7 +67,7 @@ impl Stage {
     }
 
     /// Starts a primary on host A and a secondary on host B, with more options for both.
-    pub(crate) fn start_pair(&mut self, more: &[&str]) -> Result<()> {
+    pub(crate) fn start_pair<S: AsRef<str>>(&mut self, more: &[S]) -> Result<()> {
         for (host, role) in [(Host::B, "secondary"), (Host::A, "primary")] {
             let address = |host: Host| SocketAddr::from((host.replication_address(), PORT)).to_string();
             let mut arguments = self.vm_arguments(role, host);
@@ -77,7 +77,7 @@ impl Stage {
                 "--witness",
                 &format!("dir:{}", self.folder.join("witness").display()),
             ]));
-            arguments.extend(more.iter().map(|&word| word.to_owned()));
+            arguments.extend(more.iter().map(|word| word.as_ref().to_owned()));
             let process = Process::start(&self.lab, host, role, &self.folder, &arguments)?;
             self.roles.push((host, process));
         }

@@ -6,7 +6,7 @@ use primary::event::{Event as PrimaryEvent, GuestEnd};
 use secondary::event::Event as SecondaryEvent;
 
 use super::forge;
-use super::host::Role;
+use super::host::{Role, stream_of_batch};
 use super::link::{BOTH, Connection, Item};
 use super::pair::{Event, Pair};
 use super::script::words;
@@ -40,6 +40,10 @@ pub(super) fn run(pair: &mut Pair, command: &str) -> Done {
         ["kill", host, unsent] => pair.kill(number(host)?, count(unsent, "unsent=")?, false),
         ["power", "off", host] => pair.kill(number(host)?, 0, true),
         ["link", how, ref which @ ..] => pair.change_link(how, which),
+        ["stream", "breaks"] => {
+            pair.break_stream();
+            Ok(())
+        }
         ["heartbeats", "shown"] => {
             pair.shows_heartbeats = true;
             Ok(())
@@ -185,13 +189,30 @@ impl Pair {
         if self.hosts[host].frozen {
             return Err("that host is frozen".to_owned());
         }
+        let streams = self.options.streams;
+        let stream_of = move |item: &Item| match item {
+            Item::Message(Message::Pages(batch)) => Some(stream_of_batch(batch, streams)),
+            _ => None,
+        };
+        match *which {
+            ["stream", stream] => {
+                let wanted = Some(count(stream, "")?);
+                return self.deliver_wanted(host, |item| stream_of(item) == wanted);
+            }
+            ["others"] => return self.deliver_wanted(host, |item| stream_of(item).is_none()),
+            _ => {}
+        }
         let (connections, most, until) = match *which {
             [] => (&BOTH[..], usize::MAX, ""),
             ["data"] => (&BOTH[..1], usize::MAX, ""),
             ["control"] => (&BOTH[1..], usize::MAX, ""),
             ["until", kind] => (&BOTH[..1], usize::MAX, kind),
             [number] => (&BOTH[..1], count(number, "")?, ""),
-            _ => return Err("deliver to HOST [data | control | NUMBER | until KIND]".to_owned()),
+            _ => {
+                return Err(
+                    "deliver to HOST [data | control | NUMBER | until KIND | stream NUMBER | others]".to_owned(),
+                );
+            }
         };
         let mut arrived = 0;
         for &connection in connections {
@@ -213,6 +234,20 @@ impl Pair {
             return Err("nothing is under way".to_owned());
         }
         Ok(())
+    }
+
+    /// Some of what is under way overtakes the rest.
+    fn deliver_wanted(&mut self, host: usize, wanted: impl Fn(&Item) -> bool) -> Done {
+        let mut arrived = false;
+        while let Some(item) = self.link.as_mut().and_then(|link| link.next_wanted(host, &wanted)) {
+            arrived = true;
+            self.arrive(host, Connection::Data, item);
+        }
+        if arrived {
+            Ok(())
+        } else {
+            Err("nothing of that is under way".to_owned())
+        }
     }
 
     fn forge(&mut self, host: usize, words: &[&str]) -> Done {

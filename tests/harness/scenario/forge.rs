@@ -2,7 +2,9 @@
 
 use bytes::Bytes;
 use checkpoint::pages::identical::{PageHash, PageHashes, PageMatches};
-use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch};
+use checkpoint::wire::{
+    Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch, PageSum, PageSums,
+};
 use checkpoint::{Epoch, EpochMode, Generation, InputNumber, Instant, Tag};
 
 use super::frames::Frames;
@@ -42,30 +44,29 @@ pub(super) fn message(frames: &mut Frames, words: &[&str]) -> Result<Message, St
             tag: tag(at)?,
             frame: frames.named(name)?,
         }),
-        ["Pages", at, text] => Message::Pages(PageBatch {
-            tag: tag(at)?,
-            count: 1,
-            encoded: Bytes::copy_from_slice(text.as_bytes()),
-        }),
+        ["Pages", at, text] => Message::Pages(PageBatch::new(tag(at)?, 1, Bytes::copy_from_slice(text.as_bytes()))),
         ["Write", at, text] => Message::Write(DiskWrite {
             tag: tag(at)?,
             offset: 0,
             data: Bytes::copy_from_slice(&[text.as_bytes(), &[0; 512]].concat()[..512]),
         }),
-        ["End", at, base, pages, writes, last] => Message::End(EndMark {
+        ["End", at, base, pages, writes, last] => Message::End(Box::new(EndMark {
             tag: tag(at)?,
             base: (base != "base=none")
                 .then(|| after(base, "base=").map(Epoch))
                 .transpose()?,
-            pages: after(pages, "pages=")?,
-            pages_digest: 0,
+            pages: PageSums::of(&[PageSum {
+                pages: after(pages, "pages=")?,
+                ..PageSum::default()
+            }])
+            .expect("one stream"),
             writes: after(writes, "writes=")?,
             writes_digest: 0,
             sections: 1,
             input: InputNumber(after(last, "input=")?),
             next: EpochMode::default(),
             entropy: [1; 32],
-        }),
+        })),
         ["Heartbeat", "echo=never"] => Message::Heartbeat(Heartbeat {
             sent: Instant(1),
             echo: Instant(u64::MAX),

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use checkpoint::limits::PAGE_BYTES;
-use checkpoint::pages::Page;
 use checkpoint::pages::identical::{PageHasher, PageHashes, PageMatches};
+use checkpoint::pages::{Page, stream_of};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, Section};
+use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, PageSum, PageSums, Section};
 use checkpoint::{Duration, Epoch, Generation, Instant, Tag};
 use primary::event::{AheadShipment, Look, Shipment};
 use primary::protocol::Primary;
@@ -181,7 +181,7 @@ pub(super) struct Host {
     /// Clean, and not read yet.
     unread: BTreeSet<u64>,
     /// The sums of what was shipped ahead.
-    ahead: Option<Totals>,
+    ahead: Option<PageSums>,
     /// The epoch that `unacknowledged` belongs to.
     open: Option<Tag>,
     unacknowledged: BTreeSet<u64>,
@@ -358,7 +358,7 @@ impl Host {
         dirty.append(&mut self.unread);
         let mut rest = Vec::new();
         if let Some(ahead) = self.ahead.take() {
-            totals.go_on_with_pages(&ahead);
+            totals.add_pages(&ahead);
         }
         let pages = self.content(&dirty);
         let count = pages.len() as u64;
@@ -416,9 +416,11 @@ impl Host {
             ..
         } = self.parcel.take().expect("copied");
         let mut messages = Vec::new();
-        let count = encode(&pages, &alike, &mut totals, &mut messages);
+        let mut sums = PageSums::new(totals.streams());
+        encode(totals.tag(), &pages, &alike, &mut sums, &mut messages);
+        totals.add_pages(&sums);
         messages.extend(rest);
-        (messages, shipment(totals, count))
+        (messages, shipment(totals, sums.pages()))
     }
 
     /// Looks at the dirty pages; the script's guest writes so seldom that all of them have gone quiet.
@@ -443,12 +445,14 @@ impl Host {
     }
 
     /// Ships what was not read yet, ahead of the stop.
-    pub(super) fn ship_ahead(&mut self, tag: Tag) -> (Vec<Message>, AheadShipment) {
+    pub(super) fn ship_ahead(&mut self, tag: Tag, streams: usize) -> (Vec<Message>, AheadShipment) {
         let unread = core::mem::take(&mut self.unread);
-        let mut totals = self.ahead.take().unwrap_or_else(|| Totals::new(tag, None));
+        let sums = self.ahead.get_or_insert_with(|| PageSums::new(streams));
+        let before = sums.pages();
         let mut messages = Vec::new();
-        let pages = encode(&self.content(&unread), &BTreeSet::new(), &mut totals, &mut messages);
-        self.ahead = (pages > 0).then_some(totals);
+        let pages = unread.iter().map(|page| (*page, self.memory[page].clone())).collect();
+        encode(tag, &pages, &BTreeSet::new(), sums, &mut messages);
+        let pages = sums.pages() - before;
         let shipment = AheadShipment {
             tag,
             pages,
@@ -471,12 +475,14 @@ impl Host {
         let all = self.memory.keys().copied().collect();
         let mut messages = Vec::new();
         let pages = self.content(if difference { &dirty } else { &all });
-        let pages = encode(&pages, &BTreeSet::new(), &mut totals, &mut messages);
+        let mut sums = PageSums::new(totals.streams());
+        encode(totals.tag(), &pages, &BTreeSet::new(), &mut sums, &mut messages);
+        totals.add_pages(&sums);
         let unacknowledged = self.unacknowledged_in(totals.tag());
         if difference {
             unacknowledged.extend(dirty);
         }
-        (messages, shipment(totals, pages))
+        (messages, shipment(totals, sums.pages()))
     }
 
     /// The dirty pages of the abandoned checkpoint belong to the next one.
@@ -629,25 +635,29 @@ impl Host {
     }
 }
 
-/// Makes a batch of pages; those that are alike need no content.
-fn encode(pages: &Memory, alike: &BTreeSet<u64>, totals: &mut Totals, messages: &mut Vec<Message>) -> u64 {
-    let count = u32::try_from(pages.len()).expect("few");
-    if count == 0 {
-        return 0;
+/// Makes a batch of pages for each stream that has some; those that are alike need no content.
+fn encode(tag: Tag, pages: &Memory, alike: &BTreeSet<u64>, sums: &mut PageSums, messages: &mut Vec<Message>) {
+    let streams = sums.as_slice().len();
+    for stream in 0..streams {
+        let of_stream = pages.iter().filter(|(page, _)| stream_of(**page, streams) == stream);
+        let content = |(page, content): (&u64, &String)| {
+            let content = if alike.contains(page) { OWN } else { content };
+            format!("{page}={content}")
+        };
+        let encoded: Vec<String> = of_stream.map(content).collect();
+        if !encoded.is_empty() {
+            let count = u32::try_from(encoded.len()).expect("few");
+            let batch = PageBatch::new(tag, count, encoded.join(" ").into());
+            sums.add(stream, PageSum::of(&batch));
+            messages.push(Message::Pages(batch));
+        }
     }
-    let content = |(page, content): (&u64, &String)| {
-        let content = if alike.contains(page) { OWN } else { content };
-        format!("{page}={content}")
-    };
-    let encoded: Vec<String> = pages.iter().map(content).collect();
-    let batch = PageBatch {
-        tag: totals.tag(),
-        count,
-        encoded: encoded.join(" ").into(),
-    };
-    totals.pages(&batch).expect("of this epoch");
-    messages.push(Message::Pages(batch));
-    count.into()
+}
+
+/// Returns the stream that a batch takes, of so many.
+pub(super) fn stream_of_batch(batch: &PageBatch, streams: usize) -> usize {
+    let first = decoded(batch).into_keys().next();
+    stream_of(first.expect("the scenario's own encoding"), streams)
 }
 
 fn decoded(batch: &PageBatch) -> Memory {

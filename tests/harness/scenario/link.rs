@@ -1,4 +1,4 @@
-//! The two connections between the hosts: what is under way on each, and how it ends.
+//! The connections between the hosts: what is under way on each, and how it ends.
 
 use std::collections::VecDeque;
 
@@ -13,10 +13,11 @@ pub(super) enum Item {
     End(LinkEnd),
 }
 
-/// One of the two connections.
+/// What arrives in the order in which it was sent, unless the script says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Connection {
     Control,
+    /// The data connection, and the page streams.
     Data,
 }
 
@@ -77,6 +78,17 @@ impl Link {
             return None;
         }
         self.queues[to][connection as usize].pop_front()
+    }
+
+    /// Takes what arrives next of the data connection's and the page streams' items that are wanted: there is no order between
+    /// them.
+    pub(super) fn next_wanted(&mut self, to: usize, wanted: impl Fn(&Item) -> bool) -> Option<Item> {
+        if self.stalled || self.cut[to] {
+            return None;
+        }
+        let queue = &mut self.queues[to][Connection::Data as usize];
+        let place = queue.iter().position(wanted)?;
+        queue.remove(place)
     }
 
     /// Takes the next heartbeat, unless something else is before it.

@@ -80,7 +80,7 @@ impl Pair {
         let at = &mut self.hosts[host];
         match order {
             Order::Ahead(tag) => {
-                let (messages, shipment) = at.ship_ahead(tag);
+                let (messages, shipment) = at.ship_ahead(tag, self.options.streams);
                 self.send_all(host, messages);
                 self.step(host, Event::Primary(PrimaryEvent::ShippedAhead(shipment)));
             }

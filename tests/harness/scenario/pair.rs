@@ -13,7 +13,7 @@ use primary::protocol::{Mode, Patience, Primary, Resume, Room, Start};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, LinkEnd, Outcome};
 
 use super::frames::Frames;
-use super::host::{Host, Order, Role, Snapshot, Thread};
+use super::host::{Host, Order, Role, Snapshot, Thread, stream_of_batch};
 use super::link::{Connection, Item, Link};
 use super::show::{Shown, milliseconds};
 
@@ -59,6 +59,8 @@ pub(super) struct Options {
     pub(super) ahead: bool,
     /// The pages of checkpoints are compared with the secondary's.
     pub(super) compare: bool,
+    /// Page streams.
+    pub(super) streams: usize,
     /// How long a stop may take; with one, pages are only looked at.
     pub(super) budget: Option<Duration>,
     /// What an epoch may keep waiting.
@@ -83,6 +85,7 @@ impl Pair {
                 checkpoint_every: checkpoint::limits::CHECKPOINT_EVERY,
                 ahead: false,
                 compare: false,
+                streams: 1,
                 budget: None,
                 room: Room::default(),
             },
@@ -235,7 +238,7 @@ impl Pair {
         for action in actions {
             let at = &mut self.hosts[host];
             match action {
-                SecondaryAction::ApplyPages(batch) => at.order(Order::Apply(batch)),
+                SecondaryAction::ApplyPages(_, batch) => at.order(Order::Apply(batch)),
                 SecondaryAction::ApplyWrite(write) => {
                     storage::Image::write_at(&*at.image, write.offset, &write.data).expect("in range");
                 }
@@ -264,7 +267,7 @@ impl Pair {
                 SecondaryAction::Send(message) => self.send(host, Connection::Data, message),
                 SecondaryAction::SendControl(message) => self.send(host, Connection::Control, message),
                 SecondaryAction::StageDevices(state) => at.order(Order::StageDevices(state)),
-                SecondaryAction::StagePages(batch) => at.order(Order::StagePages(batch)),
+                SecondaryAction::StagePages(_, batch) => at.order(Order::StagePages(batch)),
                 SecondaryAction::StageWrite(write) => {
                     let replica = at.replica.as_mut().expect("a secondary");
                     replica
@@ -404,11 +407,31 @@ impl Pair {
                 self.close(host);
                 Event::Primary(PrimaryEvent::LinkClosed(end.to_string()))
             }
+            (Role::Secondary(_), Item::Message(Message::Pages(batch))) => {
+                let stream = stream_of_batch(&batch, self.options.streams);
+                Event::Secondary(SecondaryEvent::PagesArrived(stream, batch))
+            }
             (Role::Secondary(_), Item::Message(message)) => Event::Secondary(SecondaryEvent::PeerSent(message)),
             (Role::Secondary(_), Item::End(end)) => Event::Secondary(closed(connection, end)),
             (Role::Off(_) | Role::Waiting, _) => return,
         };
         self.step(host, event);
+    }
+
+    /// A page stream is reset; the other connections stand.
+    pub(super) fn break_stream(&mut self) {
+        for host in 0..2 {
+            let end = LinkEnd::Broken("a page stream broke".to_owned());
+            let event = match &self.hosts[host].role {
+                Role::Primary(_) => {
+                    self.close(host);
+                    Event::Primary(PrimaryEvent::LinkClosed(end.to_string()))
+                }
+                Role::Secondary(_) => Event::Secondary(SecondaryEvent::PagesClosed(end)),
+                Role::Off(_) | Role::Waiting => continue,
+            };
+            self.step(host, event);
+        }
     }
 
     fn pass_heartbeats(&mut self) {

@@ -62,6 +62,16 @@ impl Shown<'_> {
             SecondaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
             SecondaryEvent::Loaded(tag) => format!("Loaded {tag}"),
             SecondaryEvent::NearLimit => "NearLimit".to_owned(),
+            SecondaryEvent::PagesArrived(stream, batch) => {
+                let on = if *stream == 0 {
+                    String::new()
+                } else {
+                    format!(" on stream {stream}")
+                };
+                let content = String::from_utf8_lossy(&batch.encoded);
+                format!("hears Pages {}{on}: {content}", batch.tag)
+            }
+            SecondaryEvent::PagesClosed(end) => format!("PagesClosed: {end}"),
             SecondaryEvent::Paused => "Paused".to_owned(),
             SecondaryEvent::PeerSent(message) => format!("hears {}", self.message(message)),
             SecondaryEvent::RecordStored(record) => format!("RecordStored {}", record_line(record)),
@@ -115,7 +125,7 @@ impl Shown<'_> {
 
     pub(super) fn secondary_action(&self, action: &SecondaryAction) -> String {
         match action {
-            SecondaryAction::ApplyPages(_) => "ApplyPages".to_owned(),
+            SecondaryAction::ApplyPages(..) => "ApplyPages".to_owned(),
             SecondaryAction::ApplyWrite(_) => "ApplyWrite".to_owned(),
             SecondaryAction::BeginSync(begin) => format!("BeginSync {}", begin_line(begin)),
             SecondaryAction::Check(tag) => format!("Check {tag}"),
@@ -151,7 +161,7 @@ impl Shown<'_> {
             }
             SecondaryAction::SeedEntropy(_) => "SeedEntropy from the checkpoint".to_owned(),
             SecondaryAction::StageDevices(_) => "StageDevices".to_owned(),
-            SecondaryAction::StagePages(_) => "StagePages".to_owned(),
+            SecondaryAction::StagePages(..) => "StagePages".to_owned(),
             SecondaryAction::StageWrite(_) => "StageWrite".to_owned(),
             SecondaryAction::StoreRecord(record) => format!("StoreRecord {}", record_line(record)),
         }
@@ -198,7 +208,10 @@ impl Shown<'_> {
                 };
                 format!(
                     "{name} {}: base={base} pages={} writes={} input={}{next}",
-                    mark.tag, mark.pages, mark.writes, mark.input.0
+                    mark.tag,
+                    mark.pages.pages(),
+                    mark.writes,
+                    mark.input.0
                 )
             }
             Message::Output(output) => format!("{name} {} {}", output.tag, self.frames.show(&output.frame)),

@@ -27,6 +27,9 @@ impl Pair {
                 Some(("compare", "yes")) => self.options.compare = true,
                 Some(("resume", policy)) => self.options.resume = policy.parse()?,
                 Some(("ahead", "yes")) => self.options.ahead = true,
+                Some(("streams", number)) => {
+                    self.options.streams = number.parse().map_err(|_| "streams have a number")?;
+                }
                 Some(("budget", span)) => {
                     self.options.ahead = true;
                     self.options.budget = Some(span_of(&format!("+{span}"))?);
@@ -43,7 +46,7 @@ impl Pair {
                 Some(("every", span)) => self.options.checkpoint_every = span_of(&format!("+{span}"))?,
                 _ => {
                     return Err(format!(
-                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms, written=2, pages=3"
+                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms, written=2, pages=3, streams=2"
                     ));
                 }
             }
@@ -158,6 +161,7 @@ impl Pair {
             held: at.held(),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),
             witness: self.options.witness,
+            streams: self.options.streams,
         }
     }
 
@@ -183,6 +187,7 @@ impl Pair {
             takeover_limit: limits::TAKEOVER_LIMIT_DEFAULT,
             generation: theirs.generation,
             held: theirs.held,
+            streams: self.options.streams,
         };
         let now = self.hosts[to].clock(self.now);
         let secondary = Secondary::new(options, ours.node, now);

@@ -48,9 +48,10 @@ fn hellos() -> impl Strategy<Value = Hello> {
         any::<u64>(),
         any::<u64>(),
         any::<bool>(),
+        any::<u32>(),
     )
         .prop_map(
-            |(pair, node, shape, generation, committed, takeover_limit_ms, witness)| Hello {
+            |(pair, node, shape, generation, committed, takeover_limit_ms, witness, streams)| Hello {
                 pair,
                 node,
                 shape,
@@ -58,6 +59,7 @@ fn hellos() -> impl Strategy<Value = Hello> {
                 committed,
                 takeover_limit_ms,
                 witness,
+                streams,
             },
         )
 }
@@ -80,7 +82,10 @@ fn refusals() -> impl Strategy<Value = Refusal> {
 }
 
 fn marks() -> impl Strategy<Value = EndMark> {
-    let sums = (any::<u64>(), any::<u32>(), any::<u64>(), any::<u32>());
+    let sum = (any::<u64>(), any::<u64>(), any::<u32>());
+    let sum = sum.prop_map(|(pages, bytes, digest)| PageSum { pages, bytes, digest });
+    let pages = vec(sum, 1..=STREAMS_MAX).prop_map(|sums| PageSums::of(&sums).unwrap());
+    let sums = (pages, any::<u64>(), any::<u32>());
     (
         tags(),
         any::<Option<u64>>(),
@@ -91,11 +96,10 @@ fn marks() -> impl Strategy<Value = EndMark> {
         any::<[u8; 32]>(),
     )
         .prop_map(
-            |(tag, base, (pages, pages_digest, writes, writes_digest), sections, input, next, entropy)| EndMark {
+            |(tag, base, (pages, writes, writes_digest), sections, input, next, entropy)| EndMark {
                 tag,
                 base: base.map(Epoch),
                 pages,
-                pages_digest,
                 writes,
                 writes_digest,
                 sections,
@@ -126,19 +130,23 @@ fn held() -> impl Strategy<Value = Held> {
 pub(crate) fn messages() -> impl Strategy<Value = Message> {
     let control = prop_oneof![
         hellos().prop_map(Message::Hello),
-        (name(), any::<u128>(), any::<u64>(), any::<u64>(), held()).prop_map(
-            |(node, session, generation, committed, held)| {
+        (name(), any::<u128>(), any::<u64>(), any::<u64>(), held(), any::<u32>()).prop_map(
+            |(node, session, generation, committed, held, streams)| {
                 Message::Welcome(Welcome {
                     node,
                     session: Session(session),
                     generation,
                     committed,
                     held,
+                    streams,
                 })
             }
         ),
         refusals().prop_map(Message::Refuse),
-        any::<u128>().prop_map(|session| Message::Attach(Session(session))),
+        (any::<u128>(), option::of(0..STREAMS_MAX)).prop_map(|(session, stream)| Message::Attach(Attach {
+            session: Session(session),
+            stream
+        })),
         (any::<u64>(), any::<u64>()).prop_map(|(sent, echo)| Message::Heartbeat(Heartbeat {
             sent: Instant(sent),
             echo: Instant(echo)
@@ -160,11 +168,11 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
         })),
         (tags(), any::<u8>(), bytes(20_000)).prop_map(|(tag, count, encoded)| {
             let count = u32::from(count).min(u32::try_from(encoded.len()).unwrap());
-            Message::Pages(PageBatch { tag, count, encoded })
+            Message::Pages(PageBatch::new(tag, count, encoded))
         }),
         (tags(), sections()).prop_map(|(tag, sections)| Message::DeviceState(DeviceState { tag, sections })),
         (tags(), bytes(3000)).prop_map(|(tag, encoded)| Message::NetworkState(NetworkState { tag, encoded })),
-        marks().prop_map(Message::End),
+        marks().prop_map(|mark| Message::End(Box::new(mark))),
         tags().prop_map(Message::Halt),
         (
             tags(),
