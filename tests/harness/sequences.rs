@@ -10,12 +10,15 @@ use crate::packet::{ACK, RST, SYN};
 
 const URG: u8 = 32;
 
+/// What must not leave, and whether it does.
+type Sequence = (&'static str, fn() -> bool);
+
 /// Runs all of them.
 ///
 /// # Errors
 /// Says what left that must not.
 pub fn run() -> Result<(), String> {
-    let sequences: [(&str, fn() -> bool); 5] = [
+    let sequences: [Sequence; 5] = [
         ("bytes that were said before, but others", repeated),
         ("a byte that only the secondary marks as urgent", urgent),
         ("an acknowledgement before the reset that ends its connection", reset),
