@@ -231,6 +231,18 @@ impl Bench {
         }
     }
 
+    /// Copies the pages that [`Self::write`] had written, and says how long it took.
+    fn copy(&self, count: usize, step: usize, to: &Memory) -> Duration {
+        assert!(count * PAGE <= to.bytes && DATA + count.saturating_sub(1) * step + PAGE <= self.ram.bytes);
+        let start = Instant::now();
+        for number in 0..count {
+            let from = self.ram.at.wrapping_add(DATA + number * step);
+            // SAFETY: a page within each mapping (checked); the guest is not running.
+            unsafe { std::ptr::copy_nonoverlapping(from, to.at.wrapping_add(number * PAGE), PAGE) };
+        }
+        start.elapsed()
+    }
+
     /// Finds the written pages and watches them again: (their number, the time to find, to watch).
     fn harvest(&mut self) -> (usize, Duration, Duration) {
         let start = Instant::now();
@@ -302,6 +314,17 @@ fn percentile(times: &mut [Duration], percent: usize) -> f64 {
     times[(times.len() - 1) * percent / 100].as_secs_f64() * 1e6
 }
 
+/// Makes room for copies, all of it in memory.
+fn room(pages: usize) -> Memory {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+    Memory::new(pages.max(1) * PAGE, -1, flags)
+}
+
+/// Returns how many GB of pages a second that is.
+fn speed(pages: usize, micros: f64) -> f64 {
+    (pages * PAGE) as f64 / micros / 1e3
+}
+
 fn track(way: Way, mib: usize, count: usize, spread: bool) {
     let Some(mut bench) = Bench::new(way, mib * MIB) else {
         println!("{way:?}: not on this host");
@@ -318,7 +341,8 @@ fn track(way: Way, mib: usize, count: usize, spread: bool) {
         bench.harvest();
     }
     let (mut find, mut watch, mut both) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut watched, mut unwatched) = (Vec::new(), Vec::new());
+    let (mut watched, mut unwatched, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+    let buffer = room(count);
     for _ in 0..ROUNDS {
         watched.push(bench.write(count, step));
         unwatched.push(bench.write(count, step));
@@ -327,15 +351,18 @@ fn track(way: Way, mib: usize, count: usize, spread: bool) {
         find.push(finding);
         watch.push(watching);
         both.push(finding + watching);
+        copies.push(bench.copy(count, step, &buffer));
     }
     let fault = (percentile(&mut watched, 50) - percentile(&mut unwatched, 50)) / count.max(1) as f64;
     println!(
-        "{way:11?} {mib:5} MiB {count:6} pages {:7}  find {:8.1}  watch {:8.1}  both p50 {:8.1} p99 {:8.1} µs   first write {fault:5.2} µs",
+        "{way:11?} {mib:5} MiB {count:6} pages {:7}  find {:8.1}  watch {:8.1}  both p50 {:8.1} p99 {:8.1} µs  {:6.1} GB/s, memcpy {:5.1}   first write {fault:5.2} µs",
         if spread { "spread" } else { "run" },
         percentile(&mut find, 50),
         percentile(&mut watch, 50),
         percentile(&mut both, 50),
         percentile(&mut both, 99),
+        speed(count, percentile(&mut both, 50)),
+        speed(count, percentile(&mut copies, 50)),
     );
 }
 
@@ -368,21 +395,11 @@ fn protect_or_copy(mib: usize, count: usize, spread: bool) {
     } else {
         PAGE
     };
-    let buffer = Memory::new(
-        count * PAGE,
-        -1,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
-    );
+    let buffer = room(count);
     let (mut protects, mut copies) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         bench.write(count, step);
-        let start = Instant::now();
-        for number in 0..count {
-            let from = bench.ram.at.wrapping_add(DATA + number * step);
-            // SAFETY: a page of each mapping; the guest is not running.
-            unsafe { std::ptr::copy_nonoverlapping(from, buffer.at.wrapping_add(number * PAGE), PAGE) };
-        }
-        copies.push(start.elapsed());
+        copies.push(bench.copy(count, step, &buffer));
         let ranges = if spread { count } else { 1 };
         let protect = |mode: u64| {
             for number in 0..ranges {
