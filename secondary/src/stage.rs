@@ -308,3 +308,55 @@ impl Staged {
         self.content.extend_from_slice(content);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use checkpoint::limits::PAGE_BYTES;
+    use machine::Mapping;
+
+    use super::*;
+
+    const VMS: Page = [7; PAGE_BYTES];
+    const SENT: Page = [1; PAGE_BYTES];
+
+    /// Puts these into a stage, one after the other, for page 3, which the VM has as [`VMS`].
+    fn staged(contents: &[Content<'_>]) -> Staged {
+        let ram = GuestRam::new(64 << 20, Mapping::Private).unwrap();
+        ram.write_committed(3, &VMS).unwrap();
+        let mut staged = Staged::default();
+        for content in contents {
+            staged.put(&ram, &BTreeSet::from([3]), 3, *content).unwrap();
+        }
+        staged
+    }
+
+    #[test]
+    fn the_last_that_came_of_a_page_counts() {
+        let page = Content::Page(&SENT);
+        for (contents, copied, own) in [
+            (vec![page], Some(SENT), false),
+            (vec![Content::Own], None, true),
+            (vec![page, Content::Own], Some(VMS), false),
+            (vec![Content::Own, page], Some(SENT), false),
+            (vec![Content::Own, Content::Unchanged], None, false),
+            (vec![page, Content::Unchanged], Some(VMS), false),
+        ] {
+            let staged = staged(&contents);
+            let content = copied.map_or_else(Vec::new, |copied| copied.to_vec());
+            assert_eq!(
+                (staged.content, staged.own.contains(&3)),
+                (content, own),
+                "{contents:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_page_that_was_not_found_alike_is_not_taken_from_the_vm() {
+        let ram = GuestRam::new(64 << 20, Mapping::Private).unwrap();
+        let error = Staged::default()
+            .put(&ram, &BTreeSet::from([3]), 4, Content::Own)
+            .unwrap_err();
+        assert!(matches!(error, StageError::NotAlike(4)));
+    }
+}

@@ -68,7 +68,7 @@ pub struct ControlOptions {
     pub control: Option<PathBuf>,
 }
 
-/// What `status` is told.
+/// What `status` is told, and others that show something.
 #[derive(Args, Clone, Debug, Default)]
 pub struct StatusOptions {
     /// Which role is meant.
@@ -85,15 +85,9 @@ pub struct StatusOptions {
 /// What `flows` is told.
 #[derive(Args, Clone, Debug)]
 pub struct FlowsOptions {
-    /// Which role is meant.
+    /// Of which role, and how it is shown.
     #[command(flatten)]
-    pub control: ControlOptions,
-    /// Print one JSON object
-    #[arg(long)]
-    pub json: bool,
-    /// Go on, once a second
-    #[arg(long)]
-    pub watch: bool,
+    pub shown: StatusOptions,
     /// Flows to list, at most; those that hold output and those that differed come first
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=i64::from(link::flows::FLOWS_MAX)))]
     pub most: u32,

@@ -51,8 +51,7 @@ pub enum OperatorError {
 /// # Errors
 /// Fails if there is no role, or if it does not answer.
 pub fn status(options: &StatusOptions) -> Result<(), OperatorError> {
-    let path = find(&options.control)?;
-    show(options.json, options.watch, || ask_status(&path))
+    show(options, ask_status)
 }
 
 /// Prints what a primary knows of the VM's traffic, once or until interrupted.
@@ -60,18 +59,17 @@ pub fn status(options: &StatusOptions) -> Result<(), OperatorError> {
 /// # Errors
 /// Fails if there is no role, if it is no primary, or if it does not answer.
 pub fn flows(options: &FlowsOptions) -> Result<(), OperatorError> {
-    let path = find(&options.control)?;
-    show(options.json, options.watch, || ask_flows(&path, options.most))
+    show(&options.shown, |path| ask_flows(path, options.most))
 }
 
 fn show<T: Serialize + Display>(
-    json: bool,
-    watch: bool,
-    ask: impl Fn() -> Result<T, ControlError>,
+    options: &StatusOptions,
+    ask: impl Fn(&Path) -> Result<T, ControlError>,
 ) -> Result<(), OperatorError> {
+    let path = find(&options.control)?;
     loop {
-        print(&mut io::stdout().lock(), &ask()?, json, watch)?;
-        if !watch {
+        print(&mut io::stdout().lock(), &ask(&path)?, options)?;
+        if !options.watch {
             return Ok(());
         }
         sleep(WATCH_PERIOD);
@@ -117,11 +115,11 @@ fn order(options: &ControlOptions, command: &Command) -> Result<(), OperatorErro
     Ok(())
 }
 
-fn print<T: Serialize + Display>(out: &mut impl Write, report: &T, json: bool, watch: bool) -> io::Result<()> {
-    if json {
+fn print<T: Serialize + Display>(out: &mut impl Write, report: &T, options: &StatusOptions) -> io::Result<()> {
+    if options.json {
         serde_json::to_writer(&mut *out, report)?;
         writeln!(out)
-    } else if watch {
+    } else if options.watch {
         writeln!(out, "{CLEAR}{report}")
     } else {
         writeln!(out, "{report}")
@@ -229,11 +227,15 @@ mod tests {
             ..Status::default()
         };
         let mut json = Vec::new();
-        print(&mut json, &status, true, false).unwrap();
+        let options = StatusOptions {
+            json: true,
+            ..StatusOptions::default()
+        };
+        print(&mut json, &status, &options).unwrap();
         assert_eq!(serde_json::from_slice::<Status>(&json).unwrap(), status);
         assert!(json.ends_with(b"}\n"));
         let mut text = Vec::new();
-        print(&mut text, &status, false, false).unwrap();
+        print(&mut text, &status, &StatusOptions::default()).unwrap();
         assert!(String::from_utf8(text).unwrap().starts_with("pair "));
     }
 }

@@ -30,7 +30,7 @@ impl Default for Room {
 }
 
 impl Room {
-    fn has_no_more_for(&self, written_bytes: u64) -> bool {
+    fn has_no_more_for(self, written_bytes: u64) -> bool {
         written_bytes >= self.written_bytes + self.written_bytes / 2
     }
 }
@@ -38,15 +38,31 @@ impl Room {
 impl Primary {
     /// Stops the guest if its epoch is full and can't end now.
     pub(super) fn stand_if_full(&mut self, actions: &mut Vec<Action>) {
-        let runs_ahead = self.runs_ahead();
-        let is_full = self.options.room.has_no_more_for(self.write_bytes) || self.comparator.is_full();
-        if !runs_ahead || !is_full || self.is_full || mutants::on(Mutant::OutrunTheLink) {
+        if !self.runs_ahead() || !self.has_no_room() || self.is_full || mutants::on(Mutant::OutrunTheLink) {
             return;
         }
         self.is_full = true;
         // Taken as soon as the secondary has loaded the one on its way; the guest goes on after its copy.
         self.want(Trigger::Limit);
         actions.push(Action::PauseVm);
+    }
+
+    /// Tells whether the running epoch has as much output and writes as it may have.
+    #[must_use]
+    pub fn has_no_room(&self) -> bool {
+        self.options.room.has_no_more_for(self.write_bytes) || self.comparator.is_full()
+    }
+
+    /// Tells whether the guest of a pair stands, or has been told to.
+    #[must_use]
+    pub fn is_held_back(&self) -> bool {
+        self.is_full
+            || match self.state {
+                State::Stopping { .. } | State::Copying(_) => true,
+                State::Sending(taken) | State::Awaiting(taken) => !taken.resumed,
+                State::Protected { stands, .. } => stands,
+                _ => false,
+            }
     }
 
     /// Tells whether the guest runs in an epoch that can't end yet: the checkpoint before is on its way, or being loaded.
