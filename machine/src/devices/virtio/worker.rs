@@ -337,7 +337,8 @@ impl Shared {
         let more = self.turn();
         let mut gate = lock(&self.gate);
         gate.busy = false;
-        if gate.frozen || gate.lent {
+        // A worker that is parked because its turns are lent is not to hear of each.
+        if gate.frozen {
             self.moved.notify_all();
         }
         more
