@@ -7,17 +7,14 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf, Bytes, BytesMut};
-use checkpoint::Instant;
 use checkpoint::wire::{Encoded, HEADER_BYTES, Header, Message, WireError, decode, encode};
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
-
-use crate::clock;
 
 /// What is read from the kernel at a time, if it has so much.
 const READ_BYTES: usize = 64 * 1024;
@@ -62,26 +59,11 @@ pub(crate) fn tune(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// When the peer was last heard on any of its connections.
-#[derive(Debug, Default)]
-pub(crate) struct Heard(AtomicU64);
-
-impl Heard {
-    pub(crate) fn note(&self) {
-        self.0.fetch_max(clock::now().0, Ordering::Relaxed);
-    }
-
-    pub(crate) fn last(&self) -> Instant {
-        Instant(self.0.load(Ordering::Relaxed))
-    }
-}
-
 /// The reading half of a connection.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     stream: Arc<TcpStream>,
     buffer: BytesMut,
-    heard: Option<Arc<Heard>>,
 }
 
 impl Incoming {
@@ -89,14 +71,7 @@ impl Incoming {
         Self {
             stream,
             buffer: BytesMut::new(),
-            heard: None,
         }
-    }
-
-    /// From now on notes in `heard` when something arrives.
-    pub(crate) fn note_in(&mut self, heard: Arc<Heard>) {
-        heard.note();
-        self.heard = Some(heard);
     }
 
     pub(crate) fn stream(&self) -> &Arc<TcpStream> {
@@ -150,7 +125,7 @@ impl Incoming {
             self.stream.readable().await.map_err(CloseCause::Broken)?;
             match self.stream.try_read_buf(&mut self.buffer) {
                 Ok(0) => return Err(CloseCause::Eof),
-                Ok(_) => self.heard.iter().for_each(|heard| heard.note()),
+                Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(CloseCause::Broken(error)),
             }
@@ -162,7 +137,7 @@ impl Incoming {
 /// The writing half of a connection.
 ///
 /// Senders put messages into a queue. Whoever holds `writing` moves them to the socket: the task that runs
-/// [`Self::write`]; or the sender itself, when it is done for now or is on a thread of its own.
+/// [`Self::write`], or the sender itself: a loop at the end of its turn, and a thread that may block.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     stream: Arc<TcpStream>,

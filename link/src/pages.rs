@@ -30,7 +30,7 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
 use crate::clock;
-use crate::connection::{CloseCause, Closed, Heard, Incoming};
+use crate::connection::{CloseCause, Closed, Incoming};
 use crate::peer::{LinkEvent, Which};
 
 /// Bytes of batches that wait between all readers and whoever stages them.
@@ -217,19 +217,17 @@ pub(crate) struct PageReader {
     pub(crate) socket: Arc<TcpStream>,
     /// What was read behind the message that attached it.
     pub(crate) early: BytesMut,
-    pub(crate) heard: Arc<Heard>,
     pub(crate) events: mpsc::Sender<LinkEvent>,
 }
 
 impl PageReader {
     /// Takes a connection over from the handshake.
-    pub(crate) fn new(stream: usize, incoming: Incoming, heard: Arc<Heard>, events: mpsc::Sender<LinkEvent>) -> Self {
+    pub(crate) fn new(stream: usize, incoming: Incoming, events: mpsc::Sender<LinkEvent>) -> Self {
         let (socket, early) = incoming.into_parts();
         Self {
             stream,
             socket,
             early,
-            heard,
             events,
         }
     }
@@ -294,7 +292,7 @@ impl PageReader {
         while bytes.len() < wanted {
             match recv(&*self.socket, spare_capacity(bytes), RecvFlags::DONTWAIT) {
                 Ok((0, _)) => return Err(CloseCause::Eof),
-                Ok(_) => self.heard.note(),
+                Ok(_) => {}
                 Err(Errno::AGAIN) => wait_for(&self.socket, PollFlags::IN).map_err(CloseCause::Broken)?,
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(CloseCause::Broken(error.into())),

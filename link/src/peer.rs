@@ -19,8 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use checkpoint::Instant;
-use checkpoint::wire::{Hello, Message, Session, Welcome};
+use checkpoint::wire::{Hello, Message, Welcome};
 use rustix::net::{Shutdown, shutdown};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -28,7 +27,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 pub use crate::connection::{CloseCause, Closed};
-use crate::connection::{Heard, Incoming, Outgoing};
+use crate::connection::{Incoming, Outgoing};
 use crate::listener::Occupied;
 use crate::pages::{ArrivedPages, PageReader, PageSenders};
 
@@ -133,8 +132,6 @@ struct Inner {
     senders: PageSenders,
     /// Those of control and data, and then the page streams.
     streams: Vec<Arc<TcpStream>>,
-    heard: Arc<Heard>,
-    session: Session,
     peer: SocketAddr,
     /// True once nobody wants to receive any more. The readers hold its other ends.
     finishing: watch::Sender<bool>,
@@ -182,18 +179,6 @@ impl Link {
     #[must_use]
     pub fn page_senders(&self) -> PageSenders {
         self.0.senders.clone()
-    }
-
-    /// Returns when the last bytes of the peer arrived, on any connection.
-    #[must_use]
-    pub fn last_heard(&self) -> Instant {
-        self.0.heard.last()
-    }
-
-    /// Returns the number that ties the connections together.
-    #[must_use]
-    pub fn session(&self) -> Session {
-        self.0.session
     }
 
     /// Returns the peer's address.
@@ -334,7 +319,6 @@ impl Established {
         } = agreement;
         // Who was called is the secondary, which pages are sent to.
         let reads_pages = occupied.is_some();
-        let heard = Arc::new(Heard::default());
         let (finishing, finish) = watch::channel(false);
         let (control_events, control_receiver) = mpsc::channel(CONTROL_MESSAGES_MAX);
         let (data_events, data_receiver) = mpsc::channel(ARRIVED_MESSAGES_MAX);
@@ -358,16 +342,16 @@ impl Established {
         let mut tasks = vec![
             spawn_writer(&control.outgoing),
             spawn_writer(&data.outgoing),
-            spawn_reader(control.incoming, control_delivery, early, &heard),
-            spawn_reader(data.incoming, data_delivery, Vec::new(), &heard),
+            spawn_reader(control.incoming, control_delivery, early),
+            spawn_reader(data.incoming, data_delivery, Vec::new()),
         ];
         let (pages_events, pages_receiver) = mpsc::channel(PAGES_ARRIVED_MAX);
         let count = streams.len();
         for (stream, connection) in streams.into_iter().enumerate() {
-            let (heard, events) = (Arc::clone(&heard), pages_events.clone());
+            let events = pages_events.clone();
             match reads_pages {
-                true => PageReader::new(stream, connection.incoming, heard, events).spawn(count),
-                false => tasks.push(spawn_watcher(stream, connection.incoming, heard, events)),
+                true => PageReader::new(stream, connection.incoming, events).spawn(count),
+                false => tasks.push(spawn_watcher(stream, connection.incoming, events)),
             }
         }
         let link = Link(Arc::new(Inner {
@@ -375,8 +359,6 @@ impl Established {
             data: data.outgoing,
             senders: PageSenders::new(&page_sockets),
             streams: sockets,
-            heard,
-            session: welcome.session,
             peer,
             finishing,
             tasks,
@@ -402,13 +384,7 @@ fn spawn_writer(outgoing: &Arc<Outgoing>) -> AbortHandle {
 }
 
 /// Waits for the end of a stream on which nothing comes from the other side.
-fn spawn_watcher(
-    stream: usize,
-    mut incoming: Incoming,
-    heard: Arc<Heard>,
-    events: mpsc::Sender<LinkEvent>,
-) -> AbortHandle {
-    incoming.note_in(heard);
+fn spawn_watcher(stream: usize, mut incoming: Incoming, events: mpsc::Sender<LinkEvent>) -> AbortHandle {
     let watch = async move {
         let event = match incoming.next().await {
             // Whatever it is, it is out of its place: the protocol is to say so.
@@ -424,13 +400,7 @@ fn spawn_watcher(
     tokio::spawn(watch).abort_handle()
 }
 
-fn spawn_reader(
-    mut incoming: Incoming,
-    mut delivery: Delivery,
-    early: Vec<Message>,
-    heard: &Arc<Heard>,
-) -> AbortHandle {
-    incoming.note_in(Arc::clone(heard));
+fn spawn_reader(mut incoming: Incoming, mut delivery: Delivery, early: Vec<Message>) -> AbortHandle {
     let read = async move {
         for message in early {
             delivery.deliver(LinkEvent::Message(message), 0).await;

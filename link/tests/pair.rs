@@ -165,9 +165,10 @@ fn bytes_of(message: &Message) -> Vec<u8> {
 async fn both_sides_know_each_other_and_messages_arrive_in_order() {
     let mut listener = Listener::bind(anywhere()).unwrap();
     let (primary, mut secondary) = established(&mut listener).await;
+    let primary_session = primary.welcome.session;
     let (mut primary_events, primary) = (primary.events, primary.link);
     assert_eq!(secondary.hello, hello("a"));
-    assert_eq!(secondary.welcome.session, primary.session());
+    assert_eq!(secondary.welcome.session, primary_session);
     for number in 0..2_000 {
         primary.send(input(number, if number % 100 == 0 { 9_000 } else { 60 }));
         if number % 500 == 0 {
@@ -187,7 +188,6 @@ async fn both_sides_know_each_other_and_messages_arrive_in_order() {
     secondary.link.send_control(HEARTBEAT);
     let both = [message(&mut primary_events).await, message(&mut primary_events).await];
     assert!(both.contains(&HEARTBEAT) && both.contains(&Message::Acknowledge(Tag::default())));
-    assert!(clock::now().since(primary.last_heard()) < checkpoint::Duration::from_millis(10_000));
     assert_eq!(primary.queued_bytes(), 0);
 }
 
@@ -322,7 +322,7 @@ async fn each_side_may_turn_the_other_away_and_is_told_why() {
     let (primary, secondary) = timeout(LIMIT, async { tokio::join!(attempts, listener.accept(judge)) })
         .await
         .unwrap();
-    assert_eq!(primary.link.session(), secondary.link.session());
+    assert_eq!(primary.welcome.session, secondary.welcome.session);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -225,46 +225,45 @@ impl Stager {
         self.alike.clear();
     }
 
-    fn expected(&self, batch: &PageBatch) -> Expected {
-        Expected {
-            count: batch.count,
-            pages: self.ram.pages(),
-            base: self.committed,
-        }
-    }
-
     fn apply(&mut self, batch: &PageBatch) -> Result<(), StageError> {
-        let expected = Expected {
-            base: None,
-            ..self.expected(batch)
-        };
-        let (ram, stream, streams) = (&self.ram, self.stream, self.streams);
-        self.decoder.decode(
-            &batch.encoded,
-            &expected,
-            |page, content| Ok(ram.read_committed(page, content)?),
-            |page, content| {
-                check_stream(page, stream, streams)?;
-                match content {
-                    Content::Page(content) => Ok(ram.write_committed(page, content)?),
-                    // Without a base there is nothing else.
-                    Content::Unchanged | Content::Own => Err(StageError::NotAlike(page)),
-                }
-            },
-        )
+        self.decode(batch, None, |_, ram, _, page, content| match content {
+            Content::Page(content) => Ok(ram.write_committed(page, content)?),
+            // Without a base there is nothing else.
+            Content::Unchanged | Content::Own => Err(StageError::NotAlike(page)),
+        })
     }
 
     fn stage(&mut self, batch: &PageBatch) -> Result<(), StageError> {
-        let expected = self.expected(batch);
-        let (ram, stream, streams) = (&self.ram, self.stream, self.streams);
-        let (staged, alike) = (&mut self.staged, &self.alike);
-        self.decoder.decode(
+        self.decode(batch, self.committed, Staged::put)
+    }
+
+    fn decode(
+        &mut self,
+        batch: &PageBatch,
+        base: Option<Epoch>,
+        mut put: impl FnMut(&mut Staged, &GuestRam, &BTreeSet<u64>, u64, Content<'_>) -> Result<(), StageError>,
+    ) -> Result<(), StageError> {
+        let Self {
+            stream,
+            streams,
+            ram,
+            decoder,
+            staged,
+            alike,
+            ..
+        } = self;
+        let expected = Expected {
+            count: batch.count,
+            pages: ram.pages(),
+            base,
+        };
+        decoder.decode(
             &batch.encoded,
             &expected,
             |page, content| Ok(ram.read_committed(page, content)?),
             |page, content| {
-                check_stream(page, stream, streams)?;
-                staged.put(ram, alike, page, content)
+                check_stream(page, *stream, *streams)?;
+                put(staged, ram, alike, page, content)
             },
         )
     }

@@ -180,7 +180,7 @@ pub struct Counters {
     pub last_checkpoint: Option<Instant>,
     /// Changes of the mode, to buffered and back.
     pub switches: u64,
-    /// What was expected of it.
+    /// How long the last stop was expected to take.
     pub last_predicted: Duration,
     /// The last initial sync.
     pub sync: SyncCounts,
