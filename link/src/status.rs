@@ -3,7 +3,9 @@
 //! Filled by the role's loop, carried by `control`, printed by the command line. The names are an
 //! interface: scripts read them. Nothing here measures or decides anything.
 
-use std::fmt::{self, Display, Write};
+mod text;
+
+pub(crate) use text::{printable, size, span_ms};
 
 use serde::{Deserialize, Serialize};
 
@@ -316,230 +318,11 @@ impl State {
     }
 }
 
-impl Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl Display for Status {
-    /// Writes the report for humans: one aligned line a subject, without a newline at the end.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut lines = Lines::default();
-        lines.add("pair", &printable(&self.pair));
-        lines.add(
-            "node",
-            &format!(
-                "{} ({}, pid {})",
-                printable(&self.node),
-                printable(&self.role),
-                self.pid
-            ),
-        );
-        lines.add("state", &format!("{} for {}", self.state, span_ms(self.since_ms)));
-        if let Some(reason) = &self.reason {
-            lines.add("reason", &printable(reason));
-        }
-        lines.add("peer", &self.peer.to_string());
-        if let Some(mode) = &self.mode {
-            lines.add("mode", &mode.to_string());
-        }
-        lines.add("generation", &self.generation.to_string());
-        lines.add("epoch", &self.epoch.to_string());
-        lines.add("checkpoints", &self.checkpoints.to_string());
-        lines.add("last", &self.last());
-        if let Some(sync) = &self.last_sync {
-            lines.add("sync", &sync.to_string());
-        }
-        lines.add("divergences", &self.divergences.to_string());
-        lines.add("output", &self.queues.output());
-        lines.add("input", &format!("{} unconfirmed", self.queues.inputs_unconfirmed));
-        lines.add("disk", &self.queues.disk());
-        lines.add("link", &self.queues.link());
-        lines.add("rates", &self.rates.to_string());
-        if self.released_late > 0 {
-            lines.add("dropped", &format!("{} frames, released too late", self.released_late));
-        }
-        for alarm in &self.alarms {
-            lines.add("ALARM", &printable(alarm));
-        }
-        f.write_str(lines.0.trim_end())
-    }
-}
-
-impl Status {
-    fn last(&self) -> String {
-        let age = self
-            .last_checkpoint_age_ms
-            .map_or_else(|| "never".to_owned(), |ms| format!("{} ago", span_ms(ms)));
-        let Some(last) = self.last_checkpoint else {
-            return age;
-        };
-        format!(
-            "{age}: {} pages ({} ahead), {}, paused {} ({} expected), committed after {}",
-            last.pages,
-            last.pages_ahead,
-            size(last.bytes),
-            span_us(last.pause_us),
-            span_us(last.predicted_us),
-            span_us(last.commit_us)
-        )
-    }
-}
-
-impl Queues {
-    fn output(&self) -> String {
-        format!(
-            "{} frames held ({}), {} of the secondary's pending ({})",
-            self.held_frames,
-            size(self.held_bytes),
-            self.pending_frames,
-            size(self.pending_bytes)
-        )
-    }
-
-    fn disk(&self) -> String {
-        format!(
-            "{} in the overlay, {} of writes unacknowledged",
-            size(self.overlay_bytes),
-            size(self.writes_unacknowledged_bytes)
-        )
-    }
-
-    fn link(&self) -> String {
-        format!(
-            "{} queued, {} staged",
-            size(self.link_queued_bytes),
-            size(self.staged_bytes)
-        )
-    }
-}
-
-impl Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", printable(&self.now), printable(&self.why))?;
-        match (self.now.as_str(), self.buffered_flows) {
-            ("lockstep", 1) => f.write_str("; 1 flow waits for checkpoints"),
-            ("lockstep", 2..) => write!(f, "; {} flows wait for checkpoints", self.buffered_flows),
-            _ => Ok(()),
-        }
-    }
-}
-
-impl Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let node = self.node.as_deref().map_or_else(|| "unknown".to_owned(), printable);
-        let connected = if self.connected { "connected" } else { "not connected" };
-        write!(f, "{node} at {}, {connected}", printable(&self.addr))?;
-        match self.streams {
-            0 => Ok(()),
-            1 => f.write_str(", 1 page stream"),
-            streams => write!(f, ", {streams} page streams"),
-        }
-    }
-}
-
-impl Display for Checkpoints {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.total)?;
-        let by = [
-            ("sync", self.sync),
-            ("mismatch", self.mismatch),
-            ("unmatched", self.unmatched),
-            ("period", self.period),
-            ("limit", self.limit),
-            ("budget", self.budget),
-            ("memory", self.memory),
-            ("age", self.age),
-            ("admin", self.admin),
-        ];
-        let told: Vec<_> = by
-            .iter()
-            .filter(|(_, count)| *count > 0)
-            .map(|(name, n)| format!("{n} {name}"))
-            .collect();
-        if told.is_empty() {
-            Ok(())
-        } else {
-            write!(f, " ({})", told.join(", "))
-        }
-    }
-}
-
-impl Display for LastSync {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if self.memory_by_difference {
-            "by difference"
-        } else {
-            "all of memory"
-        };
-        write!(f, "{how}: {} of {} pages, ", self.pages, self.pages_total)?;
-        match self.blocks {
-            Some(blocks) => write!(f, "{blocks} of {} blocks", self.blocks_total),
-            None => write!(f, "{} blocks compared", self.blocks_total),
-        }
-    }
-}
-
-impl Display for Rates {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:.0} inputs/s, {:.0} outputs/s, {:.0} pages/s, {:.1} MiB/s",
-            self.inputs_per_s,
-            self.outputs_per_s,
-            self.pages_per_s,
-            self.bytes_per_s / (1024.0 * 1024.0)
-        )
-    }
-}
-
-#[derive(Default)]
-struct Lines(String);
-
-impl Lines {
-    fn add(&mut self, name: &str, value: &str) {
-        writeln!(self.0, "{name:<12} {value}").expect("a string takes everything");
-    }
-}
-
-/// Makes a text from elsewhere harmless to a terminal.
-pub(crate) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
-}
-
-pub(crate) fn size(bytes: u64) -> String {
-    const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
-    match UNITS.iter().find(|(_, unit)| bytes >= *unit) {
-        Some((name, unit)) => format!("{}.{} {name}", bytes / unit, bytes % unit * 10 / unit),
-        None => format!("{bytes} B"),
-    }
-}
-
-pub(crate) fn span_ms(ms: u64) -> String {
-    match ms {
-        0..1_000 => format!("{ms} ms"),
-        1_000..120_000 => format!("{}.{} s", ms / 1_000, ms % 1_000 / 100),
-        120_000..7_200_000 => format!("{} min", ms / 60_000),
-        _ => format!("{} h {} min", ms / 3_600_000, ms % 3_600_000 / 60_000),
-    }
-}
-
-fn span_us(us: u64) -> String {
-    if us < 10_000 {
-        format!("{us} µs")
-    } else {
-        span_ms(us / 1_000)
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn example() -> Status {
+    pub(crate) fn example() -> Status {
         Status {
             pair: "shop".into(),
             node: "a".into(),
@@ -606,30 +389,5 @@ mod tests {
             assert_eq!(serde_json::to_value(state).unwrap(), name);
         }
         assert_eq!(State::named("Protected"), None);
-    }
-
-    #[test]
-    fn the_text_for_humans_is_aligned_and_harmless_to_a_terminal() {
-        let mut status = example();
-        status.peer.node = Some("\x1b[2Jevil".into());
-        status.alarms.push("the witness\ndoes not answer".into());
-        let text = status.to_string();
-        assert!(!text.contains('\x1b'), "{text}");
-        assert!(
-            text.lines().all(|line| line.len() > 13 && line.as_bytes()[12] == b' '),
-            "{text}"
-        );
-        assert!(text.contains("at 10.0.0.2:4242, connected, 2 page streams"), "{text}");
-        assert!(text.contains("checkpoints  9 (1 sync, 8 mismatch)"), "{text}");
-        assert!(
-            text.contains(
-                "last         412 ms ago: 10 pages (4 ahead), 40.0 KiB, paused 900 µs (850 µs expected), committed after 12 ms"
-            )
-        );
-        assert!(
-            text.contains("sync         by difference: 12 of 16384 pages, 3 of 1024 blocks"),
-            "{text}"
-        );
-        assert_eq!(text.lines().filter(|line| line.starts_with("ALARM")).count(), 1);
     }
 }
