@@ -88,6 +88,8 @@ mutants! {
     ForgetAbandonedWrites "forget-abandoned-writes"
     /// A side that takes over translates no connection any more.
     ForgetOffsets "forget-offsets"
+    /// After a takeover segments leave with times before those that the client has seen.
+    ForgetClock "forget-clock"
     /// A primary that lost its secondary goes on without asking the witness.
     GoAloneUnasked "go-alone-unasked"
     /// Bytes leave though only the secondary's guest has marked one of them as urgent.
@@ -142,6 +144,8 @@ mutants! {
     ReuseEpochAtTakeover "reuse-epoch-at-takeover"
     /// A side runs though the witness gave the term to the other.
     RunAfterLosing "run-after-losing"
+    /// What was overtaken leaves with its own time, before that of what overtook it.
+    SendOldTimes "send-old-times"
     /// A side that won runs before the record of that is durable.
     RunBeforeRecord "run-before-record"
     /// A checkpoint has what the guest wrote into its memory, and not what the machine wrote for it.
@@ -171,11 +175,13 @@ mutants! {
 impl Mutant {
     /// Those about frames that no guest of the simulated world sends: sequences made for them must notice these.
     pub const SEQUENCES_ONLY: &[Self] = &[
+        Self::ForgetClock,
         Self::IgnoreUrgent,
         Self::KeepOwnNumbers,
         Self::OvertakeReset,
         Self::PairFragments,
         Self::PassRepeated,
+        Self::SendOldTimes,
     ];
 }
 

@@ -16,7 +16,7 @@ use crate::checksum;
 use crate::codec::{Reader, StateError, VERSION, put_address, put_count, put_vlans};
 use crate::flow::Vlans;
 use crate::frame;
-use crate::sequence::Translator;
+use crate::sequence::{Snapshot, Translator};
 
 /// Most addresses that are remembered.
 const ADDRESSES_MAX: usize = 256;
@@ -59,23 +59,23 @@ struct Known {
 /// The network's part of a checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct NetworkState {
-    /// The connections' sequence offsets.
+    /// The connections' sequence offsets and clocks.
     pub translator: Translator,
     /// The guest's addresses.
     pub addresses: AddressBook,
 }
 
 impl NetworkState {
-    /// Returns the bytes for the checkpoint; below 1 MiB.
+    /// Returns the bytes for the checkpoint, below 1 MiB, and how many connections they leave out.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let translator = self.translator.snapshot();
-        let mut out = Vec::with_capacity(translator.len() + 64);
+    pub fn encode(&self) -> Snapshot {
+        let Snapshot { encoded, left_out } = self.translator.snapshot();
+        let mut out = Vec::with_capacity(encoded.len() + 64);
         out.push(VERSION);
-        put_count(&mut out, translator.len());
-        out.extend(translator);
+        put_count(&mut out, encoded.len());
+        out.extend(encoded);
         out.extend(self.addresses.snapshot());
-        out
+        Snapshot { encoded: out, left_out }
     }
 
     /// Takes over the state of a checkpoint, all or nothing.

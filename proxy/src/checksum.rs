@@ -21,6 +21,19 @@ pub(crate) fn replace_u32(frame: &mut [u8], header: usize, at: usize, checksum_a
     frame[checksum..checksum + 2].copy_from_slice(&(!fold(sum)).to_be_bytes());
 }
 
+/// Mends the checksum of a transport packet that was made of another, `before`, of even length `after`. The addresses of the pseudo
+/// header are the same, whatever they are.
+pub(crate) fn shortened(before: &[u8], after: &mut [u8], checksum_at: usize) {
+    let checksum = u16::from_be_bytes([before[checksum_at], before[checksum_at + 1]]);
+    after[checksum_at..checksum_at + 2].fill(0);
+    let length = |packet: &[u8]| u32::try_from(packet.len()).unwrap_or(u32::MAX) % 0xffff;
+    // What was summed up is the complement of the checksum, which is itself part of `before`.
+    let old = u32::from(fold(sum_of(before) + length(before))) + u32::from(!checksum);
+    let new = u32::from(fold(sum_of(after) + length(after)));
+    let sum = u32::from(!checksum) + u32::from(!fold(old)) + new;
+    after[checksum_at..checksum_at + 2].copy_from_slice(&(!fold(sum)).to_be_bytes());
+}
+
 /// Returns the checksum of a transport packet over its pseudo header; its own checksum field must be zero.
 pub(crate) fn transport(source: IpAddr, destination: IpAddr, protocol: u8, packet: &[u8]) -> u16 {
     let mut sum = u32::from(protocol) + u32::try_from(packet.len()).unwrap_or(u32::MAX) % 0xffff;
@@ -89,6 +102,26 @@ mod tests {
             packet[16..18].fill(0);
             let fresh = transport(source, destination, 6, &packet);
             prop_assert_eq!(changed % 0xffff, fresh % 0xffff);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn case_p10_the_checksum_of_a_shortened_packet_equals_a_fresh_one_and_a_wrong_one_stays_wrong(
+            mut packet in proptest::collection::vec(any::<u8>(), 20..200), to in 10usize..30, wrong: u16,
+        ) {
+            let (source, destination) = (IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2)));
+            packet[16..18].fill(0);
+            let sum = transport(source, destination, 6, &packet);
+            packet[16..18].copy_from_slice(&sum.wrapping_add(wrong).to_be_bytes());
+            let mut short = packet[..(to * 2).min(packet.len() / 2 * 2)].to_vec();
+            short[4..8].copy_from_slice(&[9, 8, 7, 6]);
+            shortened(&packet, &mut short, 16);
+            let mended = u16::from_be_bytes([short[16], short[17]]);
+            short[16..18].fill(0);
+            let fresh = transport(source, destination, 6, &short);
+            let is_wrong = sum.wrapping_add(wrong) % 0xffff != sum % 0xffff;
+            prop_assert_eq!(mended % 0xffff != fresh % 0xffff, is_wrong);
         }
     }
 }

@@ -34,7 +34,7 @@ pub enum StateError {
 }
 
 /// The format written.
-pub(crate) const VERSION: u8 = 1;
+pub(crate) const VERSION: u8 = 2;
 
 /// Reads fields off the front of a slice.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,7 @@
 //! Used by the comparator and the translator on bytes of either guest, of the peer and of the
 //! network; it never panics and never allocates.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use checkpoint::mutants::{self, Mutant};
 use etherparse::{
@@ -25,8 +25,14 @@ pub(crate) const TCP_SEQ_AT: usize = 4;
 pub(crate) const TCP_CHECKSUM_AT: usize = 16;
 /// Length of a TCP header without options.
 const TCP_HEADER: usize = 20;
+/// Length of an IPv6 header without extensions.
+const IPV6_HEADER: usize = 40;
 /// Most ranges that policy ignores in one frame: three VLAN tags, four IPv4 fields and the UDP checksum.
 const IGNORED_MAX: usize = 8;
+
+/// Protocol numbers of IPv6 extension headers, one of which IPv4 has as well.
+const AUTHENTICATION: u8 = 51;
+const FRAGMENT: u8 = 44;
 
 const OPTION_END: u8 = 0;
 const OPTION_NOP: u8 = 1;
@@ -78,12 +84,24 @@ pub(crate) struct Segment {
 /// What the options of a segment say.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Options {
-    /// Signed (MD5, TCP-AO): must not be changed on the way.
+    /// Signed (MD5, TCP-AO, IPsec): must not be changed on the way.
     pub(crate) signed: bool,
+    pub(crate) timestamps: Option<Timestamps>,
     /// The highest right edge of the SACK blocks.
     pub(crate) sack: Option<Seq>,
     /// What a SYN offers; after a takeover the client holds the secondary to it.
     pub(crate) offer: Offer,
+}
+
+/// The times in a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Timestamps {
+    /// Where the sender's is, counted from the start of the TCP header; the other follows it.
+    at: usize,
+    /// The sender's time.
+    pub(crate) value: Seq,
+    /// The time that it returns; without an ACK it means nothing.
+    pub(crate) echo: Seq,
 }
 
 /// The options of a SYN that bind for the life of the connection.
@@ -147,6 +165,20 @@ impl Segment {
         checksum::replace_u32(frame, self.tcp, TCP_ACK_AT, TCP_CHECKSUM_AT, ack.0.to_be_bytes());
     }
 
+    /// Writes another time of the sender and mends the checksum.
+    pub(crate) fn set_time(&self, frame: &mut [u8], time: Seq) {
+        if let Some(Timestamps { at, .. }) = self.options.timestamps {
+            checksum::replace_u32(frame, self.tcp, at, TCP_CHECKSUM_AT, time.0.to_be_bytes());
+        }
+    }
+
+    /// Writes another returned time and mends the checksum.
+    pub(crate) fn set_echo(&self, frame: &mut [u8], echo: Seq) {
+        if let Some(Timestamps { at, .. }) = self.options.timestamps {
+            checksum::replace_u32(frame, self.tcp, at + 4, TCP_CHECKSUM_AT, echo.0.to_be_bytes());
+        }
+    }
+
     /// Applies `change` to both edges of every SACK block and mends the checksum.
     pub(crate) fn map_sack(&self, frame: &mut [u8], change: impl Fn(Seq) -> Seq) {
         for edge in self.sack_edges(frame).into_iter().flatten() {
@@ -169,34 +201,31 @@ impl Segment {
         }
     }
 
-    /// Makes the pure acknowledgement that would follow this segment: its headers without payload and SACK. Nothing if the
-    /// IP header has options or extensions, which may change what the checksum covers.
+    /// Makes the pure acknowledgement that would follow this segment: its headers without payload and SACK. Nothing if it is
+    /// signed. A checksum that was wrong stays wrong.
     pub(crate) fn acknowledgement(&self, frame: &[u8], ack: Seq) -> Option<Vec<u8>> {
+        if self.options.signed {
+            return None;
+        }
         let mut reply = frame[..self.payload].to_vec();
-        let ip_header = self.tcp - self.ip;
-        let (source, destination) = if frame[self.ip] >> 4 == 4 && ip_header == 20 {
+        if frame[self.ip] >> 4 == 4 {
+            let header = self.ip..self.ip + usize::from(frame[self.ip] & 0xf) * 4;
             let total = u16::try_from(self.payload - self.ip).unwrap_or(u16::MAX);
             reply[self.ip + 2..self.ip + 4].copy_from_slice(&total.to_be_bytes());
             reply[self.ip + 10..self.ip + 12].fill(0);
-            let sum = checksum::header(&reply[self.ip..self.tcp]);
+            let sum = checksum::header(&reply[header]);
             reply[self.ip + 10..self.ip + 12].copy_from_slice(&sum.to_be_bytes());
-            (v4_at(&reply, self.ip + 12), v4_at(&reply, self.ip + 16))
-        } else if ip_header == 40 {
-            let length = u16::try_from(self.payload - self.tcp).unwrap_or(u16::MAX);
-            reply[self.ip + 4..self.ip + 6].copy_from_slice(&length.to_be_bytes());
-            (v6_at(&reply, self.ip + 8), v6_at(&reply, self.ip + 24))
         } else {
-            return None;
-        };
+            let length = u16::try_from(self.payload - self.ip - IPV6_HEADER).unwrap_or(u16::MAX);
+            reply[self.ip + 4..self.ip + 6].copy_from_slice(&length.to_be_bytes());
+        }
+        let (before, after) = (&frame[self.tcp..self.end], &mut reply[self.tcp..]);
+        after[TCP_SEQ_AT..TCP_SEQ_AT + 4].copy_from_slice(&self.end_seq().0.to_be_bytes());
+        after[TCP_ACK_AT..TCP_ACK_AT + 4].copy_from_slice(&ack.0.to_be_bytes());
+        after[13] = 0x10;
+        after[18..20].fill(0);
+        checksum::shortened(before, after, TCP_CHECKSUM_AT);
         self.blank_sack(&mut reply);
-        let tcp = &mut reply[self.tcp..];
-        tcp[TCP_SEQ_AT..TCP_SEQ_AT + 4].copy_from_slice(&self.end_seq().0.to_be_bytes());
-        tcp[TCP_ACK_AT..TCP_ACK_AT + 4].copy_from_slice(&ack.0.to_be_bytes());
-        tcp[13] = 0x10;
-        tcp[18..20].fill(0);
-        tcp[TCP_CHECKSUM_AT..TCP_CHECKSUM_AT + 2].fill(0);
-        let sum = checksum::transport(source, destination, 6, tcp);
-        tcp[TCP_CHECKSUM_AT..TCP_CHECKSUM_AT + 2].copy_from_slice(&sum.to_be_bytes());
         Some(reply)
     }
 
@@ -453,6 +482,7 @@ fn segment(bytes: &[u8], ip: usize, tcp: &TcpSlice<'_>) -> Option<Segment> {
     if (syn && (fin || rst)) || (fin && rst) || !(syn || fin || rst || tcp.ack()) {
         return None;
     }
+    let options = options(&bytes[..payload], at + TCP_HEADER)?;
     Some(Segment {
         ip,
         tcp: at,
@@ -464,8 +494,30 @@ fn segment(bytes: &[u8], ip: usize, tcp: &TcpSlice<'_>) -> Option<Segment> {
         fin,
         rst,
         urgent: tcp.urg().then(|| tcp.urgent_pointer()),
-        options: options(&bytes[..payload], at + TCP_HEADER)?,
+        options: Options {
+            signed: options.signed || is_authenticated(&bytes[..at], ip),
+            ..options
+        },
     })
+}
+
+/// Says whether an authentication header (IPsec) stands between the IP header and what follows it.
+fn is_authenticated(headers: &[u8], ip: usize) -> bool {
+    if headers[ip] >> 4 == 4 {
+        return headers[ip + 9] == AUTHENTICATION;
+    }
+    let (mut next, mut at) = (headers[ip + 6], ip + IPV6_HEADER);
+    while next != AUTHENTICATION
+        && let Some(&[following, length]) = headers.get(at..at + 2)
+    {
+        at += if next == FRAGMENT {
+            8
+        } else {
+            (usize::from(length) + 1) * 8
+        };
+        next = following;
+    }
+    next == AUTHENTICATION
 }
 
 fn options(headers: &[u8], start: usize) -> Option<Options> {
@@ -480,7 +532,14 @@ fn options(headers: &[u8], start: usize) -> Option<Options> {
             (OPTION_MSS, &[high, low]) => found.offer.mss = Some(u16::from_be_bytes([high, low])),
             (OPTION_WINDOW_SCALE, &[shift]) => found.offer.window_scale = Some(shift),
             (OPTION_SACK_PERMITTED, _) => found.offer.sack = true,
-            (OPTION_TIMESTAMP, _) => found.offer.timestamps = true,
+            (OPTION_TIMESTAMP, &[a, b, c, d, e, f, g, h]) => {
+                found.offer.timestamps = true;
+                found.timestamps = Some(Timestamps {
+                    at: at + 2 - (start - TCP_HEADER),
+                    value: Seq(u32::from_be_bytes([a, b, c, d])),
+                    echo: Seq(u32::from_be_bytes([e, f, g, h])),
+                });
+            }
             (OPTION_MD5 | OPTION_AO, _) => found.signed = true,
             (OPTION_SACK, blocks) => {
                 for block in blocks.chunks_exact(8) {
@@ -530,18 +589,6 @@ fn echo(message: &[u8], kinds: &[u8]) -> (u16, u16) {
 
 fn v4(address: &[u8]) -> Option<IpAddr> {
     <[u8; 4]>::try_from(address).ok().map(IpAddr::from)
-}
-
-fn v4_at(bytes: &[u8], at: usize) -> IpAddr {
-    let mut octets = [0; 4];
-    octets.copy_from_slice(&bytes[at..at + 4]);
-    IpAddr::V4(Ipv4Addr::from(octets))
-}
-
-fn v6_at(bytes: &[u8], at: usize) -> IpAddr {
-    let mut octets = [0; 16];
-    octets.copy_from_slice(&bytes[at..at + 16]);
-    IpAddr::V6(Ipv6Addr::from(octets))
 }
 
 #[cfg(test)]

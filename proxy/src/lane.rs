@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
+use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Epoch, Instant};
 
 use crate::counters::FlowReport;
@@ -35,6 +36,8 @@ pub(crate) struct Lane {
     deferred_bytes: usize,
     /// An acknowledgement that was lowered and that nothing has carried since.
     owed: Option<Owed>,
+    /// The latest time that has left: its receiver drops what leaves later with an earlier one (PAWS).
+    time: Option<Seq>,
     /// Whether it is compared at all.
     temper: Temper,
     pub(crate) suspected: bool,
@@ -87,6 +90,7 @@ impl Lane {
             deferred: VecDeque::new(),
             deferred_bytes: 0,
             owed: None,
+            time: None,
             temper: Temper::default(),
             suspected: false,
             touched: false,
@@ -199,7 +203,8 @@ impl Lane {
             return frame;
         };
         let Leave::Lowered(ack) = next.leave else {
-            return leaving(stream, order, next.serial, &note, frame);
+            let frame = leaving(stream, order, next.serial, &note, frame);
+            return in_time(&mut self.time, note.segment(), frame);
         };
         let segment = note.segment();
         stream.has_left((!segment.syn).then(|| segment.end_seq()), Some(ack));
@@ -210,7 +215,7 @@ impl Lane {
                 ack: full,
             });
         }
-        lowered(segment, frame, ack)
+        in_time(&mut self.time, segment, lowered(segment, frame, ack))
     }
 
     /// Passes the frame that has waited longest by a commit, or on going alone.
@@ -218,7 +223,8 @@ impl Lane {
         match &mut self.kind {
             Kind::Stream(stream, order) => {
                 if let Some(note) = order.take_oldest(serial) {
-                    return leaving(stream, order, serial, &note, frame);
+                    let frame = leaving(stream, order, serial, &note, frame);
+                    return in_time(&mut self.time, note.segment(), frame);
                 }
             }
             Kind::Whole(whole) => {
@@ -234,7 +240,7 @@ impl Lane {
         match frame::parse(&frame).body {
             Body::Tcp(segment) => {
                 self.follow(&segment, Some((&frame, said)));
-                without_padding(&segment, frame)
+                in_time(&mut self.time, &segment, without_padding(&segment, frame))
             }
             Body::Whole(_) => frame,
         }
@@ -278,7 +284,7 @@ impl Lane {
         if let Some(end) = stream.left_end() {
             owed.segment.set_seq(&mut owed.frame, end);
         }
-        Some(Bytes::from(owed.frame))
+        Some(in_time(&mut self.time, &owed.segment, Bytes::from(owed.frame)))
     }
 
     /// Lets both sides go on to a new connection on the same ports once both have opened it.
@@ -432,6 +438,27 @@ fn leaving(stream: &mut Stream, order: &Order, serial: u64, note: &Note, frame: 
     let mut frame = into_mut(frame);
     segment.set_seq(&mut frame, end);
     frame.freeze()
+}
+
+/// Returns a segment that leaves with its own time, or with the latest that has left if something overtook it.
+fn in_time(latest: &mut Option<Seq>, segment: &Segment, frame: Bytes) -> Bytes {
+    let Some(times) = segment.options.timestamps.filter(|_| !segment.options.signed) else {
+        return frame;
+    };
+    match *latest {
+        Some(latest) if !segment.syn && !times.value.after(latest).is_positive() => {
+            if times.value == latest || mutants::on(Mutant::SendOldTimes) {
+                return frame;
+            }
+            let mut frame = into_mut(frame);
+            segment.set_time(&mut frame, latest);
+            frame.freeze()
+        }
+        _ => {
+            *latest = Some(times.value);
+            frame
+        }
+    }
 }
 
 fn has_left(stream: &mut Stream, segment: &Segment) {

@@ -1,4 +1,4 @@
-//! Compares what two machines send, holds and releases it, translates TCP sequence numbers; pure.
+//! Compares what two machines send, holds and releases it, translates TCP sequence numbers and timestamps; pure.
 //!
 //! Output of the primary's guest may leave when the secondary's guest has sent the same in the same
 //! epoch, or when its epoch is committed ([`Comparator`]). A flow on which the two keep differing may be left to the commits. So that the two send the same, both roles
@@ -8,7 +8,7 @@
 //! # What is compared
 //! | frames | compared | ignored by policy |
 //! |---|---|---|
-//! | TCP over IPv4 and IPv6 | the byte stream by position; SYN with its MSS, window scale, SACK and timestamp offer; FIN; RST; the urgent position; acknowledgements and SACK blocks as upper bounds | Ethernet addresses, VLAN priority, IP header, window, other options, PSH, ECN flags, sequence number of a RST, padding (cut off) |
+//! | TCP over IPv4 and IPv6 | the byte stream by position; SYN with its MSS, window scale, SACK and timestamp offer; FIN; RST; the urgent position; acknowledgements and SACK blocks as upper bounds | Ethernet addresses, VLAN priority, IP header, window, other options, PSH, ECN flags, sequence number of a RST, timestamps (but never earlier than one that has left), padding (cut off) |
 //! | UDP, ICMP, `ICMPv6` (neighbour discovery, MLD), IGMP, SCTP, other IP protocols | the whole frame | VLAN priority, TOS or traffic class, flow label, TTL or hop limit, IP identification, DF, IP and UDP checksum |
 //! | IP fragments | the whole frame, offset included, and that all of a datagram's belong to one of the secondary's | as above, but for the fragment flags |
 //! | ARP, other EtherTypes, 802.3 | the whole frame | VLAN priority |
@@ -19,7 +19,7 @@
 //! # Not supported
 //! Fragments are not reassembled: two sides that fragment differently differ. Signed TCP (MD5, TCP-AO) cannot be
 //! translated; a connection that was opened since the last commit does not survive a takeover. Sequence numbers
-//! quoted in ICMP errors are not translated. TCP Fast Open data before the handshake is over is compared, but a
+//! quoted in ICMP errors are translated for the guest, but not in errors that the guest sends. TCP Fast Open data before the handshake is over is compared, but a
 //! takeover in that moment breaks that connection. A retransmission of what the primary said more than 8 MiB ago, or
 //! before it was protected, leaves only when the secondary repeats it too.
 
@@ -56,6 +56,6 @@ pub use comparator::{Comparator, ComparatorLimits, Mode};
 pub use counters::{Counters, FlowReport, Held, Pending};
 pub use flow::{Class, Endpoint, FlowKey, Vlans};
 pub use picture::NetworkPicture;
-pub use sequence::Translator;
+pub use sequence::{Snapshot, Translator};
 pub use temper::FlowPatience;
 pub use verdict::{Difference, Divergence, Fact, Limit, Reason, Verdict};

@@ -7,6 +7,7 @@ use crate::announce::NetworkState;
 use crate::codec::StateError;
 use crate::flow::Class;
 use crate::frame;
+use crate::sequence::Snapshot;
 
 /// The translator and the address book of one guest, driven by the protocols of both roles.
 #[derive(Clone, Debug, Default)]
@@ -64,16 +65,25 @@ impl NetworkPicture {
         wire.freeze()
     }
 
+    /// Takes a frame that left the guest before and was kept; returns what the clients shall see of it now, if anything.
+    #[must_use]
+    pub fn leaving_again(&self, frame: Bytes) -> Option<Bytes> {
+        let mut wire = frame
+            .try_into_mut()
+            .unwrap_or_else(|shared| BytesMut::from(&shared[..]));
+        self.0.translator.again(&mut wire).then(|| wire.freeze())
+    }
+
     /// Tells whether a frame belongs to a TCP connection: its receiver knows a repetition for what it is.
     #[must_use]
     pub fn is_repeatable(frame: &[u8]) -> bool {
         frame::parse(frame).key.class == Class::Tcp
     }
 
-    /// Returns the bytes for the checkpoint.
+    /// Returns the bytes for the checkpoint, and how many connections they leave out for want of room.
     #[must_use]
-    pub fn encode(&self) -> Bytes {
-        self.0.encode().into()
+    pub fn encode(&self) -> Snapshot {
+        self.0.encode()
     }
 
     /// Reads the bytes of a checkpoint.

@@ -1,4 +1,4 @@
-//! Translates TCP sequence numbers at the guest's edge, on both sides.
+//! Translates TCP sequence numbers and timestamps at the guest's edge, on both sides.
 //!
 //! Clients know the numbers of the primary's guest. The secondary's guest chooses its own for each
 //! connection that is opened after the last load, so its segments are translated on the way out and
@@ -13,26 +13,30 @@
 //! A zero is remembered until the handshake is over, so a SYN-ACK that is repeated after a load is not
 //! taken for a new connection. After a takeover offsets go on for the life of their connections. A
 //! connection is forgotten when both sides' FIN are acknowledged or one resets it; the last ones of a
-//! non-zero offset a little later, for a repeated last ACK.
+//! non-zero offset a little later, for a repeated last ACK. Timestamps are translated too, see `timestamps`: while
+//! following for each connection that has them, while leading as long as it shows.
 //!
-//! Never drops, delays or adds a frame. What is not TCP, and fragments, pass untouched.
+//! Never drops, delays or adds a frame, never changes a signed one. What is not TCP passes untouched, fragments as well, except
+//! the numbers that an ICMP error quotes, see `quote`.
+
+mod quote;
+mod snapshot;
+mod timestamps;
 
 use std::collections::{BTreeMap, VecDeque};
 
 use checkpoint::limits::FLOWS_MAX;
 use checkpoint::mutants::{self, Mutant};
 
-use crate::codec::{Reader, StateError, VERSION, put_address, put_vlans};
-use crate::flow::{Class, FlowKey};
+use crate::flow::FlowKey;
 use crate::frame::{self, Body, Segment};
 use crate::seq::Seq;
 
+pub use snapshot::Snapshot;
+use timestamps::Clock;
+
 /// Ended connections with an offset that are still translated.
 const ENDED_MAX: usize = 256;
-/// Most bytes of a snapshot; what does not fit is left out, connections without an offset first.
-const SNAPSHOT_BYTES_MAX: usize = 768 * 1024;
-/// Fewest bytes of one connection in a snapshot.
-const CONNECTION_BYTES_MIN: usize = 1 + 5 + 5 + 4 + 1 + 4;
 /// How far past the expected number the first segment of the client may be: the window of a SYN is not scaled.
 const FIRST_WINDOW: i32 = 0xffff;
 
@@ -49,9 +53,10 @@ pub struct Translator {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Connection {
-    /// The number of the guest's own SYN.
-    isn: Seq,
+    /// The number of the guest's own SYN, if it was seen.
+    isn: Option<Seq>,
     offset: Offset,
+    clock: Clock,
     /// The client has acknowledged the SYN.
     opened: bool,
     /// After the FIN of each side, and whether it has been acknowledged.
@@ -102,7 +107,12 @@ impl Translator {
 
     /// Leads from here on: clients know its own guest's numbers, but for the connections opened before.
     pub fn lead(&mut self) {
-        self.following = false;
+        if std::mem::take(&mut self.following) {
+            let known = |connection: &&mut Connection| matches!(connection.offset, Offset::Known(_));
+            for connection in self.connections.values_mut().filter(known) {
+                connection.clock.lead();
+            }
+        }
         if mutants::on(Mutant::ForgetOffsets) {
             self.connections.clear();
         }
@@ -112,8 +122,13 @@ impl Translator {
     pub fn outbound(&mut self, frame: &mut [u8]) {
         let parsed = frame::parse(frame);
         let Body::Tcp(segment) = parsed.body else { return };
+        if segment.options.signed {
+            return;
+        }
         if segment.syn {
             self.own_syn(parsed.key, &segment);
+        } else if self.following && segment.options.timestamps.is_some() && !segment.rst {
+            self.watch(parsed.key);
         }
         let tick = self.next_tick();
         let Some(connection) = self.connections.get_mut(&parsed.key) else {
@@ -125,7 +140,11 @@ impl Translator {
         {
             segment.set_seq(frame, segment.seq.minus(offset));
         }
-        let forget = connection.sent(&segment);
+        if let Some(times) = segment.options.timestamps {
+            segment.set_time(frame, connection.clock.outbound(times.value));
+        }
+        connection.sent(&segment);
+        let forget = connection.is_common(&segment) && !(self.following && connection.clock.sent.is_some());
         if segment.rst || connection.is_finished() {
             self.end(parsed.key);
         } else if forget {
@@ -136,7 +155,11 @@ impl Translator {
     /// Translates a frame that the guest is about to receive.
     pub fn inbound(&mut self, frame: &mut [u8]) {
         let parsed = frame::parse(frame);
-        let Body::Tcp(segment) = parsed.body else { return };
+        let segment = match parsed.body {
+            Body::Tcp(segment) if !segment.options.signed => segment,
+            Body::Tcp(_) => return,
+            Body::Whole(_) => return self.quoted(&parsed.key, frame),
+        };
         let key = parsed.key.reversed();
         let tick = self.next_tick();
         let Some(connection) = self.connections.get_mut(&key) else {
@@ -152,10 +175,30 @@ impl Translator {
             segment.set_ack(frame, wire.plus(offset));
             segment.map_sack(frame, |edge| edge.plus(offset));
         }
+        if let Some(echo) = echo(&segment) {
+            segment.set_echo(frame, connection.clock.inbound(echo));
+        }
         connection.received(&segment, ack);
         if (segment.rst && connection.may_be_reset(&segment)) || connection.is_finished() {
             self.end(key);
         }
+    }
+
+    /// Prepares a frame of the guest that was translated before for leaving now; says whether it is still of use. A SYN is
+    /// not once the client has acknowledged one: it may have left with another number.
+    pub fn again(&self, frame: &mut [u8]) -> bool {
+        let parsed = frame::parse(frame);
+        let Body::Tcp(segment) = parsed.body else { return true };
+        let Some(connection) = self.connections.get(&parsed.key) else {
+            return true;
+        };
+        if segment.syn && connection.opened {
+            return false;
+        }
+        if let Some(times) = segment.options.timestamps.filter(|_| !segment.options.signed) {
+            segment.set_time(frame, connection.clock.again(times.value));
+        }
+        true
     }
 
     /// Returns how many connections are known.
@@ -175,60 +218,14 @@ impl Translator {
     pub fn translated(&self) -> usize {
         self.connections
             .values()
-            .filter(|connection| connection.matters())
+            .filter(|connection| connection.offset != Offset::Known(0))
             .count()
-    }
-
-    /// Returns the connections for a checkpoint.
-    #[must_use]
-    pub fn snapshot(&self) -> Vec<u8> {
-        let mut order: Vec<(&FlowKey, &Connection)> = self.connections.iter().collect();
-        order.sort_by_key(|(_, connection)| (!connection.matters(), std::cmp::Reverse(connection.used)));
-        let mut out = vec![VERSION, 0, 0, 0, 0];
-        let mut count: u32 = 0;
-        for (key, connection) in order {
-            let before = out.len();
-            put_connection(&mut out, key, connection);
-            if out.len() > SNAPSHOT_BYTES_MAX {
-                out.truncate(before);
-                break;
-            }
-            count += 1;
-        }
-        out[1..5].copy_from_slice(&count.to_le_bytes());
-        out
-    }
-
-    /// Replaces the connections by those of a checkpoint, all or nothing.
-    ///
-    /// # Errors
-    /// Fails if the bytes are not a snapshot within the bounds.
-    pub fn replace(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        let mut reader = Reader(bytes);
-        reader.version()?;
-        let count = reader.count("connections", self.limit, CONNECTION_BYTES_MIN)?;
-        let mut connections = BTreeMap::new();
-        let mut ended = VecDeque::new();
-        for _ in 0..count {
-            let (key, connection) = connection(&mut reader)?;
-            if connection.ended {
-                ended.push_back(key);
-            }
-            if connections.insert(key, connection).is_some() {
-                return Err(StateError::Invalid("second connection on the same ports"));
-            }
-        }
-        reader.end()?;
-        self.connections = connections;
-        self.ended = ended;
-        self.tick = 0;
-        Ok(())
     }
 
     /// Takes in a SYN of the guest: a new connection, or the same again.
     fn own_syn(&mut self, key: FlowKey, segment: &Segment) {
         if let Some(connection) = self.connections.get_mut(&key)
-            && connection.isn == segment.seq
+            && connection.isn == Some(segment.seq)
         {
             if let (Offset::Awaited(first), Some(ack)) = (&mut connection.offset, segment.ack) {
                 *first = Some(ack);
@@ -240,17 +237,30 @@ impl Translator {
         } else {
             Offset::Known(0)
         };
-        if self.connections.len() >= self.limit && !self.connections.contains_key(&key) {
-            self.evict();
+        self.make_room(&key);
+        self.connections.insert(key, Connection::new(Some(segment.seq), offset));
+    }
+
+    /// Keeps an eye on the timestamps of a connection.
+    fn watch(&mut self, key: FlowKey) {
+        if !self.connections.contains_key(&key) {
+            self.make_room(&key);
+            let connection = Connection::new(None, Offset::Known(0));
+            self.connections.insert(
+                key,
+                Connection {
+                    opened: true,
+                    ..connection
+                },
+            );
         }
-        self.connections.insert(key, Connection::new(segment.seq, offset));
     }
 
     fn end(&mut self, key: FlowKey) {
         let Some(connection) = self.connections.get_mut(&key) else {
             return;
         };
-        if !matches!(connection.offset, Offset::Known(offset) if offset != 0) {
+        if matches!(connection.offset, Offset::Awaited(_)) || !connection.matters() {
             self.connections.remove(&key);
             return;
         }
@@ -266,8 +276,11 @@ impl Translator {
         }
     }
 
-    /// Makes room: a sixteenth of the connections, those without an offset first, then the longest unused.
-    fn evict(&mut self) {
+    /// Makes room for one more: a sixteenth of the connections, those without an offset first, then the longest unused.
+    fn make_room(&mut self, key: &FlowKey) {
+        if self.connections.len() < self.limit || self.connections.contains_key(key) {
+            return;
+        }
         let mut order: Vec<(bool, u64, FlowKey)> = self
             .connections
             .iter()
@@ -286,10 +299,11 @@ impl Translator {
 }
 
 impl Connection {
-    fn new(isn: Seq, offset: Offset) -> Self {
+    fn new(isn: Option<Seq>, offset: Offset) -> Self {
         Self {
             isn,
             offset,
+            clock: Clock::default(),
             opened: false,
             fin_out: None,
             fin_in: None,
@@ -312,8 +326,12 @@ impl Connection {
             Some(first) if segment.syn => segment.seq.plus(1) == first,
             Some(first) => (0..=FIRST_WINDOW).contains(&segment.seq.after(first)),
         };
-        if plausible {
-            self.offset = Offset::Known(self.isn.plus(1).0.wrapping_sub(ack.0));
+        let Some(isn) = self.isn.filter(|_| plausible) else {
+            return;
+        };
+        self.offset = Offset::Known(isn.plus(1).0.wrapping_sub(ack.0));
+        if let Some(echo) = echo(segment) {
+            self.clock.learn(echo);
         }
     }
 
@@ -325,8 +343,8 @@ impl Connection {
         }
     }
 
-    /// Notes a segment of the guest; says whether there is nothing left to remember.
-    fn sent(&mut self, segment: &Segment) -> bool {
+    /// Notes a segment of the guest.
+    fn sent(&mut self, segment: &Segment) {
         if segment.fin {
             self.fin_out = Some(segment.end_seq());
         }
@@ -337,8 +355,12 @@ impl Connection {
         if !segment.rst && !self.is_finished() {
             self.ended = false;
         }
-        // Frames leave in order: after this the guest does not repeat the SYN.
-        self.opened && self.offset == Offset::Known(0) && !segment.syn && !segment.rst
+    }
+
+    /// Says whether, after this segment of the guest, it is one like any other. Frames leave in order: the guest does not
+    /// repeat the SYN.
+    fn is_common(&self, segment: &Segment) -> bool {
+        self.opened && !self.matters() && !segment.syn && !segment.rst
     }
 
     /// Notes a segment of the client, its acknowledgement in the guest's numbers.
@@ -347,7 +369,7 @@ impl Connection {
             self.fin_in = Some(segment.end_seq());
         }
         if let Some(ack) = ack {
-            self.opened |= self.isn.plus(1).at_most(ack);
+            self.opened |= self.isn.is_some_and(|isn| isn.plus(1).at_most(ack));
             self.fin_out_acked |= self.fin_out.is_some_and(|fin| fin.at_most(ack));
         }
     }
@@ -358,91 +380,17 @@ impl Connection {
 
     /// Says whether forgetting it would break it.
     fn matters(&self) -> bool {
-        self.offset != Offset::Known(0)
+        self.offset != Offset::Known(0) || self.clock.matters()
     }
 }
 
-const HAS_FIN_OUT: u8 = 1;
-const HAS_FIN_IN: u8 = 1 << 1;
-const FIN_OUT_ACKED: u8 = 1 << 2;
-const FIN_IN_ACKED: u8 = 1 << 3;
-const ENDED: u8 = 1 << 4;
-const OPENED: u8 = 1 << 5;
-const AWAITED: u8 = 1 << 6;
-const AWAITED_FIRST: u8 = 1 << 7;
-
-fn put_connection(out: &mut Vec<u8>, key: &FlowKey, connection: &Connection) {
-    put_vlans(out, &key.vlans);
-    for end in [key.source, key.destination] {
-        put_address(out, end.address);
-        out.extend(end.port.to_le_bytes());
-    }
-    let flag = |set: bool, flag: u8| if set { flag } else { 0 };
-    out.push(
-        flag(connection.fin_out.is_some(), HAS_FIN_OUT)
-            | flag(connection.fin_in.is_some(), HAS_FIN_IN)
-            | flag(connection.fin_out_acked, FIN_OUT_ACKED)
-            | flag(connection.fin_in_acked, FIN_IN_ACKED)
-            | flag(connection.ended, ENDED)
-            | flag(connection.opened, OPENED)
-            | flag(matches!(connection.offset, Offset::Awaited(_)), AWAITED)
-            | flag(matches!(connection.offset, Offset::Awaited(Some(_))), AWAITED_FIRST),
-    );
-    let offset = match connection.offset {
-        Offset::Known(offset) => Some(offset),
-        Offset::Awaited(first) => first.map(|first| first.0),
-    };
-    let numbers = [
-        Some(connection.isn.0),
-        offset,
-        connection.fin_out.map(|fin| fin.0),
-        connection.fin_in.map(|fin| fin.0),
-    ];
-    for number in numbers.into_iter().flatten() {
-        out.extend(number.to_le_bytes());
-    }
-}
-
-fn connection(reader: &mut Reader<'_>) -> Result<(FlowKey, Connection), StateError> {
-    let vlans = reader.vlans()?;
-    let source = (reader.address()?, reader.u16()?);
-    let destination = (reader.address()?, reader.u16()?);
-    if source.0.is_ipv4() != destination.0.is_ipv4() {
-        return Err(StateError::Invalid("pair of addresses"));
-    }
-    let key = FlowKey::addressed(Class::Tcp, vlans, (source.0, destination.0), (source.1, destination.1));
-    let flags = reader.u8()?;
-    let has = |flag: u8| flags & flag != 0;
-    let isn = Seq(reader.u32()?);
-    let offset = match (has(AWAITED), has(AWAITED_FIRST)) {
-        (false, false) => Offset::Known(reader.u32()?),
-        (true, true) => Offset::Awaited(Some(Seq(reader.u32()?))),
-        (true, false) => Offset::Awaited(None),
-        (false, true) => return Err(StateError::Invalid("connection state")),
-    };
-    let fin_out = if has(HAS_FIN_OUT) {
-        Some(Seq(reader.u32()?))
-    } else {
-        None
-    };
-    let fin_in = if has(HAS_FIN_IN) {
-        Some(Seq(reader.u32()?))
-    } else {
-        None
-    };
-    let connection = Connection {
-        isn,
-        offset,
-        opened: has(OPENED),
-        fin_out,
-        fin_in,
-        fin_out_acked: has(FIN_OUT_ACKED),
-        fin_in_acked: has(FIN_IN_ACKED),
-        ended: has(ENDED),
-        used: 0,
-    };
-    Ok((key, connection))
+/// Returns the time that a segment returns; a zero is none.
+fn echo(segment: &Segment) -> Option<Seq> {
+    let times = segment.options.timestamps.filter(|_| segment.ack.is_some())?;
+    (times.echo != Seq(0)).then_some(times.echo)
 }
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod times_tests;

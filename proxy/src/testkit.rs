@@ -72,6 +72,13 @@ impl Tcp {
         self
     }
 
+    /// Puts timestamps before the other options.
+    pub(crate) fn times(mut self, value: u32, echo: u32) -> Self {
+        let times = [&[1, 1, 8, 10][..], &value.to_be_bytes(), &echo.to_be_bytes()].concat();
+        self.options.splice(0..0, times);
+        self
+    }
+
     pub(crate) fn frame(&self) -> Bytes {
         let mut segment = Vec::new();
         let (source, destination) = if self.inbound {
@@ -186,6 +193,12 @@ pub(crate) fn segment(frame: &[u8]) -> (Segment, Vec<u8>) {
     };
     assert_eq!(sum.unwrap() % 0xffff, tcp.checksum() % 0xffff, "the checksum is right");
     (segment, frame[segment.payload..segment.end].to_vec())
+}
+
+/// Returns the sender's time in a segment, and the one that it returns.
+pub(crate) fn times(frame: &[u8]) -> (u32, u32) {
+    let times = segment(frame).0.options.timestamps.unwrap();
+    (times.value.0, times.echo.0)
 }
 
 /// A comparator and its clock.

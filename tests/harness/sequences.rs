@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use checkpoint::{Epoch, EpochMode, Instant};
-use proxy::{Comparator, ComparatorLimits, Verdict};
+use proxy::{Comparator, ComparatorLimits, NetworkPicture, Verdict};
 
 use crate::packet::{ACK, RST, SYN};
 
@@ -18,15 +18,17 @@ type Sequence = (&'static str, fn() -> bool);
 /// # Errors
 /// Says what left that must not.
 pub fn run() -> Result<(), String> {
-    let sequences: [Sequence; 5] = [
+    let sequences: [Sequence; 7] = [
         ("bytes that were said before, but others", repeated),
         ("a byte that only the secondary marks as urgent", urgent),
         ("an acknowledgement before the reset that ends its connection", reset),
         ("a fragment for an equal one of another datagram", fragments),
         ("bytes of a stream that began in other numbers", numbers),
+        ("a time before that of what has overtaken", overtaken),
+        ("a time before one that the client has seen", takeover),
     ];
     match sequences.iter().find(|(_, leaves)| leaves()) {
-        Some((what, _)) => Err(format!("rule 1: {what} must not leave")),
+        Some((what, _)) => Err(format!("{what} must not leave")),
         None => Ok(()),
     }
 }
@@ -105,6 +107,61 @@ fn numbers() -> bool {
     primary.sends(tcp(1_001, ACK, 0, b"hello"));
     primary.protect();
     primary.sends(tcp(1_006, ACK, 0, b"AAAA"))
+}
+
+/// An acknowledgement leaves before the bytes that were sent before it.
+fn overtaken() -> bool {
+    let mut primary = Primary::new();
+    primary.sends(timed(1000, 500, 90, b""));
+    primary.protect();
+    primary.sends(timed(1000, 500, 100, b"abcd"));
+    primary.sends(timed(1004, 600, 150, b""));
+    assert!(primary.hears(timed(1000, 600, 140, b"")), "an acknowledgement leaves");
+    let mut verdicts = Vec::new();
+    let epoch = primary.0.running();
+    let frame = timed(1000, 500, 140, b"abcd");
+    primary.0.secondary_output(Instant(0), epoch, frame, &mut verdicts);
+    let early = |verdict: &Verdict| matches!(verdict, Verdict::Release(frame) if time(frame) < 150);
+    assert!(leaves(&verdicts), "equal bytes leave");
+    verdicts.iter().any(early)
+}
+
+/// The secondary's clock lags.
+fn takeover() -> bool {
+    let mut network = NetworkPicture::new();
+    network.follow();
+    network.leaving(timed(1000, 500, 100, b"abcd"));
+    network.arriving(answer(timed(500, 1004, 40, b""), 130));
+    network.lead();
+    time(&network.leaving(timed(1004, 500, 110, b"abcd"))) < 130
+}
+
+/// Its own time is in the last bytes of the header but four, that which it returns in the last four.
+fn timed(seq: u32, ack: u32, time: u32, payload: &[u8]) -> Bytes {
+    let mut segment = vec![0, 80, 0x13, 0x88];
+    segment.extend(seq.to_be_bytes());
+    segment.extend(ack.to_be_bytes());
+    segment.extend([8 << 4, ACK, 4, 0, 0, 0, 0, 0, 1, 1, 8, 10]);
+    segment.extend(time.to_be_bytes());
+    segment.extend([0, 0, 0, 1]);
+    segment.extend(payload);
+    ipv4(6, [0, 0, 0, 0], &segment)
+}
+
+/// The same from the other end, returning this time.
+fn answer(frame: Bytes, time: u32) -> Bytes {
+    let mut frame = frame.to_vec();
+    for at in 26..30 {
+        frame.swap(at, at + 4);
+    }
+    frame.swap(34, 36);
+    frame.swap(35, 37);
+    frame[62..66].copy_from_slice(&time.to_be_bytes());
+    frame.into()
+}
+
+fn time(frame: &[u8]) -> u32 {
+    u32::from_be_bytes([frame[58], frame[59], frame[60], frame[61]])
 }
 
 /// A segment to port 5000 that acknowledges 500; nobody looks at its checksums.

@@ -1,8 +1,8 @@
 //! A checkpoint from its trigger to its commit: stop, ship, await, release.
 
 use super::{
-    Action, Ahead, Alike, EpochMode, Instant, Message, Mutant, NetworkState, Primary, Resume, Shipment, State, Tag,
-    Taken, Totals, Trigger, failover, mutants,
+    Action, Ahead, Alike, EpochMode, Instant, Message, Mutant, NetworkState, Primary, Report, Resume, Shipment, State,
+    Tag, Taken, Totals, Trigger, failover, mutants,
 };
 
 impl Primary {
@@ -81,7 +81,7 @@ impl Primary {
                 "the comparator and the protocol are in the same epoch"
             );
         }
-        self.network_at_stop = self.network.encode();
+        self.keep_network(actions);
         self.changed.close(tag);
         self.epoch = self.epoch.next();
         self.epoch_mode = next;
@@ -108,6 +108,20 @@ impl Primary {
             totals,
             both_ran,
         });
+    }
+
+    /// Keeps the network's state of this moment for the checkpoint; tells when it begins to lack connections.
+    fn keep_network(&mut self, actions: &mut Vec<Action>) {
+        let snapshot = self.network.encode();
+        let before = core::mem::replace(&mut self.network_left_out, snapshot.left_out);
+        if before == 0 && snapshot.left_out > 0 {
+            actions.push(Action::Report(Report::Alarm(format!(
+                "a checkpoint has no room for all translated TCP connections: {} of them, those that were used \
+                 longest ago, would not survive a takeover",
+                snapshot.left_out
+            ))));
+        }
+        self.network_at_stop = snapshot.encoded.into();
     }
 
     /// What is to be shipped of the VM no longer depends on it.

@@ -272,6 +272,8 @@ pub struct Primary {
     network: NetworkPicture,
     /// As it was at the stop for the checkpoint in flight.
     network_at_stop: Bytes,
+    /// Translated connections that it has no room for.
+    network_left_out: usize,
     input: InputNumber,
     confirmed: InputNumber,
     input_held: bool,
@@ -355,6 +357,7 @@ impl Primary {
             ),
             network,
             network_at_stop: Bytes::new(),
+            network_left_out: 0,
             input: InputNumber(0),
             confirmed: InputNumber(0),
             input_held: false,

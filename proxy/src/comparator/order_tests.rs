@@ -268,3 +268,26 @@ fn too_many_fragmented_datagrams_are_a_reason_for_a_checkpoint() {
     }
     panic!("nothing is unbounded");
 }
+
+#[test]
+fn case_p03_what_was_overtaken_leaves_with_the_latest_time_that_has_left() {
+    let at = |time: u32, tcp: Tcp| tcp.times(time, 3).frame();
+    let mut bench = connected();
+    assert!(is_held(&bench.primary(at(100, Tcp::data(1000, 500, b"held")))));
+    // Whoever acknowledges in order takes this one's time as the latest, and drops what is older.
+    assert!(is_held(&bench.primary(at(150, Tcp::ack(1004, 600)))));
+    let left = released(&bench.secondary(at(140, Tcp::ack(1000, 600))));
+    assert_eq!(left.iter().map(|frame| times(frame).0).collect::<Vec<_>>(), [150]);
+    let left = released(&bench.secondary(at(141, Tcp::data(1000, 500, b"held"))));
+    let seen: Vec<_> = left.iter().map(|frame| (times(frame), segment(frame).1)).collect();
+    assert_eq!(seen, [((150, 3), b"held".to_vec())]);
+    // By a commit, too; a new connection begins with a time of its own.
+    assert!(is_held(&bench.primary(at(160, Tcp::data(1004, 500, b"more")))));
+    let left = released(&bench.primary(at(170, Tcp::data(1000, 500, b"held"))));
+    assert_eq!(times(&left[0]).0, 170, "what is said again need not wait");
+    let left = released(&bench.checkpoint());
+    assert_eq!(left.iter().map(|frame| times(frame).0).collect::<Vec<_>>(), [170]);
+    bench.primary(at(9, Tcp::new(77, 0, SYN, b"")));
+    let left = released(&bench.checkpoint());
+    assert_eq!(times(&left[0]).0, 9);
+}

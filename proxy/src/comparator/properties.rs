@@ -539,7 +539,7 @@ pub(crate) fn garbage() -> impl Strategy<Value = Vec<u8>> {
 proptest! {
     #[test]
     fn case_p22_a_connection_of_two_guests_with_other_numbers_is_one_stream_to_the_client(
-        mine: u32, theirs: u32, client: u32, active: bool, payload in proptest::collection::vec(any::<u8>(), 1..400),
+        mine: u32, theirs: u32, client: u32, clocks in (1u32.., any::<u32>()), active: bool, payload in proptest::collection::vec(any::<u8>(), 1..400),
         sizes in proptest::collection::vec((1usize..90, 1usize..90), 400),
     ) {
         let mut bench = Bench::new();
@@ -551,12 +551,14 @@ proptest! {
             bench.secondary(frame)
         };
         let syn = |isn: u32| if active { Tcp::new(isn, 0, SYN, b"") } else { Tcp::new(isn, client.wrapping_add(1), SYN | ACK, b"") };
-        bench.primary(syn(mine).frame());
-        prop_assert_eq!(released(&secondary(&mut bench, syn(theirs))).len(), 1);
+        bench.primary(syn(mine).times(clocks.0, 1).frame());
+        prop_assert_eq!(released(&secondary(&mut bench, syn(theirs).times(clocks.1, 1))).len(), 1);
         let flags = if active { SYN | ACK } else { ACK };
         let seq = if active { client } else { client.wrapping_add(1) };
-        let mut answer = Tcp { inbound: true, ..Tcp::new(seq, mine.wrapping_add(1), flags, b"") }.frame().to_vec();
+        let answer = Tcp { inbound: true, ..Tcp::new(seq, mine.wrapping_add(1), flags, b"") }.times(1, clocks.0);
+        let mut answer = answer.frame().to_vec();
         translator.inbound(&mut answer);
+        prop_assert_eq!(times(&answer), (1, clocks.1));
         prop_assert_eq!(segment(&answer).0.ack, Some(Seq(theirs.wrapping_add(1))));
         let mut secondary = |bench: &mut Bench, tcp: Tcp| {
             let mut frame = tcp.frame().to_vec();
@@ -568,17 +570,24 @@ proptest! {
         for (one, other) in sizes {
             let (to, until) = ((here + one).min(payload.len()), (there + other).min(payload.len()));
             let at = |isn: u32, position: usize| isn.wrapping_add(1 + u32::try_from(position).unwrap());
+            let time = |clock: u32, position: usize| clock.wrapping_add(u32::try_from(position).unwrap());
             if here < to {
-                left.extend(bench.primary(Tcp::data(at(mine, here), client.wrapping_add(1), &payload[here..to]).frame()));
+                let tcp = Tcp::data(at(mine, here), client.wrapping_add(1), &payload[here..to]);
+                left.extend(bench.primary(tcp.times(time(clocks.0, to), 1).frame()));
             }
             if there < until {
-                left.extend(secondary(&mut bench, Tcp::data(at(theirs, there), client.wrapping_add(1), &payload[there..until])));
+                let tcp = Tcp::data(at(theirs, there), client.wrapping_add(1), &payload[there..until]);
+                left.extend(secondary(&mut bench, tcp.times(time(clocks.1, until), 1)));
             }
+            // Overtakes what is held.
+            left.extend(bench.primary(Tcp::ack(at(mine, to), client.wrapping_add(1)).times(time(clocks.0, to), 1).frame()));
             (here, there) = (to, until);
         }
         prop_assert_eq!(divergence(&left), None);
         let seen: Vec<u8> = released(&left).iter().flat_map(|frame| segment(frame).1).collect();
         prop_assert_eq!(seen, payload);
         prop_assert_eq!(bench.comparator.held().frames, 0);
+        let seen: Vec<u32> = released(&left).iter().map(|frame| times(frame).0.wrapping_sub(clocks.0)).collect();
+        prop_assert!(seen.is_sorted(), "no time is before one that has left");
     }
 }

@@ -61,30 +61,69 @@ fn case_p17_p18_every_frame_class_is_recognised() {
     }
 }
 
+/// A segment with data and SACK blocks behind these bytes of IPv4 options or an IPv6 extension header.
+fn behind(v6: bool, more: &[u8]) -> Vec<u8> {
+    let tcp = Tcp {
+        v6,
+        ..Tcp::data(1, 1, b"odd data!")
+    };
+    let tcp = tcp.sack(&[(5, 9)]).times(7, 8).frame();
+    let (from, to) = ends(v6, false);
+    if v6 {
+        return ip(from, to, more[8], 64, &[], &[&more[..8], &tcp[54..]].concat()).to_vec();
+    }
+    let mut frame = ip(from, to, 6, 64, &[], &[more, &tcp[34..]].concat()).to_vec();
+    frame[14] += u8::try_from(more.len() / 4).unwrap();
+    frame[24..26].fill(0);
+    let sum = checksum::header(&frame[14..34 + more.len()]);
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    frame
+}
+
 #[test]
-fn an_ipv6_segment_behind_an_extension_header_is_rewritten_in_place() {
+fn a_segment_behind_more_headers_is_rewritten_in_place_and_acknowledged() {
+    let hop_by_hop = [6, 0, 1, 4, 0, 0, 0, 0, 0];
+    let router_alert = [0x94, 4, 0, 0];
+    for (v6, more) in [(true, &hop_by_hop[..]), (false, &router_alert), (false, &[])] {
+        let frame = behind(v6, more);
+        let Body::Tcp(found) = parse(&frame).body else {
+            panic!("a segment is expected")
+        };
+        let mut changed = frame.clone();
+        found.set_seq(&mut changed, Seq(99));
+        found.set_time(&mut changed, Seq(0xffff_ffff));
+        found.set_echo(&mut changed, Seq(0));
+        let (seen, payload) = crate::testkit::segment(&changed);
+        assert_eq!((seen.seq.0, &payload[..]), (99, &b"odd data!"[..]));
+        assert_eq!(times(&changed), (0xffff_ffff, 0));
+        let reply = found.acknowledgement(&frame, Seq(5)).unwrap();
+        let (seen, payload) = crate::testkit::segment(&reply);
+        assert_eq!((seen.seq.0, seen.ack, payload.len()), (10, Some(Seq(5)), 0));
+        assert_eq!((seen.options.sack, seen.end), (None, reply.len()));
+        if !v6 {
+            assert_eq!(checksum::header(&reply[14..34 + more.len()]), 0);
+        }
+    }
+}
+
+#[test]
+fn a_segment_that_ipsec_signs_is_left_alone() {
     let (from, to) = ends(true, false);
     let tcp = Tcp {
         v6: true,
         ..Tcp::data(1, 1, b"data")
     }
     .frame();
-    let mut frame = ip(
-        from,
-        to,
-        0,
-        64,
-        &[],
-        &[&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp[54..]].concat(),
-    )
-    .to_vec();
-    let Body::Tcp(found) = parse(&frame).body else {
-        panic!("a segment is expected")
-    };
-    found.set_seq(&mut frame, Seq(99));
-    let (changed, payload) = crate::testkit::segment(&frame);
-    assert_eq!((changed.seq.0, &payload[..]), (99, &b"data"[..]));
-    assert_eq!(found.acknowledgement(&frame, Seq(5)), None);
+    let signed = [&[6, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1][..], &[0; 12], &tcp[54..]].concat();
+    let behind_options = [&[51, 0, 1, 4, 0, 0, 0, 0][..], &signed].concat();
+    for (next, packet) in [(51, signed), (60, behind_options)] {
+        let frame = ip(from, to, next, 64, &[], &packet);
+        let Body::Tcp(found) = parse(&frame).body else {
+            panic!("a segment is expected")
+        };
+        assert!(found.options.signed);
+        assert_eq!(found.acknowledgement(&frame, Seq(5)), None);
+    }
 }
 
 proptest! {
@@ -99,6 +138,8 @@ proptest! {
                 found.blank_sack(&mut changed);
                 found.map_sack(&mut changed, |edge| edge.plus(1));
                 found.set_ack(&mut changed, Seq(1));
+                found.set_time(&mut changed, Seq(1));
+                found.set_echo(&mut changed, Seq(1));
                 let _reply = found.acknowledgement(&frame, Seq(1));
             }
             Body::Whole(shape) => prop_assert!(shape.equal(&frame, &shape, &frame)),

@@ -122,6 +122,10 @@ impl Secondary {
             return;
         }
         assert!(self.later.is_empty(), "a load delivers what came while it was done");
+        self.network.lead();
+        let kept = core::mem::take(&mut self.recent).into_iter();
+        let kept = kept.chain(core::mem::take(&mut self.outputs));
+        let outputs = kept.filter_map(|frame| self.network.leaving_again(frame)).collect();
         let taken = TakenOver {
             generation: self.contest.generation(),
             last_epoch: if mutants::on(Mutant::ReuseEpochAtTakeover) {
@@ -131,10 +135,7 @@ impl Secondary {
             },
             network: core::mem::take(&mut self.network),
             inputs: Vec::new(),
-            outputs: core::mem::take(&mut self.recent)
-                .into_iter()
-                .chain(core::mem::take(&mut self.outputs))
-                .collect(),
+            outputs,
         };
         self.finish(Outcome::TakenOver(Box::new(taken)), actions);
     }
