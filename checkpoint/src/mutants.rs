@@ -120,6 +120,8 @@ mutants! {
     OutrunTheLink "outrun-the-link"
     /// A guest goes on writing pages though those of its epoch take all the memory that they may.
     OutgrowTheMemory "outgrow-the-memory"
+    /// A secondary does not ask for a checkpoint when its own pages take all the memory that they may.
+    OwnPagesUncounted "own-pages-uncounted"
     /// Pages that were to be shipped ahead and were not read before the stop are read after it.
     ReadAheadAfterStop "read-ahead-after-stop"
     /// An acknowledgement leaves before the SYN or RST that the guest sent before it.

@@ -42,6 +42,9 @@ pub struct Status {
     pub divergences: u64,
     /// What waits where.
     pub queues: Queues,
+    /// Memory that the pairing takes beside the guest's.
+    #[serde(default)]
+    pub memory: Memory,
     /// Rates over the last second.
     pub rates: Rates,
     /// Frames dropped because their release came too late.
@@ -175,6 +178,12 @@ pub struct CheckpointTrace {
     pub parts: PauseParts,
     /// How long its pages were encoded and queued.
     pub encode_us: f64,
+    /// Memory of the contents that differences are sent to, in bytes.
+    #[serde(default)]
+    pub bases_bytes: u64,
+    /// What these may take.
+    #[serde(default)]
+    pub bases_bytes_max: u64,
     /// From the stop to the commit.
     pub commit_us: f64,
 }
@@ -243,10 +252,25 @@ pub struct Queues {
     pub link_queued_bytes: u64,
     /// The secondary's own disk writes since the last commit.
     pub overlay_bytes: u64,
-    /// Pages of the checkpoint that arrives.
+    /// Disk writes of the checkpoint that arrives.
     pub staged_bytes: u64,
     /// Disk writes that the peer has not acknowledged.
     pub writes_unacknowledged_bytes: u64,
+}
+
+/// Memory that a pairing takes beside the guest's, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// On the primary: contents that the secondary has committed, to send differences to them.
+    pub bases_bytes: u64,
+    /// What these may take.
+    pub bases_bytes_max: u64,
+    /// On the secondary: pages that its own guest has written since the last commit.
+    pub own_bytes: u64,
+    /// On the secondary: pages of the checkpoint that arrives.
+    pub staged_bytes: u64,
+    /// What both may take before the epoch is to end.
+    pub pages_bytes_max: u64,
 }
 
 /// Rates over the last second.
@@ -358,6 +382,11 @@ pub(crate) mod tests {
                 blocks: Some(3),
                 blocks_total: 1_024,
             }),
+            memory: Memory {
+                bases_bytes: 2 << 20,
+                bases_bytes_max: 64 << 20,
+                ..Memory::default()
+            },
             since_ms: 61_000,
             pid: 77,
             ..Status::default()

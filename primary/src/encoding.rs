@@ -121,6 +121,13 @@ impl Encoding {
         stats
     }
 
+    /// Returns the memory that the bases of all streams take, and may take, in bytes.
+    #[must_use]
+    pub fn bases(&self) -> (usize, usize) {
+        let caches = self.lanes.iter().map(|lane| lane.cache.stats());
+        caches.fold((0, 0), |all, cache| (all.0 + cache.bytes, all.1 + cache.limit))
+    }
+
     /// Decides how many of the copied pages of a stop to ask about.
     pub fn choose(&mut self, pages: usize) -> Question {
         let link = self.link();

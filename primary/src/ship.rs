@@ -385,8 +385,14 @@ impl Carrier {
         self.encoding.shipped();
         let (tag, took, stats) = (parcel.totals.tag(), shipping.began.elapsed(), self.encoding.stats());
         let (pages, bytes) = (sums.pages() - before.pages(), sums.bytes() - before.bytes());
-        self.traces
-            .sent(tag, took, &stats, shipping.ahead, bytes + shipping.bytes_asked);
+        self.traces.sent(
+            tag,
+            took,
+            &stats,
+            shipping.ahead,
+            bytes + shipping.bytes_asked,
+            self.encoding.bases(),
+        );
         Ok(Shipment {
             totals: out.totals,
             pages,

@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 
 use checkpoint::pair::Trigger;
 use checkpoint::{Duration, Instant};
-use link::status::{CheckpointTrace, Checkpoints, LastCheckpoint, LastSync, Mode, Peer, Queues, Rates, State, Status};
+use link::status::{
+    CheckpointTrace, Checkpoints, LastCheckpoint, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status,
+};
 
 use crate::protocol::Primary;
 
@@ -88,6 +90,11 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             link_queued_bytes: shell.link_queued_bytes,
             writes_unacknowledged_bytes: protocol.writes_uncommitted_bytes(),
             ..Queues::default()
+        },
+        memory: Memory {
+            bases_bytes: shell.last.as_ref().map_or(0, |last| last.bases_bytes),
+            bases_bytes_max: shell.last.as_ref().map_or(0, |last| last.bases_bytes_max),
+            ..Memory::default()
         },
         rates: shell.rates,
         released_late: shell.released_late,

@@ -91,10 +91,21 @@ impl Traces {
         }
     }
 
-    /// All of a checkpoint's pages are encoded and queued: some ahead of its stop, and after it so many `bytes`.
-    pub(crate) fn sent(&self, tag: Tag, took: Duration, stats: &CodecStats, ahead: Amount, bytes: u64) {
+    /// All of a checkpoint's pages are encoded and queued: some ahead of its stop, and after it so many `bytes`. The bases take, and may
+    /// take, so much memory.
+    pub(crate) fn sent(
+        &self,
+        tag: Tag,
+        took: Duration,
+        stats: &CodecStats,
+        ahead: Amount,
+        bytes: u64,
+        bases: (usize, usize),
+    ) {
         self.with(tag, |entry| {
             entry.trace.encode_us = micros(took);
+            entry.trace.bases_bytes = bases.0 as u64;
+            entry.trace.bases_bytes_max = bases.1 as u64;
             entry.trace.pages_ahead = ahead.pages;
             entry.trace.bytes = ahead.bytes + bytes;
             let codecs = Codec::ALL.map(|codec| (codec, stats.of(codec)));

@@ -19,6 +19,8 @@ pub enum Event {
     Checked(Tag, Result<(), String>),
     /// Which pages of the stopped VM are those that the primary asked about.
     Compared(PageMatches),
+    /// So many pages the guest has written in that epoch.
+    Counted(Tag, u64),
     /// The control connection is gone.
     ControlClosed(LinkEnd),
     /// The data connection is gone; every complete message before has been delivered.
@@ -98,6 +100,8 @@ pub enum Action {
     CommitDisk(Epoch),
     /// Compare these pages with those of the VM, which is stopped; answered by `Compared`.
     Compare(PageHashes),
+    /// Count the pages that the guest has written; answered by `Counted`.
+    CountOwn(Tag),
     /// Put a frame in front of the guest's network device.
     Deliver(Delivery),
     /// Forget the frames that the guest has not yet received.

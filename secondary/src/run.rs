@@ -317,6 +317,7 @@ impl Role {
                     self.thread.send(disk::Command::Run(job));
                 }
             }
+            Action::CountOwn(tag) => self.vm.send(Command::Count(tag)),
             Action::Deliver(delivery) => {
                 self.port.deliver(delivery);
                 self.card.make_due();

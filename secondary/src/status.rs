@@ -1,7 +1,7 @@
 //! What `tandem status` shows of a secondary.
 
-use checkpoint::{Duration, Instant};
-use link::status::{Checkpoints, LastCheckpoint, Mode, Peer, Queues, Rates, State, Status};
+use checkpoint::{Duration, Instant, limits};
+use link::status::{Checkpoints, LastCheckpoint, Memory, Mode, Peer, Queues, Rates, State, Status};
 
 use crate::protocol::Secondary;
 
@@ -21,6 +21,9 @@ pub(crate) struct Shell<'a> {
 
 pub(crate) fn status(protocol: &Secondary, now: Instant, shell: &Shell<'_>) -> Status {
     let counters = protocol.counters();
+    let [own, staged, room] = protocol
+        .room()
+        .map(|pages| pages.saturating_mul(limits::PAGE_BYTES as u64));
     let tag = protocol.tag();
     let state = State::named(protocol.state_name()).unwrap_or_default();
     Status {
@@ -59,6 +62,12 @@ pub(crate) fn status(protocol: &Secondary, now: Instant, shell: &Shell<'_>) -> S
             overlay_bytes: shell.overlay_bytes,
             staged_bytes: shell.staged_bytes,
             ..Queues::default()
+        },
+        memory: Memory {
+            own_bytes: own,
+            staged_bytes: staged,
+            pages_bytes_max: room,
+            ..Memory::default()
         },
         rates: shell.rates,
         alarms: shell.alarms.to_vec(),

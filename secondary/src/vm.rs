@@ -25,6 +25,7 @@ pub(crate) enum Command {
     },
     Check(Tag, Result<(), String>),
     Compare(PageHashes),
+    Count(Tag),
     DropStage,
     Load(Tag),
     Pause,
@@ -92,6 +93,10 @@ impl Loader {
                 Ok(matches) => Event::Compared(matches),
                 Err(error) => Event::StageFailed(format!("pages can't be compared: {}", describe(&error))),
             }),
+            Command::Count(tag) => Some(self.vm.dirty_now().map_or_else(
+                |error| Event::VmFailed(describe(&error)),
+                |own| Event::Counted(tag, own.len()),
+            )),
             Command::DropStage => {
                 self.drop_stage();
                 None

@@ -48,6 +48,8 @@ pub struct Checkers {
     pub buffered_flow: bool,
     /// The epoch whose pages were as many as may be.
     outgrown: Option<Tag>,
+    /// An epoch whose secondary asked for the checkpoint that ends it.
+    wanted: Option<Tag>,
 }
 
 impl Checkers {
@@ -209,6 +211,22 @@ impl Checkers {
         if is_outgrown {
             self.outgrown = Some(tag);
         }
+    }
+
+    /// A secondary asks for a checkpoint.
+    pub fn wants(&mut self, tag: Tag) {
+        self.wanted = Some(tag);
+    }
+
+    /// A secondary's guest, which runs, has written so many pages.
+    ///
+    /// # Panics
+    /// If these take all the memory that they may, and no checkpoint has been asked for.
+    pub fn counted(&self, tag: Tag, is_outgrown: bool) {
+        assert!(
+            !is_outgrown || self.wanted == Some(tag),
+            "rule 5: the secondary's pages in epoch {tag} take all the memory that they may, and it asks for no checkpoint"
+        );
     }
 
     /// No queue of a primary's is longer than its bound, and a guest that has filled its epoch has been told to stand. Until it

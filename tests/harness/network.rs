@@ -191,6 +191,7 @@ impl World {
             generation,
             held: self.nodes[other].held(),
             streams: self.streams,
+            room: self.room.pages.saturating_mul(2),
         };
         let secondary = Secondary::new(options, name(node), self.nodes[other].clock(self.now));
         self.nodes[other].role = Role::Secondary(Box::new(secondary));

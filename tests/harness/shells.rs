@@ -215,6 +215,7 @@ impl World {
                         self.disk_order(node, DiskOrder::Run(job));
                     }
                 }
+                SecondaryAction::CountOwn(tag) => self.order(node, VmOrder::Count(tag)),
                 SecondaryAction::Deliver(delivery) => self.deliver(node, delivery),
                 SecondaryAction::DropDeliveries => self.nodes[node].inbox.clear(),
                 SecondaryAction::DropStage => self.order(node, VmOrder::DropStage),
@@ -227,6 +228,9 @@ impl World {
                 SecondaryAction::Send(message) => {
                     if let Message::Acknowledge(tag) = &message {
                         self.checkers.acknowledge(*tag);
+                    }
+                    if let Message::Want(tag) = &message {
+                        self.checkers.wants(*tag);
                     }
                     self.send(node, Channel::Data, message);
                 }

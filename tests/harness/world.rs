@@ -46,6 +46,7 @@ pub(crate) enum VmOrder {
     BeginSync(bool),
     Check(Tag, Result<(), String>),
     Compare(PageHashes),
+    Count(Tag),
     DropStage,
     KeepDirty,
     Load(Tag),
@@ -554,6 +555,16 @@ impl World {
             VmOrder::Compare(hashes) => {
                 let matches = host.compare(&hashes);
                 self.step_secondary(node, SecondaryEvent::Compared(matches));
+            }
+            VmOrder::Count(tag) => {
+                let own = host.vm.memory.dirty().len();
+                self.step_secondary(node, SecondaryEvent::Counted(tag, own));
+                if let Role::Secondary(secondary) = &self.nodes[node].role
+                    && secondary.tag() == tag
+                    && secondary.phase() == "following"
+                {
+                    self.checkers.counted(tag, own >= 2 * self.room.pages);
+                }
             }
             VmOrder::Check(tag, result) => self.step_secondary(node, SecondaryEvent::Checked(tag, result)),
             VmOrder::Load(tag) => {

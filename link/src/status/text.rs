@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Write};
 
-use super::{Checkpoints, LastSync, Mode, Peer, Queues, Rates, State, Status};
+use super::{Checkpoints, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status};
 
 impl Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,6 +44,9 @@ impl Display for Status {
         lines.add("input", &format!("{} unconfirmed", self.queues.inputs_unconfirmed));
         lines.add("disk", &self.queues.disk());
         lines.add("link", &self.queues.link());
+        if let Some(memory) = self.memory.text() {
+            lines.add("memory", &memory);
+        }
         lines.add("rates", &self.rates.to_string());
         if self.released_late > 0 {
             lines.add("dropped", &format!("{} frames, released too late", self.released_late));
@@ -100,6 +103,25 @@ impl Queues {
             size(self.link_queued_bytes),
             size(self.staged_bytes)
         )
+    }
+}
+
+impl Memory {
+    /// Tells of the side that it is; nothing before there is something to tell.
+    fn text(&self) -> Option<String> {
+        if self.bases_bytes_max > 0 {
+            let (bases, max) = (size(self.bases_bytes), size(self.bases_bytes_max));
+            return Some(format!("{bases} to send differences to ({max} at most)"));
+        }
+        (self.pages_bytes_max > 0).then(|| {
+            let (own, staged, max) = (self.own_bytes, self.staged_bytes, self.pages_bytes_max);
+            format!(
+                "{} of its own pages, {} staged ({} at most)",
+                size(own),
+                size(staged),
+                size(max)
+            )
+        })
     }
 }
 
@@ -225,6 +247,7 @@ fn span_us(us: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use crate::status::Memory;
     use crate::status::tests::example;
 
     #[test]
@@ -239,6 +262,10 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("at 10.0.0.2:4242, connected, 2 page streams"), "{text}");
+        assert!(
+            text.contains("memory       2.0 MiB to send differences to (64.0 MiB at most)"),
+            "{text}"
+        );
         assert!(text.contains("checkpoints  9 (1 sync, 8 mismatch)"), "{text}");
         assert!(
             text.contains(
@@ -247,6 +274,16 @@ mod tests {
         );
         assert!(
             text.contains("sync         by difference: 12 of 16384 pages, 3 of 1024 blocks"),
+            "{text}"
+        );
+        status.memory = Memory {
+            own_bytes: 40_960,
+            pages_bytes_max: 128 << 20,
+            ..Memory::default()
+        };
+        let text = status.to_string();
+        assert!(
+            text.contains("memory       40.0 KiB of its own pages, 0 B staged (128.0 MiB at most)"),
             "{text}"
         );
         assert_eq!(text.lines().filter(|line| line.starts_with("ALARM")).count(), 1);

@@ -114,6 +114,7 @@ impl Secondary {
             if self.mode == EpochMode::Lockstep {
                 actions.push(Action::ResumeVm);
             }
+            self.begin_own(now);
             self.confirm(actions);
             actions.push(Action::Send(Message::Loaded(tag)));
             if started {

@@ -30,6 +30,7 @@ mod guest;
 mod load;
 mod loss;
 mod peer;
+mod room;
 
 use std::collections::VecDeque;
 
@@ -46,6 +47,8 @@ use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, R
 use proxy::NetworkPicture;
 
 use crate::event::{Action, Event, LinkEnd, Outcome, TakenOver};
+
+use room::Own;
 
 /// Inputs consumed by the guest between two confirmations.
 const CONFIRM_EVERY: u64 = 64;
@@ -67,6 +70,8 @@ pub struct Options {
     pub held: Held,
     /// Page streams of the pairing.
     pub streams: usize,
+    /// Pages that the guest's own and those of a checkpoint that arrives may be together before the epoch is to end.
+    pub room: u64,
 }
 
 /// Counters for the status report.
@@ -140,6 +145,7 @@ pub struct Secondary {
     liveness: Liveness,
     primary: String,
     flight: Flight,
+    own: Own,
     totals: Totals,
     /// The network's state of the checkpoint in flight.
     staged_network: Option<NetworkPicture>,
@@ -174,6 +180,7 @@ impl Secondary {
             liveness: Liveness::new(options.takeover_limit, now),
             primary,
             flight: Flight::Staging,
+            own: Own::default(),
             totals: Totals::new(Tag::default(), None, options.streams),
             staged_network: None,
             network: NetworkPicture::new(),
@@ -201,6 +208,7 @@ impl Secondary {
             Event::Checked(tag, result) => self.checked(now, tag, result, actions),
             Event::Compared(matches) => self.compared(matches, actions),
             Event::ControlClosed(end) => self.closed(now, Connection::Control, &end, actions),
+            Event::Counted(tag, pages) => self.counted(now, tag, pages, actions),
             Event::DataClosed(end) => self.closed(now, Connection::Data, &end, actions),
             Event::DiskCommitted(epoch) => self.disk_committed(epoch, actions),
             Event::GuestSent(frame) => self.guest_sent(frame, actions),
@@ -242,7 +250,10 @@ impl Secondary {
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
         match self.standing() {
-            Standing::Idle | Standing::Syncing | Standing::Following => Some(self.liveness.deadline()),
+            Standing::Idle | Standing::Syncing | Standing::Following => {
+                let look = self.look_due();
+                look.into_iter().chain([self.liveness.deadline()]).min()
+            }
             _ => self.contest.deadline(),
         }
     }
@@ -366,6 +377,9 @@ impl Secondary {
                 }
                 if self.liveness.heartbeat_due() <= now {
                     self.beat(now, actions);
+                }
+                if self.look_due().is_some_and(|due| due <= now) {
+                    self.look(actions);
                 }
             }
             _ => {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use checkpoint::handshake;
 use checkpoint::wire::Held;
-use checkpoint::{Generation, Tag};
+use checkpoint::{Generation, Tag, limits};
 use link::control::{Answer, Command, ControlRequest, Server};
 use link::port::Port;
 use link::status::{Peer, State, Status};
@@ -151,6 +151,7 @@ fn setup(
             held,
             // Judged in the handshake.
             streams: established.welcome.streams as usize,
+            room: host.settings.checkpoint_memory / limits::PAGE_BYTES as u64,
         },
         pair: host.pair().to_owned(),
         node: host.settings.node.clone(),

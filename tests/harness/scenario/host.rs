@@ -69,6 +69,7 @@ pub(super) enum Order {
     Compare(BlockHashes),
     ComparePages(PageHashes),
     Copy(Totals, Vec<u64>, bool),
+    Count(Tag),
     DropStage,
     KeepDirty,
     Load(Tag),
@@ -101,6 +102,7 @@ impl Order {
             Self::Load(_) => "Load",
             Self::Pause => "PauseVm",
             Self::Copy(..) => "SendCheckpoint",
+            Self::Count(_) => "CountOwn",
             Self::Ship => "Ship",
             Self::ShipAhead(..) => "ShipAhead",
             Self::Store(_) => "StoreRecord",
@@ -421,6 +423,11 @@ impl Host {
         totals.add_pages(&sums);
         messages.extend(rest);
         (messages, shipment(totals, sums.pages()))
+    }
+
+    /// Returns how many pages are dirty.
+    pub(super) fn written(&self) -> u64 {
+        self.dirty.len() as u64
     }
 
     /// Looks at the dirty pages; the script's guest writes so seldom that all of them have gone quiet.

@@ -160,6 +160,10 @@ impl Pair {
                 let matches = at.compare(&hashes);
                 self.step(host, Event::Secondary(SecondaryEvent::Compared(matches)));
             }
+            Order::Count(tag) => {
+                let own = at.written();
+                self.step(host, Event::Secondary(SecondaryEvent::Counted(tag, own)));
+            }
             Order::Ship => {
                 let (messages, shipment) = at.parcel();
                 self.send_all(host, messages);

@@ -256,6 +256,7 @@ impl Pair {
                     at.commit_disk(epoch);
                     self.equals_the_stop(host);
                 }
+                SecondaryAction::CountOwn(tag) => at.order(Order::Count(tag)),
                 SecondaryAction::Deliver(delivery) => at.inbox.push_back(delivery),
                 SecondaryAction::DropDeliveries => at.inbox.clear(),
                 SecondaryAction::DropStage => at.order(Order::DropStage),

@@ -61,6 +61,7 @@ impl Shown<'_> {
             SecondaryEvent::GuestStopped(why) => format!("GuestStopped: {why}"),
             SecondaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
             SecondaryEvent::Loaded(tag) => format!("Loaded {tag}"),
+            SecondaryEvent::Counted(tag, pages) => format!("Counted {tag}: {pages} pages"),
             SecondaryEvent::NearLimit => "NearLimit".to_owned(),
             SecondaryEvent::PagesArrived(stream, batch) => {
                 let on = if *stream == 0 {
@@ -133,6 +134,7 @@ impl Shown<'_> {
             SecondaryAction::CloseLink => "CloseLink".to_owned(),
             SecondaryAction::Compare(hashes) => format!("Compare {}", hashes_line(hashes)),
             SecondaryAction::CommitDisk(epoch) => format!("CommitDisk {epoch}"),
+            SecondaryAction::CountOwn(tag) => format!("CountOwn {tag}"),
             SecondaryAction::Deliver(delivery) => format!("Deliver {}", self.delivery(delivery)),
             SecondaryAction::DropDeliveries => "DropDeliveries".to_owned(),
             SecondaryAction::DropStage => "DropStage".to_owned(),

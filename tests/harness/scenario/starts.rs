@@ -188,6 +188,7 @@ impl Pair {
             generation: theirs.generation,
             held: theirs.held,
             streams: self.options.streams,
+            room: self.options.room.pages.saturating_mul(2),
         };
         let now = self.hosts[to].clock(self.now);
         let secondary = Secondary::new(options, ours.node, now);
