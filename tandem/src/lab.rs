@@ -432,6 +432,16 @@ impl Netlink {
         .await
     }
 
+    /// Gives an interface a hardware address.
+    ///
+    /// # Errors
+    /// Fails if there is no such interface, or if it is up and can't change it.
+    pub async fn set_mac(&self, name: &str, mac: [u8; 6]) -> Result<(), LabError> {
+        let message = LinkUnspec::new_with_name(name).address(mac.to_vec()).build();
+        let request = self.handle.link().change(message).execute();
+        self.told(format!("give {name} a hardware address"), request).await
+    }
+
     /// Brings an interface up.
     ///
     /// # Errors

@@ -1,0 +1,90 @@
+//! The primary's host is cut off in each phase of a connection; the client goes on with the other stack and notices nothing.
+
+use checkpoint::Duration as Span;
+
+use crate::clients;
+use crate::segment::Kind;
+use crate::stage::{Ip, Setup, Stage, Timestamps};
+use crate::switch::{Conditions, Moment};
+
+const LENGTH: u64 = 1 << 20;
+
+/// Has a client do something, with the primary's host cut off at a moment of it, under all kinds of addresses.
+fn taken_over(moment: Moment, client: fn(Ip)) {
+    for (number, (ip, vlans)) in [(Ip::V4, &[][..]), (Ip::V6, &[]), (Ip::V4, &[7]), (Ip::V6, &[100, 7])]
+        .into_iter()
+        .enumerate()
+    {
+        let conditions = Conditions {
+            seed: number as u64,
+            delay: Span::from_millis(4),
+            vlans,
+            ..Conditions::default()
+        };
+        let setup = Setup {
+            conditions,
+            timestamps: [Timestamps::Apart, Timestamps::Alike][number / 2],
+            captures: None,
+        };
+        let Some(stage) = Stage::new(&setup) else { return };
+        stage.switch.take_over(moment);
+        stage.client(move || {
+            client(ip);
+            clients::echo(ip, 5);
+        });
+        assert!(stage.agreed().taken_over, "{moment:?} has come");
+    }
+}
+
+fn downloads(ip: Ip) {
+    clients::download(ip, LENGTH, |_| {});
+}
+
+fn downloads_half_closed(ip: Ip) {
+    clients::download_half_closed(ip, LENGTH, |_| {});
+}
+
+fn is_called(ip: Ip) {
+    let (asks, stream) = clients::called(ip, 30_001, 40_001);
+    clients::use_call(asks, stream);
+}
+
+#[test]
+fn before_the_answer_to_a_syn() {
+    taken_over(Moment::Sent(Kind::SynAck), downloads);
+}
+
+#[test]
+fn after_the_answer_to_a_syn() {
+    taken_over(Moment::Left(Kind::SynAck), downloads);
+}
+
+#[test]
+fn while_bytes_are_sent() {
+    taken_over(Moment::Left(Kind::Data), downloads);
+}
+
+#[test]
+fn while_one_direction_is_closed() {
+    taken_over(Moment::Left(Kind::Data), downloads_half_closed);
+}
+
+#[test]
+fn before_the_end() {
+    taken_over(Moment::Sent(Kind::Fin), downloads);
+}
+
+#[test]
+fn after_the_end() {
+    taken_over(Moment::Left(Kind::Fin), downloads_half_closed);
+}
+
+#[test]
+fn before_the_server_calls() {
+    taken_over(Moment::Sent(Kind::Syn), is_called);
+}
+
+#[test]
+fn after_the_server_has_called() {
+    taken_over(Moment::Left(Kind::Syn), is_called);
+}
