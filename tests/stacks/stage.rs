@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use machine::netns::make_lasting_tap;
@@ -56,9 +57,8 @@ pub(crate) struct Stage {
     // In the order of their ends.
     _programs: [Program; 2],
     pub(crate) switch: Switch,
-    pub(crate) primary: Namespace,
-    pub(crate) secondary: Namespace,
-    pub(crate) client: Namespace,
+    _hosts: [Namespace; 2],
+    client: Namespace,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -126,8 +126,7 @@ impl Stage {
         Ok(Self {
             _programs: programs,
             switch,
-            primary,
-            secondary,
+            _hosts: [primary, secondary],
             client,
             _turn: turn,
         })
@@ -135,8 +134,12 @@ impl Stage {
 
     /// Runs a client to its end.
     pub(crate) fn client<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> T {
-        let thread = self.client.thread("client", body).expect("a thread can be started");
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        end(self.start_client(body))
+    }
+
+    /// Starts a client.
+    pub(crate) fn start_client<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        self.client.thread("client", body).expect("a thread can be started")
     }
 
     /// Returns what has happened, and asserts that the two sides have never differed.
@@ -150,6 +153,11 @@ impl Stage {
         );
         told
     }
+}
+
+/// Waits for a client, and panics if it did.
+pub(crate) fn end<T>(client: JoinHandle<T>) -> T {
+    client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Gives a namespace its TAP, addresses, and silence: it says nothing of its own accord once it has its addresses.

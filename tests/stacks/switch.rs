@@ -22,7 +22,7 @@ use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use harness::random::Random;
 use link::clock;
 use machine::tap::Tap;
-use proxy::{Comparator, ComparatorLimits, Counters, Divergence, FlowKey, NetworkPicture, Reason, Verdict};
+use proxy::{Comparator, ComparatorLimits, Counters, Divergence, FlowKey, FlowReport, NetworkPicture, Reason, Verdict};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::capture::Capture;
@@ -298,7 +298,7 @@ impl Hub {
             return self.later(now + self.half_delay(), Passing::Output(frame));
         }
         note(&mut self.alone, now, &frame);
-        if self.is_moment(|kind| Moment::Sent(kind), &frame) {
+        if self.is_moment(Moment::Sent, &frame) {
             return self.take_over(now);
         }
         let mut verdicts = Vec::new();
@@ -356,7 +356,7 @@ impl Hub {
                 Verdict::Release(frame) => {
                     note(&mut self.released, now, &frame);
                     self.wire(now, &frame, Passing::Leaving);
-                    if self.is_moment(|kind| Moment::Left(kind), &frame) {
+                    if self.is_moment(Moment::Left, &frame) {
                         return self.take_over(now);
                     }
                 }
@@ -447,11 +447,10 @@ impl Hub {
 
     /// Forgets late resets, as a checkpoint would; nothing else may wait.
     fn forgive(&mut self, now: Instant) {
-        let mut waiting = self.comparator.flows().filter(|flow| flow.held > 0 || flow.pending > 0);
-        if let Some(flow) = waiting.find(|flow| !self.is_of_reset(&flow.key)) {
-            self.told
-                .divergences
-                .push(format!("there is something left on {}", flow.key));
+        let waits = |flow: &FlowReport| flow.held > 0 || flow.pending > 0;
+        let waiting: Vec<FlowKey> = self.comparator.flows().filter(waits).map(|flow| flow.key).collect();
+        if let Some(flow) = waiting.iter().find(|flow| !self.is_of_reset(flow)) {
+            self.told.divergences.push(format!("something is left on {flow}"));
             return self.go_alone(now);
         }
         self.commit(now);

@@ -1,10 +1,13 @@
 //! The primary's host is cut off in each phase of a connection; the client goes on with the other stack and notices nothing.
 
+use std::thread::{scope, sleep};
+use std::time::Duration;
+
 use checkpoint::Duration as Span;
 
 use crate::clients;
 use crate::segment::Kind;
-use crate::stage::{Ip, Setup, Stage, Timestamps};
+use crate::stage::{Ip, Setup, Stage, Timestamps, end};
 use crate::switch::{Conditions, Moment};
 
 const LENGTH: u64 = 1 << 20;
@@ -87,4 +90,36 @@ fn before_the_server_calls() {
 #[test]
 fn after_the_server_has_called() {
     taken_over(Moment::Left(Kind::Syn), is_called);
+}
+
+#[test]
+fn at_any_moment_of_many_connections() {
+    for (delay, wait) in [(1, 50), (20, 200), (5, 130)] {
+        let conditions = Conditions {
+            seed: wait,
+            lost: 5,
+            delay: Span::from_millis(delay),
+            ..Conditions::default()
+        };
+        let setup = Setup {
+            conditions,
+            timestamps: Timestamps::Apart,
+            captures: None,
+        };
+        let Some(stage) = Stage::new(&setup) else { return };
+        let clients = stage.start_client(|| {
+            scope(|scope| {
+                for ip in [Ip::V4, Ip::V6] {
+                    scope.spawn(move || (0..20).for_each(|_| clients::echo(ip, 14)));
+                    scope.spawn(move || downloads(ip));
+                    scope.spawn(move || clients::upload(ip, LENGTH));
+                    scope.spawn(move || clients::echo_flood(ip, LENGTH));
+                }
+            });
+        });
+        sleep(Duration::from_millis(wait));
+        stage.switch.take_over(Moment::Now);
+        end(clients);
+        assert!(stage.agreed().taken_over);
+    }
 }
