@@ -39,11 +39,12 @@ const TIMEOUT: Duration = Duration::from_millis(50);
 const PORTION: usize = 64 << 10;
 
 /// How a program hands its bytes to the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Style {
     /// As they are.
     Whole,
     /// In pieces.
+    #[default]
     Pieces,
 }
 

@@ -36,6 +36,8 @@ pub(crate) struct Setup {
     pub(crate) conditions: Conditions,
     /// Whether the kernels' TCP has timestamps, and whether the two count from the same moment.
     pub(crate) timestamps: Timestamps,
+    /// How the secondary's program hands its bytes to its kernel; the primary's does as they are.
+    pub(crate) style: Style,
     /// Where captures are written.
     pub(crate) captures: Option<PathBuf>,
 }
@@ -117,7 +119,7 @@ impl Stage {
         ];
         let programs = [
             Program::start(&primary, Style::Whole),
-            Program::start(&secondary, Style::Pieces),
+            Program::start(&secondary, setup.style),
         ];
         let asked = std::env::var_os("STACKS_CAPTURES").map(PathBuf::from);
         let captures = setup.captures.as_deref().or(asked.as_deref());

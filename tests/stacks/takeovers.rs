@@ -7,6 +7,7 @@ use checkpoint::Duration as Span;
 
 use crate::clients;
 use crate::segment::Kind;
+use crate::services::Style;
 use crate::stage::{Ip, Setup, Stage, Timestamps, end};
 use crate::switch::{Conditions, Moment};
 
@@ -27,7 +28,7 @@ fn taken_over(moment: Moment, client: fn(Ip)) {
         let setup = Setup {
             conditions,
             timestamps: [Timestamps::Apart, Timestamps::Alike][number / 2],
-            captures: None,
+            ..Setup::default()
         };
         let Some(stage) = Stage::new(&setup) else { return };
         stage.switch.take_over(moment);
@@ -104,7 +105,8 @@ fn at_any_moment_of_many_connections() {
         let setup = Setup {
             conditions,
             timestamps: Timestamps::Apart,
-            captures: None,
+            style: Style::Whole,
+            ..Setup::default()
         };
         let Some(stage) = Stage::new(&setup) else { return };
         let clients = stage.start_client(|| {
