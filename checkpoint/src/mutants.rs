@@ -98,6 +98,8 @@ mutants! {
     IgnoreFin "ignore-fin"
     /// Released frames carry no time after which they must not leave.
     IgnoreLease "ignore-lease"
+    /// Fragments of different datagrams are put together.
+    JoinFragments "join-fragments"
     /// What an earlier secondary has committed counts as committed by the next.
     KeepBaseOfAnother "keep-base-of-another"
     /// A load does not take over the primary's translation offsets.
@@ -126,8 +128,6 @@ mutants! {
     ReadAheadAfterStop "read-ahead-after-stop"
     /// An acknowledgement leaves before the SYN or RST that the guest sent before it.
     OvertakeReset "overtake-reset"
-    /// A fragment of one datagram leaves for an equal one of another.
-    PairFragments "pair-fragments"
     /// Bytes that were said before leave again, whatever they are now.
     PassRepeated "pass-repeated"
     /// Reads don't see a commit whose disk writes are still under way.
@@ -179,9 +179,9 @@ impl Mutant {
     pub const SEQUENCES_ONLY: &[Self] = &[
         Self::ForgetClock,
         Self::IgnoreUrgent,
+        Self::JoinFragments,
         Self::KeepOwnNumbers,
         Self::OvertakeReset,
-        Self::PairFragments,
         Self::PassRepeated,
         Self::SendOldTimes,
     ];

@@ -74,14 +74,20 @@ fn protection(protocol: &Primary) -> String {
 fn kind(class: Class) -> (&'static str, &'static str) {
     const FRAME: &str = "the whole frame";
     const HEADERS: &str = "the whole frame but for TTL, TOS, IP identification and checksums";
+    const NOTHING: &str = "nothing: its tags are random, so all of it waits for checkpoints";
     match class {
         Class::Arp => ("ARP", FRAME),
         Class::Ethernet(_) => ("other", FRAME),
-        Class::Fragment(_) => ("IP fragments", HEADERS),
+        Class::Fragment(_) if !class.is_compared() => ("SCTP", NOTHING),
+        Class::Fragment(_) => (
+            "IP fragments",
+            "the datagrams that they make; what makes none waits for checkpoints",
+        ),
         Class::Icmp => ("ICMP", HEADERS),
         Class::Icmpv6 => ("ICMPv6", HEADERS),
         Class::Ip(_) => ("other IP", HEADERS),
         Class::Malformed => ("malformed", FRAME),
+        Class::Sctp => ("SCTP", NOTHING),
         Class::Tcp => (
             "TCP",
             "the bytes of the stream, SYN, FIN, RST; acknowledgements as upper bounds",

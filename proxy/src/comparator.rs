@@ -154,7 +154,7 @@ impl Comparator {
         self.catch_up_if_behind(now, verdicts);
         let parsed = frame::parse(&frame);
         if self.mode != Mode::Comparing {
-            self.follow(&parsed);
+            self.follow(now, &parsed);
             self.counters.released_at_once += 1;
             verdicts.push(Verdict::Release(frame));
             return;
@@ -372,16 +372,22 @@ impl Comparator {
         }
     }
 
-    /// Keeps up with the primary's streams while its output leaves at once.
-    fn follow(&mut self, parsed: &Frame) {
-        let Body::Tcp(segment) = &parsed.body else { return };
+    /// Keeps up with the primary's streams and unfinished datagrams while its output leaves at once.
+    fn follow(&mut self, now: Instant, parsed: &Frame) {
+        if let Body::Whole(_) = &parsed.body {
+            return;
+        }
         if self.flows.find(&parsed.key).is_none() && self.flows.len() >= self.limits.flows {
             self.trim();
         }
         if let Some(id) = self.lane(parsed)
             && let Some(lane) = self.flows.get_mut(id)
         {
-            lane.follow(segment, None);
+            match &parsed.body {
+                Body::Tcp(segment) => lane.follow(segment, None),
+                Body::Fragment(fragment) => lane.follow_fragment(now, fragment),
+                Body::Whole(_) => {}
+            }
         }
     }
 
@@ -504,7 +510,7 @@ impl Comparator {
         let frame = match lane {
             Some(lane) => {
                 lane.waits += 1;
-                lane.pass_unequal(serial, held.frame, &mut self.said)
+                lane.pass_unequal(serial, held.arrived, held.frame, &mut self.said)
             }
             None => held.frame,
         };

@@ -1,11 +1,8 @@
-//! Frames that are compared whole: everything but TCP streams.
+//! Frames that are compared whole: everything but TCP streams and IP fragments.
 //!
 //! A frame leaves when the other side has sent the same, whatever came before it: these protocols promise no order, and
 //! what one side alone has sent must not hold up what both have. When both sides keep something that fits nothing of the
 //! other's for longer than the reorder window, they differ.
-//!
-//! Fragments are equal only as parts of equal datagrams: all of one datagram of the primary must find theirs in one of the
-//! secondary. Else each could have an equal, and a client put together what the secondary never sent.
 //!
 //! Knows one epoch at a time; the primary's frames stay in `hold`.
 
@@ -13,16 +10,13 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use checkpoint::Instant;
-use checkpoint::mutants::{self, Mutant};
 
 use crate::frame::Shape;
 use crate::hold::Hold;
-use crate::verdict::{Difference, Fact, Limit, Reason, context};
+use crate::verdict::{Difference, Fact, Reason, context};
 
 /// How many waiting frames of the other side are looked at.
 const SEARCH_MAX: usize = 16;
-/// Fragmented datagrams of one flow in one epoch; more are a reason for a checkpoint.
-const DATAGRAMS_MAX: usize = 512;
 
 /// The frames of one flow that have not found their equal.
 #[derive(Debug, Default)]
@@ -34,42 +28,34 @@ pub(crate) struct Whole {
     /// The secondary's, oldest first.
     waiting: VecDeque<(Bytes, Shape, Instant)>,
     waiting_bytes: usize,
-    /// Which fragmented datagram of the secondary each of the primary's is, newest last.
-    datagrams: Vec<(u32, u32)>,
 }
 
 impl Whole {
     /// Takes a frame of the primary.
-    pub(crate) fn primary(&mut self, serial: u64, shape: &Shape, frame: &[u8]) -> Result<(), Reason> {
-        let datagrams = &self.datagrams;
-        let found = self
-            .waiting
-            .iter()
-            .take(SEARCH_MAX)
-            .position(|(bytes, other, _)| is_pair(datagrams, shape, other) && shape.equal(frame, other, bytes));
-        let Some((bytes, other, _)) = found.and_then(|at| self.waiting.remove(at)) else {
-            self.unequal.push_back((serial, *shape));
-            return self.checked(shape);
-        };
-        self.waiting_bytes -= bytes.len();
-        self.matched(serial, shape, &other);
-        Ok(())
+    pub(crate) fn primary(&mut self, serial: u64, shape: &Shape, frame: &[u8]) {
+        let mut searched = self.waiting.iter().take(SEARCH_MAX);
+        let found = searched.position(|(bytes, other, _)| shape.equal(frame, other, bytes));
+        match found.and_then(|at| self.waiting.remove(at)) {
+            Some((bytes, ..)) => {
+                self.waiting_bytes -= bytes.len();
+                self.equal = Some(serial);
+            }
+            None => self.unequal.push_back((serial, *shape)),
+        }
     }
 
     /// Takes a frame of the secondary.
-    pub(crate) fn secondary(&mut self, now: Instant, shape: &Shape, frame: &Bytes, hold: &Hold) -> Result<(), Reason> {
-        let datagrams = &self.datagrams;
+    pub(crate) fn secondary(&mut self, now: Instant, shape: &Shape, frame: &Bytes, hold: &Hold) {
         let found = self.unequal.iter().take(SEARCH_MAX).position(|(serial, other)| {
             let held = hold.get(*serial);
-            is_pair(datagrams, other, shape) && held.is_some_and(|held| other.equal(&held.frame, shape, frame))
+            held.is_some_and(|held| other.equal(&held.frame, shape, frame))
         });
-        let Some((serial, other)) = found.and_then(|at| self.unequal.remove(at)) else {
+        if let Some((serial, _)) = found.and_then(|at| self.unequal.remove(at)) {
+            self.equal = Some(serial);
+        } else {
             self.waiting_bytes += frame.len();
             self.waiting.push_back((frame.clone(), *shape, now));
-            return self.checked(shape);
-        };
-        self.matched(serial, &other, shape);
-        Ok(())
+        }
     }
 
     /// Returns the frame of the primary that may leave.
@@ -129,42 +115,5 @@ impl Whole {
     pub(crate) fn clear(&mut self) {
         self.waiting.clear();
         self.waiting_bytes = 0;
-        self.datagrams.clear();
-    }
-
-    fn matched(&mut self, serial: u64, mine: &Shape, theirs: &Shape) {
-        if let (Some(mine), Some(theirs)) = (mine.fragment(), theirs.fragment())
-            && !self.datagrams.contains(&(mine.datagram, theirs.datagram))
-        {
-            self.datagrams.push((mine.datagram, theirs.datagram));
-        }
-        self.equal = Some(serial);
-    }
-
-    fn checked(&self, shape: &Shape) -> Result<(), Reason> {
-        if shape.fragment().is_some() && self.datagrams.len() >= DATAGRAMS_MAX {
-            return Err(Reason::Limit(Limit::Pending));
-        }
-        Ok(())
-    }
-}
-
-/// Says whether two frames may be each other's equal: any, but for fragments.
-fn is_pair(datagrams: &[(u32, u32)], mine: &Shape, theirs: &Shape) -> bool {
-    let (Some(mine), Some(theirs)) = (mine.fragment(), theirs.fragment()) else {
-        return true;
-    };
-    if mutants::on(Mutant::PairFragments) {
-        return true;
-    }
-    let pair = (mine.datagram, theirs.datagram);
-    let known = datagrams
-        .iter()
-        .rev()
-        .find(|known| known.0 == pair.0 || known.1 == pair.1);
-    match known {
-        Some(known) => *known == pair,
-        // A datagram that was begun before the last commit is the same one's on both sides, by its number too.
-        None => datagrams.len() < DATAGRAMS_MAX && (mine.is_first || pair.0 == pair.1),
     }
 }

@@ -27,6 +27,8 @@ pub enum Class {
     Ip(u8),
     /// Frames that do not parse.
     Malformed,
+    /// SCTP.
+    Sctp,
     /// TCP.
     Tcp,
     /// UDP.
@@ -60,6 +62,15 @@ pub struct FlowKey {
     pub source: Endpoint,
     /// The other end.
     pub destination: Endpoint,
+}
+
+impl Class {
+    /// Says whether it is compared at all. Each side of an SCTP association chooses its own tags and numbers at random,
+    /// so no two guests say the same.
+    #[must_use]
+    pub const fn is_compared(self) -> bool {
+        !matches!(self, Self::Sctp | Self::Fragment(132))
+    }
 }
 
 impl Vlans {
@@ -125,6 +136,7 @@ impl fmt::Display for FlowKey {
             Class::Icmpv6 => f.write_str("ICMPv6")?,
             Class::Ip(protocol) => write!(f, "IP protocol {protocol}")?,
             Class::Malformed => f.write_str("malformed")?,
+            Class::Sctp => f.write_str("SCTP")?,
             Class::Tcp => f.write_str("TCP")?,
             Class::Udp => f.write_str("UDP")?,
         }

@@ -1,8 +1,8 @@
 //! A checked view of an Ethernet frame.
 //!
 //! [`parse`] looks at a frame once and says to which flow it belongs and how it is compared: as a
-//! [`Segment`] of a TCP stream, or whole, as a [`Shape`] that names the few bytes which policy
-//! ignores. It is total: whatever does not parse is [`Class::Malformed`] and compared byte for byte.
+//! [`Segment`] of a TCP stream, as a [`Fragment`] of an IP datagram, or whole, as a [`Shape`] that names the few bytes which
+//! policy ignores. It is total: whatever does not parse is [`Class::Malformed`] and compared byte for byte.
 //! Used by the comparator and the translator on bytes of either guest, of the peer and of the
 //! network; it never panics and never allocates.
 
@@ -10,7 +10,8 @@ use std::net::IpAddr;
 
 use checkpoint::mutants::{self, Mutant};
 use etherparse::{
-    Ipv4Slice, Ipv6ExtensionSlice, Ipv6Slice, LinkExtSlice, NetSlice, SlicedPacket, TcpSlice, TransportSlice,
+    IpPayloadSlice, Ipv4Slice, Ipv6ExtensionSlice, Ipv6Slice, LinkExtSlice, NetSlice, SlicedPacket, TcpSlice,
+    TransportSlice,
 };
 
 use crate::checksum;
@@ -33,6 +34,8 @@ const IGNORED_MAX: usize = 8;
 /// Protocol numbers of IPv6 extension headers, one of which IPv4 has as well.
 const AUTHENTICATION: u8 = 51;
 const FRAGMENT: u8 = 44;
+/// Number of a protocol that has its ports where TCP has them.
+const SCTP: u8 = 132;
 
 const OPTION_END: u8 = 0;
 const OPTION_NOP: u8 = 1;
@@ -56,6 +59,8 @@ pub(crate) struct Frame {
 pub(crate) enum Body {
     /// By its place in a byte stream.
     Tcp(Segment),
+    /// As a part of a datagram.
+    Fragment(Fragment),
     /// Whole, but for the ignored ranges.
     Whole(Shape),
 }
@@ -119,16 +124,24 @@ pub(crate) struct Shape {
     length: usize,
     ignored: [(u16, u16); IGNORED_MAX],
     count: usize,
-    fragment: Option<Fragment>,
 }
 
-/// To which datagram a fragment belongs.
+/// A fragment of an IP datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Fragment {
-    /// Its sender's number for it.
+    /// Its sender's number for the datagram.
     pub(crate) datagram: u32,
-    /// Whether the datagram begins with it.
-    pub(crate) is_first: bool,
+    pub(crate) protocol: u8,
+    /// Where its bytes are in the datagram.
+    pub(crate) at: usize,
+    /// Whether the datagram goes on behind it.
+    pub(crate) more: bool,
+    /// Where its bytes start in the frame.
+    pub(crate) payload: usize,
+    /// Where they end; what follows is padding.
+    pub(crate) end: usize,
+    /// What comes before them in the frame.
+    pub(crate) headers: Shape,
 }
 
 /// Looks at a frame.
@@ -272,15 +285,10 @@ impl Shape {
             length: bytes.len(),
             ignored: [(0, 0); IGNORED_MAX],
             count: 0,
-            fragment: None,
         }
     }
 
-    /// Returns to which datagram it belongs, if it is a fragment.
-    pub(crate) fn fragment(&self) -> Option<Fragment> {
-        self.fragment
-    }
-
+    /// Ignores these bytes, which come after all that it ignores already.
     fn ignore(&mut self, from: usize, length: usize) {
         assert!(
             self.count < IGNORED_MAX,
@@ -370,23 +378,28 @@ fn ipv4(
     let at = offset(bytes, header.slice())?;
     let ends = (IpAddr::V4(header.source_addr()), IpAddr::V4(header.destination_addr()));
     shape.ignore(at + 1, 1);
-    if ip.is_payload_fragmented() {
-        shape.ignore(at + 4, 2);
+    let is_fragment = header.is_fragmenting_payload();
+    if is_fragment {
+        shape.ignore(at + 2, 6);
     } else {
         shape.ignore(at + 4, 4);
     }
     shape.ignore(at + 8, 1);
     shape.ignore(at + 10, 2);
-    let payload = ip.payload();
-    if payload.fragmented {
-        shape.fragment = Some(Fragment {
+    if is_fragment {
+        // What follows the header need not begin with one of the next protocol, so nothing of that is trusted.
+        let fragment = Fragment {
             datagram: u32::from(header.identification()),
-            is_first: header.fragments_offset().value() == 0,
-        });
-        let key = FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0));
-        return Some(whole(key, shape));
+            protocol: header.protocol().0,
+            at: usize::from(header.fragments_offset().value()) * 8,
+            more: header.more_fragments(),
+            payload: at + header.slice().len(),
+            end: at + usize::from(header.total_len()),
+            headers: shape,
+        };
+        return Some(fragmented(fragment, vlans, ends));
     }
-    transported(bytes, at, payload.ip_number.0, ends, transport, vlans, shape)
+    transported(bytes, at, ip.payload(), ends, transport, vlans, shape)
 }
 
 fn ipv6(
@@ -403,39 +416,56 @@ fn ipv6(
         return None;
     }
     let ends = (IpAddr::V6(header.source_addr()), IpAddr::V6(header.destination_addr()));
-    shape.ignore(at, 4);
+    let is_part = ip.payload().fragmented;
+    shape.ignore(at, if is_part { 6 } else { 4 });
     shape.ignore(at + 7, 1);
+    let mut fragment = None;
     for extension in ip.extensions().clone() {
-        if let Ipv6ExtensionSlice::Fragment(fragment) = extension
-            && shape.count + 2 < IGNORED_MAX
-        {
-            shape.ignore(offset(bytes, fragment.slice())? + 4, 4);
-            shape.fragment = Some(Fragment {
-                datagram: fragment.identification(),
-                is_first: fragment.fragment_offset().value() == 0,
-            });
+        let Ipv6ExtensionSlice::Fragment(header) = extension else {
+            continue;
+        };
+        // One fragment is not cut again.
+        if fragment.is_some() {
+            return None;
         }
+        let from = offset(bytes, header.slice())?;
+        shape.ignore(from + if is_part { 2 } else { 4 }, if is_part { 6 } else { 4 });
+        fragment = Some((from, header));
     }
-    let payload = ip.payload();
-    if payload.fragmented {
-        let key = FlowKey::addressed(Class::Fragment(payload.ip_number.0), vlans, ends, (0, 0));
-        return Some(whole(key, shape));
+    if is_part {
+        let (from, header) = fragment?;
+        let fragment = Fragment {
+            datagram: header.identification(),
+            protocol: header.next_header().0,
+            at: usize::from(header.fragment_offset().value()) * 8,
+            more: header.more_fragments(),
+            payload: from + header.slice().len(),
+            end: at + 40 + usize::from(ip.header().payload_length()),
+            headers: shape,
+        };
+        return Some(fragmented(fragment, vlans, ends));
     }
-    // One that is the whole datagram.
-    shape.fragment = None;
-    transported(bytes, at, payload.ip_number.0, ends, transport, vlans, shape)
+    transported(bytes, at, ip.payload(), ends, transport, vlans, shape)
+}
+
+fn fragmented(mut fragment: Fragment, vlans: Vlans, ends: (IpAddr, IpAddr)) -> Frame {
+    fragment.headers.length = fragment.payload;
+    Frame {
+        key: FlowKey::addressed(Class::Fragment(fragment.protocol), vlans, ends, (0, 0)),
+        body: Body::Fragment(fragment),
+    }
 }
 
 fn transported(
     bytes: &[u8],
     ip: usize,
-    protocol: u8,
+    payload: &IpPayloadSlice<'_>,
     ends: (IpAddr, IpAddr),
     transport: Option<&TransportSlice<'_>>,
     vlans: Vlans,
     mut shape: Shape,
 ) -> Option<Frame> {
-    let class = match transport {
+    let protocol = match transport {
         Some(TransportSlice::Tcp(tcp)) => {
             let key = FlowKey::addressed(Class::Tcp, vlans, ends, (tcp.source_port(), tcp.destination_port()));
             return Some(match segment(bytes, ip, tcp) {
@@ -469,9 +499,13 @@ fn transported(
                 shape,
             ));
         }
-        _ => Class::Ip(protocol),
+        _ => payload.ip_number,
     };
-    Some(whole(FlowKey::addressed(class, vlans, ends, (0, 0)), shape))
+    let (class, ports) = match (protocol.0, payload.payload) {
+        (SCTP, &[a, b, c, d, ..]) => (Class::Sctp, (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))),
+        (protocol, _) => (Class::Ip(protocol), (0, 0)),
+    };
+    Some(whole(FlowKey::addressed(class, vlans, ends, ports), shape))
 }
 
 /// Reads a segment; nothing if its flags make no sense or its options are broken.

@@ -2,7 +2,8 @@
 //!
 //! Frames are compared in the order in which the guest sent them. Those that have not been are raw: of an epoch
 //! that is not compared yet, or of a new connection on the same ports that the secondary has not opened yet. In which order
-//! the others leave is told by `order` for a TCP stream and by `datagram` for frames compared whole.
+//! the others leave is told by `order` for a TCP
+//! stream, by `fragment` for IP fragments and by `datagram` for frames compared whole.
 
 use std::collections::VecDeque;
 
@@ -13,7 +14,8 @@ use checkpoint::{Epoch, Instant};
 use crate::counters::FlowReport;
 use crate::datagram::Whole;
 use crate::flow::FlowKey;
-use crate::frame::{self, Body, Frame, Segment};
+use crate::fragment::Fragments;
+use crate::frame::{self, Body, Fragment, Frame, Segment};
 use crate::hold::Hold;
 use crate::order::{Next, Order, Place};
 use crate::said::Said;
@@ -59,6 +61,7 @@ pub(crate) enum Unblocked {
 #[derive(Debug)]
 enum Kind {
     Stream(Box<Stream>, Order),
+    Fragments(Box<Fragments>),
     Whole(Whole),
 }
 
@@ -80,6 +83,7 @@ impl Lane {
     pub(crate) fn new(frame: &Frame) -> Self {
         let kind = match frame.body {
             Body::Tcp(_) => Kind::Stream(Box::default(), Order::default()),
+            Body::Fragment(_) => Kind::Fragments(Box::default()),
             Body::Whole(_) => Kind::Whole(Whole::default()),
         };
         Self {
@@ -107,7 +111,8 @@ impl Lane {
 
     /// Says whether its output waits for commits, uncompared.
     pub(crate) fn is_buffered(&self) -> bool {
-        self.temper.is_buffered()
+        let is_wary = matches!(&self.kind, Kind::Fragments(fragments) if fragments.is_wary());
+        self.temper.is_buffered() || is_wary || !self.key.class.is_compared()
     }
 
     /// The sides differed on it in this epoch.
@@ -153,7 +158,11 @@ impl Lane {
                 order.push(serial, note);
                 result
             }
-            (Kind::Whole(whole), Body::Whole(shape)) => whole.primary(serial, shape, frame),
+            (Kind::Fragments(fragments), Body::Fragment(fragment)) => fragments.primary(now, serial, fragment, frame),
+            (Kind::Whole(whole), Body::Whole(shape)) => {
+                whole.primary(serial, shape, frame);
+                Ok(())
+            }
             _ => return Ok(()),
         };
         self.raw.pop_front();
@@ -171,7 +180,11 @@ impl Lane {
                 }
                 stream.secondary(now, segment, frame)
             }
-            (Kind::Whole(whole), Body::Whole(shape)) => whole.secondary(now, shape, frame, hold),
+            (Kind::Fragments(fragments), Body::Fragment(fragment)) => fragments.secondary(now, fragment, frame),
+            (Kind::Whole(whole), Body::Whole(shape)) => {
+                whole.secondary(now, shape, frame, hold);
+                Ok(())
+            }
             _ => Ok(()),
         };
         self.counted(result)
@@ -179,14 +192,16 @@ impl Lane {
 
     /// Returns the oldest frame that may leave, and how.
     pub(crate) fn next_to_leave(&self) -> Option<Next> {
-        match &self.kind {
-            Kind::Stream(stream, order) => order.next(stream),
-            Kind::Whole(whole) => whole.next().map(|serial| Next {
-                serial,
-                leave: Leave::Whole,
-                place: Place::Whole,
-            }),
-        }
+        let serial = match &self.kind {
+            Kind::Stream(stream, order) => return order.next(stream),
+            Kind::Fragments(fragments) => fragments.next()?,
+            Kind::Whole(whole) => whole.next()?,
+        };
+        Some(Next {
+            serial,
+            leave: Leave::Whole,
+            place: Place::Whole,
+        })
     }
 
     /// Passes a frame that may leave, which the secondary has sent as well.
@@ -194,6 +209,7 @@ impl Lane {
         self.matched += 1;
         let (stream, order) = match &mut self.kind {
             Kind::Stream(stream, order) => (stream, order),
+            Kind::Fragments(fragments) => return fragments.leave(frame),
             Kind::Whole(whole) => {
                 whole.leave();
                 return frame;
@@ -219,7 +235,7 @@ impl Lane {
     }
 
     /// Passes the frame that has waited longest by a commit, or on going alone.
-    pub(crate) fn pass_unequal(&mut self, serial: u64, frame: Bytes, said: &mut Said) -> Bytes {
+    pub(crate) fn pass_unequal(&mut self, serial: u64, arrived: Instant, frame: Bytes, said: &mut Said) -> Bytes {
         match &mut self.kind {
             Kind::Stream(stream, order) => {
                 if let Some(note) = order.take_oldest(serial) {
@@ -232,6 +248,7 @@ impl Lane {
                     return frame;
                 }
             }
+            Kind::Fragments(_) => {}
         }
         if self.raw.front() != Some(&serial) {
             return frame;
@@ -242,7 +259,18 @@ impl Lane {
                 self.follow(&segment, Some((&frame, said)));
                 in_time(&mut self.time, &segment, without_padding(&segment, frame))
             }
+            Body::Fragment(fragment) => {
+                self.follow_fragment(arrived, &fragment);
+                frame
+            }
             Body::Whole(_) => frame,
+        }
+    }
+
+    /// Keeps up with a fragment of the primary that leaves without being compared.
+    pub(crate) fn follow_fragment(&mut self, now: Instant, fragment: &Fragment) {
+        if let Kind::Fragments(fragments) = &mut self.kind {
+            fragments.follow(now, fragment);
         }
     }
 
@@ -344,6 +372,7 @@ impl Lane {
                     self.owed = None;
                 }
             }
+            Kind::Fragments(fragments) => fragments.clear(),
             Kind::Whole(whole) => whole.clear(),
         }
         self.pay()
@@ -353,6 +382,7 @@ impl Lane {
     pub(crate) fn pending(&self) -> (usize, usize) {
         let (frames, bytes) = match &self.kind {
             Kind::Stream(stream, _) => stream.pending(),
+            Kind::Fragments(fragments) => fragments.pending(),
             Kind::Whole(whole) => whole.pending(),
         };
         (frames + self.deferred.len(), bytes + self.deferred_bytes)
@@ -362,6 +392,7 @@ impl Lane {
     pub(crate) fn waits_since(&self) -> Option<Instant> {
         let compared = match &self.kind {
             Kind::Stream(stream, _) => stream.secondary_waits_since(),
+            Kind::Fragments(fragments) => fragments.waits_since(),
             Kind::Whole(whole) => whole.waits_since(),
         };
         let deferred = self.deferred.front().map(|(arrived, _)| *arrived);
@@ -370,7 +401,11 @@ impl Lane {
 
     /// Says whether both sides keep something that fits nothing of the other's.
     pub(crate) fn is_suspect(&self) -> bool {
-        matches!(&self.kind, Kind::Whole(whole) if whole.is_suspect())
+        match &self.kind {
+            Kind::Stream(..) => false,
+            Kind::Fragments(fragments) => fragments.is_suspect(),
+            Kind::Whole(whole) => whole.is_suspect(),
+        }
     }
 
     /// Says whether it is suspect and was not before.
@@ -380,8 +415,11 @@ impl Lane {
 
     /// Returns the difference that makes it suspect.
     pub(crate) fn difference(&mut self, hold: &Hold) -> Option<Reason> {
-        let Kind::Whole(whole) = &self.kind else { return None };
-        let difference = whole.difference(hold)?;
+        let difference = match &self.kind {
+            Kind::Stream(..) => None,
+            Kind::Fragments(fragments) => fragments.difference(),
+            Kind::Whole(whole) => whole.difference(hold),
+        }?;
         self.mismatched += 1;
         Some(difference)
     }
@@ -395,6 +433,7 @@ impl Lane {
     pub(crate) fn is_over(&self) -> bool {
         match &self.kind {
             Kind::Stream(stream, _) => stream.is_over(),
+            Kind::Fragments(fragments) => fragments.is_over(),
             Kind::Whole(_) => true,
         }
     }
@@ -415,6 +454,7 @@ impl Lane {
     fn held(&self) -> usize {
         let compared = match &self.kind {
             Kind::Stream(_, order) => order.len(),
+            Kind::Fragments(fragments) => fragments.len(),
             Kind::Whole(whole) => whole.len(),
         };
         compared + self.raw.len()

@@ -9,15 +9,23 @@
 //! | frames | compared | ignored by policy |
 //! |---|---|---|
 //! | TCP over IPv4 and IPv6 | the byte stream by position; SYN with its MSS, window scale, SACK and timestamp offer; FIN; RST; the urgent position; acknowledgements and SACK blocks as upper bounds | Ethernet addresses, VLAN priority, IP header, window, other options, PSH, ECN flags, sequence number of a RST, timestamps (but never earlier than one that has left), padding (cut off) |
-//! | UDP, ICMP, `ICMPv6` (neighbour discovery, MLD), IGMP, SCTP, other IP protocols | the whole frame | VLAN priority, TOS or traffic class, flow label, TTL or hop limit, IP identification, DF, IP and UDP checksum |
-//! | IP fragments | the whole frame, offset included, and that all of a datagram's belong to one of the secondary's | as above, but for the fragment flags |
+//! | UDP, ICMP, `ICMPv6` (neighbour discovery, MLD), IGMP, other IP protocols | the whole frame | VLAN priority, TOS or traffic class, flow label, TTL or hop limit, IP identification, DF, IP and UDP checksum |
+//! | IP fragments, those of TCP too | the datagrams that they make, whole on both sides, and the headers in front | as above, and how the datagram is cut; padding (cut off) |
+//! | SCTP | nothing: it waits for commits, since tags and numbers of its associations are random | |
 //! | ARP, other EtherTypes, 802.3 | the whole frame | VLAN priority |
 //! | what does not parse | the whole frame | nothing |
 //!
-//! VLAN numbers (802.1Q, `QinQ`, up to three) are part of the flow.
+//! VLAN numbers (802.1Q, `QinQ`, up to three) are part of the flow. All frames of which not even the addresses parse
+//! are one flow.
+//!
+//! Fragments leave when their datagram is whole on both sides and equal: all of them, as they were sent. What never becomes
+//! whole, overlaps, comes twice or makes no sense waits for the commit, and so does what a receiver might put together
+//! with a part that an earlier commit let leave. A flow with many unfinished datagrams is not compared until none has
+//! been left unfinished for two minutes. TCP in fragments is compared as datagrams, so it is equal
+//! only if both sides sent the same segment in the same numbers; sequence numbers in fragments are not translated.
 //!
 //! # Not supported
-//! Fragments are not reassembled: two sides that fragment differently differ. Signed TCP (MD5, TCP-AO) cannot be
+//! A datagram that one side sends in fragments and the other whole differs. Signed TCP (MD5, TCP-AO) cannot be
 //! translated; a connection that was opened since the last commit does not survive a takeover. Sequence numbers
 //! quoted in ICMP errors are translated for the guest, but not in errors that the guest sends. TCP Fast Open data before the handshake is over is compared, but a
 //! takeover in that moment breaks that connection. A retransmission of what the primary said more than 8 MiB ago, or
@@ -33,6 +41,7 @@ mod counters;
 mod datagram;
 mod epochs;
 mod flow;
+mod fragment;
 mod frame;
 mod hold;
 mod lane;

@@ -157,7 +157,7 @@ impl Translator {
         let parsed = frame::parse(frame);
         let segment = match parsed.body {
             Body::Tcp(segment) if !segment.options.signed => segment,
-            Body::Tcp(_) => return,
+            Body::Tcp(_) | Body::Fragment(_) => return,
             Body::Whole(_) => return self.quoted(&parsed.key, frame),
         };
         let key = parsed.key.reversed();

@@ -53,7 +53,8 @@ pub enum Reason {
 pub struct Difference {
     /// What differs.
     pub fact: Fact,
-    /// Offset of the first differing byte: in the frame, or within the epoch's part of a TCP stream.
+    /// Offset of the first differing byte: in the frame, in the datagram if that is in fragments (and their headers are
+    /// alike), or within the epoch's part of a TCP stream.
     pub offset: u64,
     /// Up to 16 bytes of the primary from there.
     pub primary: Vec<u8>,
@@ -87,6 +88,8 @@ pub enum Limit {
     Pending,
     /// Flows.
     Flows,
+    /// Unfinished datagrams in the fragments of one flow.
+    Fragments,
     /// Gaps in one TCP stream.
     Gaps,
 }
@@ -129,6 +132,7 @@ impl fmt::Display for Limit {
             Self::Held => "too much output held",
             Self::Pending => "too much output of the secondary pending",
             Self::Flows => "too many flows",
+            Self::Fragments => "too many unfinished datagrams",
             Self::Gaps => "too many gaps in a TCP stream",
         })
     }

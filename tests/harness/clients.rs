@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::history::History;
 use crate::ops::{Answer, KEYS, Op, RECORD_BYTES, Request};
-use crate::packet::{self, ACK, End, GUEST, Header, Packet, RST, SERVICE_PORT, SYN};
+use crate::packet::{self, ACK, Assembly, End, GUEST, Header, Packet, RST, SERVICE_PORT, SYN};
 use crate::random::Random;
 use crate::tcp::{Phase, Socket, ahead};
 
@@ -43,6 +43,7 @@ pub struct Clients {
     /// First numbers that have been used.
     numbers: BTreeSet<u32>,
     random: Random,
+    assembly: Assembly,
     out: Vec<Bytes>,
 }
 
@@ -115,6 +116,7 @@ impl Clients {
             quiet: false,
             numbers: BTreeSet::new(),
             random: Random::new(seed),
+            assembly: Assembly::default(),
             out: Vec::new(),
         }
     }
@@ -180,6 +182,10 @@ impl Clients {
     /// # Panics
     /// If the frame is not what a client of one uninterrupted machine can get.
     pub fn hear(&mut self, frame: &[u8], now: u64) -> Option<usize> {
+        if packet::fragment(frame).is_some() {
+            let whole = self.assembly.add(frame)?;
+            return self.hear(&whole, now);
+        }
         let packet = packet::parse(frame)?;
         assert!(packet.intact, "rule 4: a frame with wrong sums reached {:?}", packet.to);
         if packet.to.0 == LOG_HOST.0 {

@@ -1,7 +1,9 @@
-//! The frames of the toy's world: UDP and TCP over IPv4 over Ethernet, built and read, and nothing else.
+//! The frames of the toy's world: UDP, in fragments too, and TCP over IPv4 over Ethernet, built and read, and nothing else.
 //!
 //! Small enough to be cheap in a loop of millions. Sums are left to etherparse, so that what the pair has
 //! rewritten is judged by code that is not its own.
+
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use etherparse::checksum::Sum16BitWords;
@@ -23,7 +25,8 @@ pub const PSH: u8 = 8;
 pub const ACK: u8 = 16;
 
 const IP: usize = 14;
-const TRANSPORT: usize = IP + 20;
+/// Where a datagram starts in its frame.
+pub const TRANSPORT: usize = IP + 20;
 const TCP_PROTOCOL: u8 = 6;
 const UDP_PROTOCOL: u8 = 17;
 
@@ -70,7 +73,7 @@ pub struct Packet<'a> {
 #[must_use]
 pub fn parse(frame: &[u8]) -> Option<Packet<'_>> {
     let ip = frame.get(IP..TRANSPORT)?;
-    if frame[12..14] != [8, 0] || ip[0] != 0x45 {
+    if frame[12..14] != [8, 0] || ip[0] != 0x45 || fragment(frame).is_some() {
         return None;
     }
     let length = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
@@ -124,6 +127,67 @@ pub fn tcp(from: End, to: End, tcp: &Header, payload: &[u8]) -> Bytes {
     header[13] = tcp.flags;
     header[14..16].copy_from_slice(&tcp.window.to_be_bytes());
     frame(TCP_PROTOCOL, from.0, to.0, &header, 16, payload)
+}
+
+/// A fragment: the number of its datagram, its place in that, whether there is more behind it, and its bytes.
+#[must_use]
+pub fn fragment(frame: &[u8]) -> Option<(u16, usize, bool, &[u8])> {
+    let (ip, bytes) = (frame.get(IP..TRANSPORT)?, frame.get(TRANSPORT..)?);
+    let word = |at: usize| u16::from_be_bytes([ip[at], ip[at + 1]]);
+    let (place, more) = (usize::from(word(6) & 0x1fff) * 8, word(6) & 0x2000 != 0);
+    let is_ip = frame[12..14] == [8, 0] && ip[0] == 0x45;
+    (is_ip && (place > 0 || more)).then_some((word(4), place, more, bytes))
+}
+
+/// Cuts a datagram in two, before the byte at `place`.
+#[must_use]
+pub fn cut(frame: &Bytes, number: u16, place: u16) -> [Bytes; 2] {
+    let at = TRANSPORT + usize::from(place);
+    [(0, TRANSPORT..at, 0x2000), (place / 8, at..frame.len(), 0)].map(|(units, part, more)| {
+        let mut out = frame[..TRANSPORT].to_vec();
+        out.extend_from_slice(&frame[part]);
+        let [ip_length, flags] = [length(out.len() - IP), units | more];
+        for (at, word) in [(2, ip_length), (4, number), (6, flags), (10, 0)] {
+            out[IP + at..IP + at + 2].copy_from_slice(&word.to_be_bytes());
+        }
+        let sum = Sum16BitWords::new().add_slice(&out[IP..TRANSPORT]).ones_complement();
+        out[IP + 10..IP + 12].copy_from_slice(&sum.to_ne_bytes());
+        out.into()
+    })
+}
+
+/// Puts fragments together.
+#[derive(Debug, Default)]
+pub struct Assembly {
+    /// By the datagram's number, and by place.
+    parts: BTreeMap<u16, BTreeMap<usize, (bool, Bytes)>>,
+}
+
+impl Assembly {
+    /// Adds a fragment; returns the frame that was cut, if all of it has come.
+    pub fn add(&mut self, frame: &[u8]) -> Option<Bytes> {
+        let (number, place, more, bytes) = fragment(frame)?;
+        let parts = self.parts.entry(number).or_default();
+        parts.insert(place, (more, Bytes::copy_from_slice(bytes)));
+        let mut payload = Vec::new();
+        let mut open = true;
+        for (at, (more, bytes)) in parts {
+            if *at != payload.len() {
+                return None;
+            }
+            payload.extend_from_slice(bytes);
+            open = *more;
+        }
+        if open {
+            return None;
+        }
+        self.parts.remove(&number);
+        let from = (frame[IP + 15], u16::from_be_bytes([payload[0], payload[1]]));
+        let to = (frame[IP + 19], u16::from_be_bytes([payload[2], payload[3]]));
+        let whole = udp(from, to, &payload[8..]);
+        // Two datagrams under one number: no receiver takes what they make.
+        (whole[TRANSPORT..] == payload[..]).then_some(whole)
+    }
 }
 
 fn frame(protocol: u8, from: u8, to: u8, header: &[u8], sum_at: usize, payload: &[u8]) -> Bytes {
@@ -192,6 +256,31 @@ mod tests {
             let mut broken = frame.to_vec();
             broken[35] ^= 1;
             assert!(parse(&broken).is_some_and(|read| !read.intact));
+        }
+    }
+
+    #[test]
+    fn a_datagram_in_fragments_is_put_together_as_it_was() {
+        let whole = udp((GUEST, SERVICE_PORT), (100, 4_000), &[7; 20]);
+        for place in [8, 16, 24] {
+            let mut parts = cut(&whole, 9, place);
+            assert!(parts.iter().all(|part| parse(part).is_none()));
+            let mut assembly = Assembly::default();
+            assert_eq!(assembly.add(&parts[1]), None);
+            assert_eq!(assembly.add(&parts[0]), Some(whole.clone()));
+            let mut broken = parts[1].to_vec();
+            *broken.last_mut().expect("it has bytes") ^= 1;
+            parts[1] = broken.into();
+            assert_eq!(parts.map(|part| assembly.add(&part)), [None, None]);
+            let mut pool = etherparse::defrag::IpDefragPool::<(), ()>::new();
+            let payloads: Vec<_> = cut(&whole, 9, place)
+                .iter()
+                .filter_map(|part| {
+                    let packet = etherparse::SlicedPacket::from_ethernet(part).expect("well formed");
+                    pool.process_sliced_packet(&packet, (), ()).expect("no overlap")
+                })
+                .collect();
+            assert_eq!(payloads[0].payload, whole[TRANSPORT..]);
         }
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use checkpoint::{Epoch, Generation, Tag};
 
-use crate::packet::{self, ACK, End, FIN, Header, RST, SYN};
+use crate::packet::{self, ACK, Assembly, End, FIN, Header, RST, SYN};
 use crate::tcp::ahead;
 
 /// Connections that are remembered for each pair of ports.
@@ -23,11 +23,15 @@ type Ends = (u16, End);
 pub struct Streams {
     /// By the client's first number too, 0 for those that the guest opens.
     flows: BTreeMap<(Ends, u32), Flow>,
-    /// Datagrams, and answers to segments of no connection.
+    /// Datagrams and fragments of them, and answers to segments of no connection.
     whole: BTreeMap<Bytes, Flow>,
     /// With what is not settled.
     touched: BTreeSet<(Ends, u32)>,
     touched_whole: BTreeSet<Bytes>,
+    /// Puts together what each guest sends in fragments.
+    assemblies: [Assembly; 2],
+    /// Datagrams that the primary's guest has sent in fragments, by their number there; the newest first.
+    cut: BTreeMap<u16, Vec<Bytes>>,
     /// The client's first number and the guest's, as clients know them; the newest last.
     heard: BTreeMap<Ends, Vec<(u32, u32)>>,
     generation: Generation,
@@ -81,6 +85,14 @@ impl Streams {
             self.settle(|_| true);
             self.forget_untouched();
         }
+        if let Some((number, ..)) = packet::fragment(frame)
+            && let Some(whole) = self.assemblies[0].add(frame)
+        {
+            let known = self.cut.entry(number).or_default();
+            known.truncate(CONNECTIONS_MAX);
+            known.insert(0, whole.clone());
+            self.primary_sent(tag, held, &whole, first);
+        }
         let Some((flow, segment)) = self.flow(frame, first) else {
             return;
         };
@@ -104,6 +116,9 @@ impl Streams {
 
     /// The secondary's guest sent a frame while it followed in this epoch.
     pub fn secondary_sent(&mut self, tag: Tag, frame: &Bytes, first: Option<(u32, u32)>) {
+        if let Some(whole) = self.assemblies[1].add(frame) {
+            self.secondary_sent(tag, &whole, first);
+        }
         if let Some((flow, segment)) = self.flow(frame, first) {
             said_in(&mut flow.follower, tag).add(segment);
         }
@@ -160,6 +175,15 @@ impl Streams {
     /// Tells whether the survivor could have produced a frame that leaves to the clients in this generation.
     pub fn allows(&mut self, generation: Generation, frame: &Bytes) -> bool {
         self.reach(generation);
+        if let Some((number, place, _, bytes)) = packet::fragment(frame) {
+            let is_settled = self.whole.get(frame).is_some_and(|flow| flow.settled.whole);
+            let mut datagrams = self.cut.get(&number).into_iter().flatten();
+            return is_settled
+                || datagrams.any(|whole| {
+                    let part = whole.get(packet::TRANSPORT + place..).unwrap_or_default();
+                    part.starts_with(bytes) && self.whole.get(whole).is_some_and(Flow::allows_whole)
+                });
+        }
         let Some(packet) = packet::parse(frame) else {
             return true;
         };
@@ -188,6 +212,11 @@ impl Streams {
     /// Describes what is known of a frame's flow, for a failure's report.
     #[must_use]
     pub fn describe(&self, frame: &[u8]) -> String {
+        if let Some(fragment) = packet::fragment(frame) {
+            let datagrams = self.cut.get(&fragment.0).into_iter().flatten();
+            let flows: Vec<_> = datagrams.map(|whole| (whole, self.whole.get(whole))).collect();
+            return format!("a fragment: {fragment:?}, of {flows:?}");
+        }
         let Some(packet) = packet::parse(frame) else {
             return String::new();
         };
@@ -211,6 +240,9 @@ impl Streams {
     }
 
     fn flow(&mut self, frame: &Bytes, first: Option<(u32, u32)>) -> Option<(&mut Flow, Option<Segment>)> {
+        if packet::fragment(frame).is_some() {
+            return Some((self.whole_flow(frame.clone()), None));
+        }
         let packet = packet::parse(frame)?;
         let ends = (packet.from.1, packet.to);
         let Some((header, (iss, irs))) = packet.tcp.zip(first) else {
@@ -219,14 +251,18 @@ impl Streams {
             } else {
                 frame.clone()
             };
-            self.touched_whole.insert(key.clone());
-            return Some((self.whole.entry(key).or_default(), None));
+            return Some((self.whole_flow(key), None));
         };
         let irs = if ends.0 == packet::SERVICE_PORT { irs } else { 0 };
         let key = (ends, irs);
         let flow = self.flows.entry(key).or_default();
         self.touched.insert(key);
         Some((flow, Some(segment(frame, &header, packet.payload, iss))))
+    }
+
+    fn whole_flow(&mut self, key: Bytes) -> &mut Flow {
+        self.touched_whole.insert(key.clone());
+        self.whole.entry(key).or_default()
     }
 
     fn settle(&mut self, covered: impl Fn(&Tag) -> bool) {

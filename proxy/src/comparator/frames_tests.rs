@@ -36,7 +36,7 @@ fn case_p16_arp_is_compared_and_the_secondarys_never_leaves() {
 }
 
 #[test]
-fn case_p17_ipv6_streams_fragments_and_neighbour_discovery_are_compared() {
+fn case_p17_ipv6_streams_and_neighbour_discovery_are_compared() {
     let mut bench = Bench::new();
     let tcp = Tcp {
         v6: true,
@@ -59,29 +59,30 @@ fn case_p17_ipv6_streams_fragments_and_neighbour_discovery_are_compared() {
     );
     bench.primary(solicitation.clone());
     assert_eq!(released(&bench.secondary(solicitation)).len(), 1);
+}
 
-    let fragment = |id: u8, offset: u8, byte: u8| {
+#[test]
+fn sctp_waits_for_commits_by_policy() {
+    let (from, to) = ends(false, false);
+    let chunk = |port: u8| {
         ip(
             from,
             to,
-            44,
+            132,
             64,
             &[],
-            &[17, 0, 0, offset | 1, 0, 0, 0, id, byte, 1, 2, 3, 4, 5, 6, 7],
+            &[0, 80, 0, port, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 4],
         )
     };
-    bench.primary(fragment(1, 0, 9));
-    assert_eq!(
-        released(&bench.secondary(fragment(2, 0, 9))).len(),
-        1,
-        "the identification is ignored"
-    );
-    bench.primary(fragment(1, 8, 9));
-    bench.secondary(fragment(1, 16, 9));
-    assert!(
-        divergence(&bench.wait(Duration::from_millis(1))).is_some(),
-        "the offset is not"
-    );
+    let mut bench = Bench::new();
+    bench.primary(chunk(1));
+    assert!(is_held(&bench.secondary(chunk(1))));
+    assert!(bench.comparator.waits_for_commit(), "a checkpoint is due soon");
+    assert!(is_held(&bench.wait(Duration::from_millis(1000))), "it is no divergence");
+    bench.primary(chunk(2));
+    assert_eq!(bench.comparator.flows().count(), 2);
+    assert!(bench.comparator.flows().all(|flow| flow.buffered));
+    assert_eq!(released(&bench.checkpoint()), [chunk(1), chunk(2)]);
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use bytes::Bytes;
 use checkpoint::{Duration, EpochMode, Role};
 
-use super::tests::{connected, difference, is_held};
+use super::tests::{connected, is_held};
 use crate::testkit::*;
-use crate::verdict::{Fact, Reason, Verdict};
+use crate::verdict::{Reason, Verdict};
 
 fn data(seq: u32, payload: &[u8]) -> Bytes {
     Tcp::data(seq, 500, payload).frame()
@@ -201,72 +201,6 @@ fn an_echo_answered_by_one_side_alone_is_not_compared_with_another() {
     assert!(is_held(&bench.wait(Duration::from_millis(100))));
     assert_eq!(released(&bench.primary(echo(2))), [echo(2)]);
     assert_eq!(released(&bench.secondary(echo(1))), [echo(1)]);
-}
-
-/// A fragment of a datagram over IPv4 or IPv6: its number, its place in units of eight bytes, and the byte that fills it.
-fn fragment(v6: bool, id: u8, place: u8, byte: u8) -> Bytes {
-    let (from, to) = ends(v6, false);
-    if v6 {
-        let header = [17, 0, 0, place << 3 | u8::from(place < 2), 0, 0, 0, id];
-        return ip(from, to, 44, 64, &[], &[&header[..], &[byte; 8]].concat());
-    }
-    let mut frame = ip(from, to, 17, 64, &[], &[byte; 8]).to_vec();
-    frame[19] = id;
-    frame[20] = if place < 2 { 0x20 } else { 0 };
-    frame[21] = place;
-    frame.into()
-}
-
-#[test]
-fn case_p17_fragments_are_equal_only_as_parts_of_equal_datagrams() {
-    for v6 in [false, true] {
-        let part = |id, place, byte| fragment(v6, id, place, byte);
-        // Each fragment has an equal one, but no datagram has.
-        let mut bench = Bench::new();
-        let mut left = Vec::new();
-        for frame in [part(1, 0, 0xa1), part(1, 2, 0xb2), part(2, 0, 0xb1), part(2, 2, 0xa2)] {
-            left.extend(released(&bench.primary(frame)));
-        }
-        for frame in [part(7, 0, 0xa1), part(7, 2, 0xa2), part(8, 0, 0xb1), part(8, 2, 0xb2)] {
-            left.extend(released(&bench.secondary(frame)));
-        }
-        assert_eq!(left, [part(1, 0, 0xa1), part(2, 0, 0xb1)], "whose other parts differ");
-        assert_eq!(difference(&bench.wait(Duration::from_millis(1))).fact, Fact::Bytes);
-        assert_eq!(released(&bench.checkpoint()).len(), 2);
-        // Equal datagrams under other numbers.
-        bench.primary(part(3, 0, 1));
-        bench.primary(part(3, 1, 2));
-        assert_eq!(released(&bench.secondary(part(9, 0, 1))), [part(3, 0, 1)]);
-        assert_eq!(released(&bench.secondary(part(9, 1, 2))), [part(3, 1, 2)]);
-        bench.secondary(part(9, 2, 3));
-        assert_eq!(released(&bench.primary(part(3, 2, 3))), [part(3, 2, 3)]);
-        // One that a checkpoint cuts in two has the same number on both sides.
-        bench.primary(part(4, 0, 1));
-        bench.checkpoint();
-        bench.primary(part(4, 1, 2));
-        assert!(is_held(&bench.secondary(part(5, 1, 2))));
-        assert_eq!(released(&bench.secondary(part(4, 1, 2))), [part(4, 1, 2)]);
-    }
-}
-
-#[test]
-fn too_many_fragmented_datagrams_are_a_reason_for_a_checkpoint() {
-    let mut bench = Bench::new();
-    for id in 0..=u16::MAX {
-        let mut frame = fragment(false, 0, 0, 1).to_vec();
-        frame[18..20].copy_from_slice(&id.to_be_bytes());
-        let mut verdicts = bench.primary(frame.clone());
-        verdicts.extend(bench.secondary(frame.clone()));
-        if let Some(told) = divergence(&verdicts) {
-            assert!(matches!(told.reason, Reason::Limit(_)) && id < 1_000);
-            bench.checkpoint();
-            bench.primary(frame.clone());
-            assert_eq!(released(&bench.secondary(frame)).len(), 1, "and room is made");
-            return;
-        }
-        assert_eq!(released(&verdicts).len(), 1);
-    }
-    panic!("nothing is unbounded");
 }
 
 #[test]

@@ -311,7 +311,7 @@ impl World {
             match verdict {
                 Verdict::Release(released) => match frame::parse(released).body {
                     Body::Tcp(_) => self.judge_segment(released),
-                    Body::Whole(_) => self.judge_datagram(released),
+                    Body::Fragment(_) | Body::Whole(_) => self.judge_datagram(released),
                 },
                 Verdict::Diverged(divergence) => {
                     assert!(

@@ -36,7 +36,8 @@ fn case_p17_p18_every_frame_class_is_recognised() {
         (udp(1, b"x").to_vec(), Class::Udp),
         (packet(v4, 1, &[8, 0, 0, 0, 0, 1, 0, 1]).to_vec(), Class::Icmp),
         (packet(v6, 58, &[128, 0, 0, 0, 0, 1, 0, 1]).to_vec(), Class::Icmpv6),
-        (packet(v4, 132, &[0; 12]).to_vec(), Class::Ip(132)),
+        (packet(v4, 132, &[0; 12]).to_vec(), Class::Sctp),
+        (packet(v4, 132, &[0; 3]).to_vec(), Class::Ip(132)),
         (packet(v4, 2, &[0x16, 0, 0, 0, 224, 0, 0, 1]).to_vec(), Class::Ip(2)),
         (fragment, Class::Fragment(6)),
         (packet(v6, 44, &v6_fragment).to_vec(), Class::Fragment(17)),
@@ -141,6 +142,10 @@ proptest! {
                 found.set_time(&mut changed, Seq(1));
                 found.set_echo(&mut changed, Seq(1));
                 let _reply = found.acknowledgement(&frame, Seq(1));
+            }
+            Body::Fragment(fragment) => {
+                prop_assert!(fragment.payload <= fragment.end && fragment.end <= frame.len());
+                prop_assert!(fragment.headers.equal(&frame, &fragment.headers, &frame));
             }
             Body::Whole(shape) => prop_assert!(shape.equal(&frame, &shape, &frame)),
         }

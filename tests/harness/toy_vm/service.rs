@@ -147,10 +147,14 @@ impl ToyVm {
         let head = self.memory.number(MISC, QUEUE_HEAD);
         self.memory.set_number(MISC, QUEUE_HEAD, head + 1);
         match entry.asker {
-            Asker::Datagram(to) => turn.effects.push(Effect::Send {
-                frame: packet::udp((GUEST, SERVICE_PORT), to, &record),
-                first: None,
-            }),
+            Asker::Datagram(to) => {
+                let frame = packet::udp((GUEST, SERVICE_PORT), to, &record);
+                if entry.answer.id.is_multiple_of(3) {
+                    send_in_fragments(&frame, turn);
+                } else {
+                    turn.effects.push(Effect::Send { frame, first: None });
+                }
+            }
             Asker::Connection(place, first) => self.send_on(place, first, &record, turn),
         }
         true
@@ -211,6 +215,18 @@ impl Entry {
             answer: Answer::decode(&bytes[16..]).expect("the guest's memory is what it wrote"),
         }
     }
+}
+
+/// Where a datagram is cut, under which number and which part is sent first is each host's own.
+fn send_in_fragments(frame: &Bytes, turn: &mut Turn<'_>) {
+    let [number, place] = [1 << 16, 3].map(|end| turn.random.below(end));
+    let [number, place] = [number, 8 * (1 + place)].map(|number| u16::try_from(number).expect("small"));
+    let mut parts = packet::cut(frame, number, place);
+    if turn.random.one_in(2) {
+        parts.reverse();
+    }
+    let sends = parts.map(|frame| Effect::Send { frame, first: None });
+    turn.effects.extend(sends);
 }
 
 fn place(number: u64) -> usize {
