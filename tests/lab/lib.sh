@@ -1,0 +1,55 @@
+# Lab hosts: QEMU processes with hardware KVM inside, emulated. Sourced by `run`, used by the cases.
+#
+#   host_start a            boots a host; its name is the caller's
+#   host_run a 'script'     runs a script there, prints its output, returns its exit code
+#   host_kill a             ends it like a power failure
+#
+# A host has what is in $payload, a folder, under /run/lab; what is in its bin/ is on the PATH.
+
+# Boots a host: processors, MiB of memory.
+host_start() {
+    local name=$1 processors=${2:-2} memory=${3:-3072} at=$scratch/$1 port
+    mkdir "$at"
+    port=$((20000 + $$ % 20000 + ${#hosts[@]}))
+    tar -C "$payload" -cf "$at/payload.tar" .
+    # The disk's changes are dropped with the process. `-cpu max` is slow, and other machines than q35 lose their clock at times.
+    qemu-system-x86_64 -accel tcg,thread=multi -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
+        -nodefaults -no-user-config -display none -no-reboot \
+        -kernel "$image/vmlinux" -initrd "$image/boot.cpio" \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check" \
+        -drive "file=$image/root.img,format=raw,if=none,id=root,snapshot=on,cache=unsafe" -device virtio-blk-pci,drive=root \
+        -drive "file=$at/payload.tar,format=raw,if=none,id=payload,readonly=on" -device virtio-blk-pci,drive=payload \
+        -netdev "user,id=agent,restrict=on,hostfwd=tcp:127.0.0.1:$port-:5000" \
+        -device virtio-net-pci,netdev=agent,mac=52:54:00:00:00:aa \
+        -serial "file:$at/console" >"$at/qemu" 2>&1 &
+    hosts[$name]=$!
+    ports[$name]=$port
+    until grep -aq LAB-READY "$at/console" 2>/dev/null; do
+        kill -0 "${hosts[$name]}" 2>/dev/null || { echo "host $name ended while it booted: $(grep -v "TCG doesn.t support" "$at/qemu")" >&2; return 1; }
+        sleep 0.1
+    done
+}
+
+# Runs a script on a host.
+host_run() {
+    local name=$1 script=$2 line
+    exec {agent}<>"/dev/tcp/127.0.0.1/${ports[$name]}" || { echo "host $name does not answer" >&2; return 1; }
+    printf '%s\n' "$(printf '%s' "$script" | base64 -w0)" >&"$agent"
+    while IFS= read -r line <&"$agent"; do
+        if [[ $line == LAB-EXIT\ * ]]; then
+            exec {agent}>&-
+            return "${line#LAB-EXIT }"
+        fi
+        printf '%s\n' "$line"
+    done
+    exec {agent}>&-
+    echo "host $name was lost" >&2
+    return 1
+}
+
+# Ends a host at once.
+host_kill() {
+    kill -KILL "${hosts[$1]}"
+    wait "${hosts[$1]}" 2>/dev/null || true
+    unset "hosts[$1]"
+}

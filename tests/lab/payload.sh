@@ -1,0 +1,10 @@
+# What the lab's hosts get to run: the tool, and the tests of the machine. Sourced by `run`.
+
+mkdir -p "$payload"/{bin,tests}
+cargo build --release -q -p tandem
+cp "${CARGO_TARGET_DIR:-target}/release/tandem" "$payload/bin/"
+cargo test --release -q -p machine --no-run --message-format=json | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' |
+    while IFS= read -r test; do
+        name=$(basename "$test")
+        cp "$test" "$payload/tests/${name%-*}-$(printf '%s' "$test" | cksum | cut -c1-4)"
+    done
