@@ -45,6 +45,8 @@ pub const EPOCH_WRITES_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
 /// A frame of either side that waits longer than this for its equal triggers a checkpoint.
 pub const UNMATCHED_MAX: Duration = Duration::from_millis(200);
+/// A frame of the primary may wait so long, however soon the secondary's came lately: an ordinary scheduling delay is no divergence.
+pub const UNMATCHED_MIN: Duration = Duration::from_millis(20);
 /// Time between two checkpoints that output waits for, unless the user sets another.
 pub const CHECKPOINT_EVERY: Duration = Duration::from_millis(5);
 /// An epoch is never older than this.

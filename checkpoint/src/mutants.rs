@@ -172,6 +172,8 @@ mutants! {
     TrustJournal "trust-journal"
     /// A witness that does not answer counts as one that was won.
     UnreachableIsWon "unreachable-is-won"
+    /// Flows that the two guests have opened from different ports wait for the whole bound.
+    WaitForAnotherPort "wait-for-another-port"
 }
 
 impl Mutant {

@@ -19,14 +19,17 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use checkpoint::mutants::{self, Mutant};
-use checkpoint::{Duration, Epoch, EpochMode, Instant, limits};
+use checkpoint::{Duration, Epoch, EpochMode, Instant, Role, limits};
 
 use crate::counters::{Counters, FlowReport, Held, Pending};
+use crate::crossing::Crossings;
 use crate::flow::{FlowId, FlowKey, FlowTable};
 use crate::frame::{self, Body, Frame};
 use crate::hold::{HeldFrame, Hold};
+use crate::lag::{Lag, LagMeter};
 use crate::lane::{Lane, Unblocked};
 use crate::said::Said;
+use crate::service::Services;
 use crate::temper::FlowPatience;
 use crate::verdict::{Divergence, Limit, Reason, Verdict};
 
@@ -43,8 +46,10 @@ pub struct ComparatorLimits {
     pub pending_frames: usize,
     /// Flows known at a time.
     pub flows: usize,
-    /// How long a frame of either side may wait for its equal.
+    /// How long a frame of either side may wait for its equal, at most.
     pub unmatched: Duration,
+    /// The least time that a frame of the primary may, however soon the secondary's came lately.
+    pub unmatched_min: Duration,
     /// When a flow on which the sides keep differing is no longer compared for a time; nothing: each flow is.
     pub flow_patience: Option<FlowPatience>,
     /// How long two unequal datagrams of a flow may wait for equals that come in another order.
@@ -92,11 +97,16 @@ pub struct Comparator {
     pub(crate) waiting: VecDeque<(Instant, FlowId)>,
     /// Flows on which both sides keep something unequal, oldest first; entries may be outdated.
     pub(crate) suspects: VecDeque<(Instant, FlowId)>,
+    /// Flows that the two sides may have opened from different ports.
+    pub(crate) crossings: Crossings,
+    pub(crate) lag: LagMeter,
+    /// Services that have differed lately.
+    pub(crate) services: Services,
     pub(crate) pending: Pending,
     pub(crate) counters: Counters,
     /// An epoch was abandoned, and what waited for its commit has not been compared yet.
     pub(crate) behind: bool,
-    /// Flows that are not compared.
+    /// Flows that are not compared, whatever their services are.
     pub(crate) buffered: Vec<FlowId>,
     /// Output of the running epoch waits that only its commit can release.
     pub(crate) waits_for_commit: bool,
@@ -112,6 +122,7 @@ impl Default for ComparatorLimits {
             pending_frames: 65_536,
             flows: limits::FLOWS_MAX,
             unmatched: limits::UNMATCHED_MAX,
+            unmatched_min: limits::UNMATCHED_MIN,
             flow_patience: None,
             reorder: Duration::from_millis(1),
         }
@@ -140,6 +151,9 @@ impl Comparator {
             early_bytes: 0,
             waiting: VecDeque::new(),
             suspects: VecDeque::new(),
+            crossings: Crossings::default(),
+            lag: LagMeter::default(),
+            services: Services::default(),
             pending: Pending::default(),
             counters: Counters::default(),
             behind: false,
@@ -169,16 +183,16 @@ impl Comparator {
         if let Some(id) = flow {
             let comparing = self.running_mode == EpochMode::Lockstep
                 && (self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs));
-            let mut buffered = false;
             if let Some(lane) = self.flows.get_mut(id) {
                 lane.push(serial);
-                buffered = lane.is_buffered();
             }
+            let buffered = self.is_buffered(id);
             self.waits_for_commit |= comparing && buffered;
             if comparing && !buffered {
                 self.touch(id);
                 self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
                 self.settle(now, id, verdicts);
+                self.note_opening(now, id, Role::Primary);
             }
         } else {
             self.diverge(
@@ -299,15 +313,34 @@ impl Comparator {
         self.waits_for_commit
     }
 
-    /// Returns how many flows wait for commits, uncompared.
+    /// Returns how many flows wait for commits, uncompared, those of buffered services aside.
     #[must_use]
     pub fn buffered_flows(&self) -> usize {
         self.buffered.len()
     }
 
+    /// Returns how many services' flows all wait for commits, uncompared.
+    #[must_use]
+    pub fn buffered_services(&self) -> usize {
+        self.services.buffered()
+    }
+
+    /// Returns how far the secondary's output trails, and how long output of the primary may wait for it.
+    #[must_use]
+    pub fn lag(&self) -> Lag {
+        Lag {
+            most: self.lag.most(),
+            matches: self.lag.matches(),
+            bound: self.unmatched_bound(),
+        }
+    }
+
     /// Returns what is known of each flow, in order of their keys.
     pub fn flows(&self) -> impl Iterator<Item = FlowReport> + '_ {
-        self.flows.iter().map(|(_, lane)| lane.report())
+        self.flows.iter().map(|(_, lane)| FlowReport {
+            buffered: lane.is_buffered() || self.services.is_buffered(lane.service()),
+            ..lane.report()
+        })
     }
 
     /// Tells a divergence, at most one for an epoch, and none for an epoch that is being checkpointed.
@@ -325,13 +358,24 @@ impl Comparator {
             && let Some(id) = flow.as_ref().and_then(|key| self.flows.find(key))
             && let Some(lane) = self.flows.get_mut(id)
         {
-            lane.differed(now, epoch, patience);
+            lane.differed(now, epoch, &patience.of_flows());
+            if let Some(service) = lane.service()
+                && lane.is_news_to_service()
+            {
+                self.services.differed(now, epoch, service, &patience.of_services());
+            }
         }
         if self.uncommitted == Some(epoch) || self.diverged == Some(epoch) {
             return;
         }
         self.diverged = Some(epoch);
         verdicts.push(Verdict::Diverged(Divergence { epoch, flow, reason }));
+    }
+
+    /// Says whether what is said on a flow waits for commits, uncompared.
+    pub(crate) fn is_buffered(&self, id: FlowId) -> bool {
+        let lane = self.flows.get(id);
+        lane.is_some_and(|lane| lane.is_buffered() || self.services.is_buffered(lane.service()))
     }
 
     /// Says whether a divergence was told for the running epoch.
@@ -422,7 +466,7 @@ impl Comparator {
             );
             return;
         };
-        if self.flows.get(id).is_some_and(Lane::is_buffered) {
+        if self.is_buffered(id) {
             self.counters.unasked += 1;
             return;
         }
@@ -439,6 +483,7 @@ impl Comparator {
             self.diverge(now, self.comparing(), Some(key), reason, verdicts);
         }
         self.settle(now, id, verdicts);
+        self.note_opening(now, id, Role::Secondary);
     }
 
     /// Lets leave what may, lets both sides go on to a new connection, and notes what is left unequal.
@@ -449,6 +494,9 @@ impl Comparator {
                 let Some(held) = self.hold.take(next.serial) else { break };
                 if held.arrived != now {
                     lane.waits += 1;
+                }
+                if let Some(loaded) = self.loaded_at {
+                    self.lag.matched(now, now.since(held.arrived.max(loaded)));
                 }
                 self.counters.matched += 1;
                 self.counters.lowered += u64::from(next.leave.is_lowered());
@@ -539,13 +587,14 @@ impl Comparator {
             let Some(id) = flow.or_else(|| self.late_lane(serial, &parsed)) else {
                 continue;
             };
-            if self.flows.get(id).is_some_and(Lane::is_buffered) {
+            if self.is_buffered(id) {
                 self.waits_for_commit = true;
                 continue;
             }
             self.touch(id);
             self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
             self.settle(now, id, verdicts);
+            self.note_opening(now, id, Role::Primary);
         }
         self.early_bytes = 0;
         for (arrived, frame) in std::mem::take(&mut self.early) {
@@ -563,6 +612,7 @@ impl Comparator {
     pub(crate) fn forget_secondary(&mut self) {
         self.waiting.clear();
         self.suspects.clear();
+        self.crossings.clear();
         self.early.clear();
         self.early_bytes = 0;
         self.pending = Pending::default();
@@ -613,3 +663,5 @@ pub(crate) mod properties;
 mod streams_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod waiting_tests;

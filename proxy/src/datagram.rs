@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use checkpoint::Instant;
+use checkpoint::{Instant, Role};
 
 use crate::frame::Shape;
 use crate::hold::Hold;
@@ -95,6 +95,15 @@ impl Whole {
     /// Says whether both sides keep something that fits nothing of the other's.
     pub(crate) fn is_suspect(&self) -> bool {
         !self.unequal.is_empty() && !self.waiting.is_empty()
+    }
+
+    /// Says whose frames wait, if they are of one side only.
+    pub(crate) fn is_of_one_side(&self) -> Option<Role> {
+        match (self.unequal.is_empty(), self.waiting.is_empty()) {
+            (false, true) => Some(Role::Primary),
+            (true, false) => Some(Role::Secondary),
+            _ => None,
+        }
     }
 
     /// Returns the difference that makes it suspect.

@@ -8,6 +8,7 @@ use checkpoint::{Epoch, EpochMode, Instant};
 use crate::comparator::{Comparator, Mode};
 use crate::counters::Pending;
 use crate::lane::Lane;
+use crate::temper::FlowPatience;
 use crate::verdict::Verdict;
 
 impl Comparator {
@@ -50,7 +51,11 @@ impl Comparator {
         }
         // Which flows are compared changes here only: nothing of the next epoch has been compared yet.
         let flows = &mut self.flows;
-        let patience = self.limits.flow_patience;
+        let patience = self.limits.flow_patience.as_ref();
+        if let Some(patience) = patience {
+            self.services.decide(now, &patience.of_services());
+        }
+        let patience = patience.map(FlowPatience::of_flows);
         let mut waits = |lane: &mut Lane| patience.is_some_and(|patience| lane.is_buffered_after(now, &patience));
         self.buffered.retain(|id| flows.get_mut(*id).is_some_and(&mut waits));
         for id in std::mem::take(&mut self.touched) {
@@ -68,6 +73,7 @@ impl Comparator {
         self.loaded_at = None;
         self.waiting.clear();
         self.suspects.clear();
+        self.crossings.clear();
         self.pending = Pending::default();
         self.trim();
         self.catch_up(now, verdicts);

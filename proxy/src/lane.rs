@@ -9,9 +9,10 @@ use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
 use checkpoint::mutants::{self, Mutant};
-use checkpoint::{Epoch, Instant};
+use checkpoint::{Epoch, Instant, Role};
 
 use crate::counters::FlowReport;
+use crate::crossing::has_ports;
 use crate::datagram::Whole;
 use crate::flow::FlowKey;
 use crate::fragment::Fragments;
@@ -20,8 +21,9 @@ use crate::hold::Hold;
 use crate::order::{Next, Order, Place};
 use crate::said::Said;
 use crate::seq::Seq;
+use crate::service::ServiceKey;
 use crate::stream::{Leave, Note, Stream};
-use crate::temper::{FlowPatience, Temper};
+use crate::temper::{Patience, Temper};
 use crate::verdict::{Difference, Fact, Reason};
 
 /// A flow.
@@ -42,6 +44,11 @@ pub(crate) struct Lane {
     time: Option<Seq>,
     /// Whether it is compared at all.
     temper: Temper,
+    /// Whether its service knows that it differs.
+    told: bool,
+    opened_by_guest: bool,
+    /// Whether it is among the flows that one side alone has opened.
+    pub(crate) noted: bool,
     pub(crate) suspected: bool,
     pub(crate) touched: bool,
     /// When it was used last, in frames.
@@ -96,6 +103,9 @@ impl Lane {
             owed: None,
             time: None,
             temper: Temper::default(),
+            told: false,
+            opened_by_guest: matches!(&frame.body, Body::Tcp(segment) if segment.syn && segment.ack.is_none()),
+            noted: false,
             suspected: false,
             touched: false,
             used: 0,
@@ -116,12 +126,22 @@ impl Lane {
     }
 
     /// The sides differed on it in this epoch.
-    pub(crate) fn differed(&mut self, now: Instant, epoch: Epoch, patience: &FlowPatience) {
+    pub(crate) fn differed(&mut self, now: Instant, epoch: Epoch, patience: &Patience) {
         self.temper.differed(now, epoch, patience);
     }
 
+    /// Returns the service that it belongs to.
+    pub(crate) fn service(&self) -> Option<ServiceKey> {
+        ServiceKey::of(&self.key, self.opened_by_guest)
+    }
+
+    /// Says, once, that it has differed.
+    pub(crate) fn is_news_to_service(&mut self) -> bool {
+        !std::mem::replace(&mut self.told, true)
+    }
+
     /// Decides, at a commit, whether what comes next waits for commits too.
-    pub(crate) fn is_buffered_after(&mut self, now: Instant, patience: &FlowPatience) -> bool {
+    pub(crate) fn is_buffered_after(&mut self, now: Instant, patience: &Patience) -> bool {
         self.temper.decide(now, patience);
         self.temper.is_buffered()
     }
@@ -363,6 +383,7 @@ impl Lane {
     pub(crate) fn commit(&mut self) -> Option<Bytes> {
         self.blocked = false;
         self.suspected = false;
+        self.noted = false;
         self.touched = false;
         self.deferred.clear();
         self.deferred_bytes = 0;
@@ -422,6 +443,15 @@ impl Lane {
         }?;
         self.mismatched += 1;
         Some(difference)
+    }
+
+    /// Says whether this side has opened it and the other has said nothing on it yet.
+    pub(crate) fn speaks_alone(&self, side: Role) -> bool {
+        match &self.kind {
+            _ if !has_ports(self.key.class) => false,
+            Kind::Stream(stream, _) => stream.opened_by() == Some(side),
+            Kind::Whole(whole) => self.matched == 0 && whole.is_of_one_side() == Some(side),
+        }
     }
 
     /// Says whether nothing of it is held, waits or is noted for the next commit.

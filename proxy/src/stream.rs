@@ -14,8 +14,8 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use checkpoint::Instant;
 use checkpoint::mutants::{self, Mutant};
+use checkpoint::{Instant, Role};
 
 use crate::frame::{Offer, Segment};
 use crate::said::{Said, Thread};
@@ -334,6 +334,18 @@ impl Stream {
         self.poisoned = true;
         self.primary.chunks.clear();
         self.secondary.chunks.clear();
+    }
+
+    /// Says which side alone has opened the connection since the last commit, towards the other end.
+    pub(crate) fn opened_by(&self) -> Option<Role> {
+        let (one, other) = (&self.primary, &self.secondary);
+        if one.offers[0].is_some() && self.committed_isn != one.isn && other.offers[0].is_none() {
+            Some(Role::Primary)
+        } else if other.offers[0].is_some() && one.isn.is_none() {
+            Some(Role::Secondary)
+        } else {
+            None
+        }
     }
 
     /// Says whether the primary has ended the connection, so that there is little to remember.

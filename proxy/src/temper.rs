@@ -1,4 +1,5 @@
-//! Whether a flow's output is compared or waits for checkpoints, when that is left to the comparator: pure, one for each flow.
+//! Whether a flow's output is compared or waits for checkpoints: pure, one for each flow, and one for each service that
+//! differs (see `service`).
 //!
 //! ```text
 //!   compared ──differences in a row──► buffered ──back-off over──► compared, on trial ──no difference for as long──► compared
@@ -11,17 +12,50 @@
 
 use checkpoint::{Duration, Epoch, Instant};
 
-/// How much a flow may differ before it is buffered, and for how long it is.
+/// How much a flow, or one flow after the other of a service, may differ before it is buffered, and for how long it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowPatience {
     /// Differences in a row after which it is buffered.
     pub strikes: u32,
     /// Differences further apart than this are not in a row.
     pub row: Duration,
+    /// Flows of a service that differ in a row before all of them are buffered.
+    pub service_strikes: u32,
+    /// Flows of a service that differ further apart than this are not in a row. It takes those along that agree, so it has
+    /// to be worth it: each would cost a checkpoint.
+    pub service_row: Duration,
     /// How long it is buffered at first.
     pub backoff_min: Duration,
     /// How long it is buffered at most.
     pub backoff_max: Duration,
+}
+
+/// What a temper is measured by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    pub(crate) strikes: u32,
+    pub(crate) row: Duration,
+    pub(crate) backoff_min: Duration,
+    pub(crate) backoff_max: Duration,
+}
+
+impl FlowPatience {
+    pub(crate) fn of_flows(&self) -> Patience {
+        Patience {
+            strikes: self.strikes,
+            row: self.row,
+            backoff_min: self.backoff_min,
+            backoff_max: self.backoff_max,
+        }
+    }
+
+    pub(crate) fn of_services(&self) -> Patience {
+        Patience {
+            strikes: self.service_strikes,
+            row: self.service_row,
+            ..self.of_flows()
+        }
+    }
 }
 
 impl Default for FlowPatience {
@@ -29,13 +63,15 @@ impl Default for FlowPatience {
         Self {
             strikes: 3,
             row: Duration::from_millis(1_000),
+            service_strikes: 3,
+            service_row: Duration::from_millis(250),
             backoff_min: Duration::from_millis(1_000),
             backoff_max: Duration::from_millis(64_000),
         }
     }
 }
 
-/// What is known of one flow's differences.
+/// What is known of the differences of a flow or service.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Temper {
     /// Differences in a row, and the epoch and time of the last.
@@ -54,8 +90,14 @@ impl Temper {
         self.buffered.is_some()
     }
 
+    /// Says whether nothing is left of it to remember.
+    pub(crate) fn is_settled(&self, now: Instant, patience: &Patience) -> bool {
+        let in_a_row = self.last.is_some_and(|(_, at)| now.since(at) <= patience.row);
+        !self.is_buffered() && self.trial.is_none() && !in_a_row
+    }
+
     /// The two sides differed on it in this epoch, or one waited too long for the other.
-    pub(crate) fn differed(&mut self, now: Instant, epoch: Epoch, patience: &FlowPatience) {
+    pub(crate) fn differed(&mut self, now: Instant, epoch: Epoch, patience: &Patience) {
         if self.last.is_some_and(|(last, _)| last == epoch) {
             return;
         }
@@ -65,7 +107,7 @@ impl Temper {
     }
 
     /// Decides for the epoch that is compared from now on.
-    pub(crate) fn decide(&mut self, now: Instant, patience: &FlowPatience) {
+    pub(crate) fn decide(&mut self, now: Instant, patience: &Patience) {
         if let Some(since) = self.buffered {
             if now >= since + self.backoff {
                 *self = Self {
@@ -101,8 +143,8 @@ mod tests {
 
     use super::*;
 
-    fn patience() -> FlowPatience {
-        FlowPatience::default()
+    fn patience() -> Patience {
+        FlowPatience::default().of_flows()
     }
 
     fn at(millis: u64) -> Instant {

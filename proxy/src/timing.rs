@@ -16,10 +16,14 @@ impl Comparator {
             return Some(Instant::default());
         }
         let loaded = self.counting_since()?;
-        let bound = |arrived: Instant| arrived.max(loaded) + self.limits.unmatched;
-        let primary = self.oldest_compared().map(|held| bound(held.arrived));
-        let secondary = self.waiting.front().map(|(arrived, _)| bound(*arrived));
-        let suspect = self.suspects.front().map(|(since, _)| *since + self.limits.reorder);
+        let bound = |arrived: Instant, bound| arrived.max(loaded) + bound;
+        let primary = self.oldest_compared();
+        let primary = primary.map(|held| bound(held.arrived, self.unmatched_bound()));
+        let secondary = self.waiting.front();
+        let secondary = secondary.map(|(arrived, _)| bound(*arrived, self.limits.unmatched));
+        let suspect = self.suspects.front().map(|(since, _)| *since);
+        let suspect = suspect.into_iter().chain(self.crossings.oldest()).min();
+        let suspect = suspect.map(|since| since + self.limits.reorder);
         [primary, secondary, suspect].into_iter().flatten().min()
     }
 
@@ -27,10 +31,24 @@ impl Comparator {
     pub fn timeout(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {
         self.catch_up_if_behind(now, verdicts);
         self.tidy();
+        self.lag.forget(now);
         let Some(loaded) = self.counting_since() else { return };
-        if let Some((key, reason)) = self.suspect_at(now).or_else(|| self.unmatched_at(now, loaded)) {
+        let found = self.suspect_at(now).or_else(|| self.crossed_at(now));
+        if let Some((key, reason)) = found.or_else(|| self.unmatched_at(now, loaded)) {
+            if let Reason::Unmatched {
+                side: Role::Primary, ..
+            } = reason
+            {
+                self.lag.exceeded(now, self.unmatched_bound());
+            }
             self.diverge(now, self.running, key, reason, verdicts);
         }
+    }
+
+    /// Returns how long output of the primary may wait for its equal, by what is known of the secondary. Its own output holds
+    /// up no client: the limit itself is its bound.
+    pub(crate) fn unmatched_bound(&self) -> Duration {
+        self.lag.bound(self.limits.unmatched_min, self.limits.unmatched)
     }
 
     /// Returns when the secondary began to run in the epoch being compared; nothing if no bound counts now.
@@ -45,8 +63,8 @@ impl Comparator {
     /// Returns the oldest frame of the primary, unless that waits for a commit: then one is due before any equal is late.
     fn oldest_compared(&self) -> Option<&HeldFrame> {
         let (_, held) = self.hold.oldest()?;
-        let lane = held.flow.and_then(|id| self.flows.get(id));
-        (!lane.is_some_and(Lane::is_buffered)).then_some(held)
+        let is_buffered = held.flow.is_some_and(|id| self.is_buffered(id));
+        (!is_buffered).then_some(held)
     }
 
     fn suspect_at(&mut self, now: Instant) -> Option<(Option<FlowKey>, Reason)> {
@@ -68,12 +86,12 @@ impl Comparator {
     }
 
     fn unmatched_at(&self, now: Instant, loaded: Instant) -> Option<(Option<FlowKey>, Reason)> {
-        let late = |arrived: Instant| -> Option<Duration> {
-            (now >= arrived.max(loaded) + self.limits.unmatched).then(|| now.since(arrived.max(loaded)))
+        let late = |arrived: Instant, bound: Duration| -> Option<Duration> {
+            (now >= arrived.max(loaded) + bound).then(|| now.since(arrived.max(loaded)))
         };
         let key = |id| self.flows.get(id).map(Lane::key);
         if let Some(held) = self.oldest_compared()
-            && let Some(waited) = late(held.arrived)
+            && let Some(waited) = late(held.arrived, self.unmatched_bound())
         {
             return Some((
                 held.flow.and_then(key),
@@ -84,7 +102,7 @@ impl Comparator {
             ));
         }
         let (arrived, id) = *self.waiting.front()?;
-        let waited = late(arrived)?;
+        let waited = late(arrived, self.limits.unmatched)?;
         Some((
             key(id),
             Reason::Unmatched {

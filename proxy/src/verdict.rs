@@ -77,6 +77,8 @@ pub enum Fact {
     Offer,
     /// Which connection the ports belong to: one side has opened a new one, the other still has output of the old.
     Connection,
+    /// From which of its ports a guest opens a flow.
+    Port,
 }
 
 /// Which bound is reached.
@@ -110,6 +112,17 @@ impl fmt::Display for Divergence {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let (Fact::Port, Ok(primary), Ok(secondary)) = (
+            self.fact,
+            <[u8; 2]>::try_from(&self.primary[..]),
+            <[u8; 2]>::try_from(&self.secondary[..]),
+        ) {
+            let (primary, secondary) = (u16::from_be_bytes(primary), u16::from_be_bytes(secondary));
+            return write!(
+                f,
+                "opened from port {primary} by the primary and from {secondary} by the secondary"
+            );
+        }
         let fact = match self.fact {
             Fact::Bytes => "bytes differ",
             Fact::Resent => "a retransmission carries other bytes",
@@ -117,6 +130,7 @@ impl fmt::Display for Difference {
             Fact::Urgent => "urgent bytes differ",
             Fact::Offer => "SYN options differ",
             Fact::Connection => "one side opened a new connection",
+            Fact::Port => "opened from different ports",
         };
         write!(
             f,

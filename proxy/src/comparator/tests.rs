@@ -359,25 +359,6 @@ fn output_of_an_epoch_not_reached_is_a_violation() {
 }
 
 #[test]
-fn case_p13_other_ports_on_an_active_open_end_in_a_checkpoint_not_a_stall() {
-    let mut bench = Bench::new();
-    let syn = |port| {
-        Tcp {
-            ports: (port, 5432),
-            ..Tcp::new(7, 0, SYN, &[])
-        }
-        .frame()
-    };
-    bench.primary(syn(40_000));
-    bench.secondary(syn(50_000));
-    assert!(is_held(&bench.wait(Duration::from_millis(199))));
-    let verdicts = bench.wait(Duration::from_millis(1));
-    let reason = &divergence(&verdicts).unwrap().reason;
-    assert!(matches!(reason, Reason::Unmatched { side: Role::Primary, waited } if waited.as_millis() == 200));
-    assert_eq!(released(&bench.checkpoint()).len(), 1);
-}
-
-#[test]
 fn output_of_the_secondary_alone_ends_in_a_checkpoint_too() {
     for frame in [
         udp(1, b"x"),
