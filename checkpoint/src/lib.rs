@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod backlog;
 pub mod epoch;
 pub mod failover;
 pub mod handshake;

@@ -38,6 +38,10 @@ pub const PENDING_BYTES_MAX: usize = 16 * 1024 * 1024;
 pub const FLOWS_MAX: usize = 65_536;
 /// Inputs forwarded to the secondary and not yet confirmed; more make the primary stop reading its TAP.
 pub const INPUTS_UNCONFIRMED_MAX: u64 = 4_096;
+/// The same in bytes.
+pub const INPUT_BYTES_UNCONFIRMED_MAX: u64 = 8 * 1024 * 1024;
+/// Frames that the secondary's guest sent and that wait to be sent to the primary, in bytes; more make its network card stop.
+pub const UNSENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// The secondary's own disk writes since the last commit, in bytes; near it, it asks for a checkpoint.
 pub const OVERLAY_BYTES_MAX: u64 = 256 * 1024 * 1024;
 /// The primary's disk writes of one epoch, in bytes; near it, a checkpoint is taken.

@@ -114,6 +114,10 @@ mutants! {
     KeepOwnNumbers "keep-own-numbers"
     /// A disk write marks only the first of its blocks as changed.
     MarkFirstBlock "mark-first-block"
+    /// A guest that follows goes on sending though its output does not get through to the primary.
+    OutrunTheData "outrun-the-data"
+    /// The primary goes on reading its network though too many inputs are unconfirmed.
+    OutrunTheInputs "outrun-the-inputs"
     /// Output of the primary from after a stop is compared with the secondary's from before it.
     MatchAcrossEpochs "match-across-epochs"
     /// Disk writes between a trigger and the stop are not mirrored.
@@ -186,6 +190,7 @@ impl Mutant {
         Self::OvertakeReset,
         Self::PassRepeated,
         Self::SendOldTimes,
+        Self::WaitForAnotherPort,
     ];
 }
 

@@ -32,6 +32,12 @@ impl Duration {
         Self(micros * 1_000)
     }
 
+    /// Returns the span in whole microseconds, rounded down.
+    #[must_use]
+    pub const fn as_micros(self) -> u64 {
+        self.0 / 1_000
+    }
+
     /// Returns the span in whole milliseconds, rounded down.
     #[must_use]
     pub const fn as_millis(self) -> u64 {

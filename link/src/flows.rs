@@ -4,7 +4,7 @@ use std::fmt::{self, Display};
 
 use serde::{Deserialize, Serialize};
 
-use crate::status::{printable, size};
+use crate::status::{Lag, printable, size};
 
 /// Flows in one answer, at most, whatever is asked for.
 pub const FLOWS_MAX: u32 = 1_000;
@@ -16,6 +16,9 @@ pub struct Flows {
     pub protection: String,
     /// Sums over all flows since the VM started here.
     pub totals: Totals,
+    /// How far the secondary's output trails, while protected.
+    #[serde(default)]
+    pub lag: Option<Lag>,
     /// The flows known now by kind of traffic.
     pub kinds: Vec<Kind>,
     /// Those that hold output first, then those that differed, then the busiest.
@@ -126,6 +129,9 @@ impl Display for Flows {
             "checkpoints  {} for differences, {} for output that waited, {} for full queues",
             totals.mismatched, totals.unmatched, totals.limited
         )?;
+        if let Some(lag) = &self.lag {
+            writeln!(f, "lag          {lag}")?;
+        }
         if !self.kinds.is_empty() {
             writeln!(
                 f,

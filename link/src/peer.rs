@@ -169,6 +169,11 @@ impl Link {
         self.0.data.queued_bytes()
     }
 
+    /// Waits until everything sent on the data connection is with the kernel, or never will be.
+    pub async fn drained(&self) {
+        self.0.data.drained().await;
+    }
+
     /// Returns a sender for a thread that may block. Its messages share the queue and the order of [`Self::send`].
     #[must_use]
     pub fn bulk(&self) -> BulkSender {

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -20,6 +21,8 @@ pub const INBOX_FRAMES_MAX: usize = 512;
 #[derive(Debug, Default)]
 pub struct Port {
     inbox: Mutex<VecDeque<Delivery>>,
+    /// What the guest sends stays in its queue.
+    output_held: AtomicBool,
 }
 
 impl Port {
@@ -31,6 +34,11 @@ impl Port {
     /// Forgets the frames that wait.
     pub fn clear(&self) {
         self.inbox().clear();
+    }
+
+    /// Lets what the guest sends stay in its queue, or come out again; then a turn of the card is due.
+    pub fn hold_output(&self, hold: bool) {
+        self.output_held.store(hold, Ordering::Relaxed);
     }
 
     /// Returns how many frames wait.
@@ -66,8 +74,9 @@ pub struct PortBackend<O> {
 }
 
 impl<O: Observer> PortBackend<O> {
-    /// Makes the back end of one role.
+    /// Makes the back end of one role, which takes what the guest sends until it is told otherwise.
     pub fn new(port: Arc<Port>, observer: O) -> Self {
+        port.hold_output(false);
         Self {
             port,
             observer,
@@ -79,6 +88,10 @@ impl<O: Observer> PortBackend<O> {
 impl<O: Observer> net::Backend for PortBackend<O> {
     fn transmit(&mut self, frame: &[u8]) {
         self.observer.sent(Bytes::copy_from_slice(frame));
+    }
+
+    fn may_transmit(&self) -> bool {
+        !self.port.output_held.load(Ordering::Relaxed)
     }
 
     fn receive(&mut self) -> Option<Bytes> {

@@ -28,6 +28,9 @@ pub struct Status {
     pub peer: Peer,
     /// Who runs between two checkpoints, while protected.
     pub mode: Option<Mode>,
+    /// How far the secondary's output trails, on the primary while protected.
+    #[serde(default)]
+    pub lag: Option<Lag>,
     /// Time since the last commit; none before the first.
     pub last_checkpoint_age_ms: Option<u64>,
     /// Checkpoints committed since this process started.
@@ -49,6 +52,12 @@ pub struct Status {
     pub rates: Rates,
     /// Frames dropped because their release came too late.
     pub released_late: u64,
+    /// Frames that the TAP refused.
+    #[serde(default)]
+    pub frames_refused: u64,
+    /// Frames of clients that were dropped because they were too long.
+    #[serde(default)]
+    pub frames_too_long: u64,
     /// Why the role is in this state, if that needs telling.
     pub reason: Option<String>,
     /// What is wrong and does not stop the VM.
@@ -97,6 +106,20 @@ pub struct Mode {
     pub switches: u64,
     /// Flows that wait for checkpoints though the mode is lockstep.
     pub buffered_flows: u64,
+    /// Services all flows of which do.
+    #[serde(default)]
+    pub buffered_services: u64,
+}
+
+/// How far the secondary's output trails the primary's, over the last half minute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lag {
+    /// The most, in microseconds.
+    pub most_us: u64,
+    /// Frames it was measured at.
+    pub matches: u64,
+    /// How long a frame may wait for its equal now before a checkpoint is taken, in microseconds.
+    pub bound_us: u64,
 }
 
 /// The other host, as this one sees it.
@@ -248,6 +271,9 @@ pub struct Queues {
     pub pending_bytes: u64,
     /// Inputs forwarded and not confirmed.
     pub inputs_unconfirmed: u64,
+    /// Their bytes.
+    #[serde(default)]
+    pub input_bytes_unconfirmed: u64,
     /// Bytes that wait to be sent to the peer.
     pub link_queued_bytes: u64,
     /// The secondary's own disk writes since the last commit.

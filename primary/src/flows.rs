@@ -46,6 +46,7 @@ pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
             unmatched: counters.unmatched,
             limited: counters.limited,
         },
+        lag: protocol.protected().then(|| crate::status::lag(protocol)),
         kinds: kinds.into_values().collect(),
         flows: all,
         left_out: 0,

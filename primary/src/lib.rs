@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod backends;
+mod clients;
 pub mod comparison;
 mod copies;
 pub mod encoding;

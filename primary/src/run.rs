@@ -5,16 +5,15 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration as StdDuration;
 
-use bytes::Bytes;
 use checkpoint::handshake::{self, Local};
-use checkpoint::limits::PAGE_BYTES;
+use checkpoint::limits::{self, PAGE_BYTES};
 use checkpoint::pages::BASE_BYTES_DEFAULT;
 use checkpoint::wire::{Held, MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Instant};
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
 use link::mailbox::{self, mailbox};
-use link::port::{Port, PortBackend, Turns};
+use link::port::{INBOX_FRAMES_MAX, Port, PortBackend, Turns};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
@@ -28,6 +27,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::backends::{Disk, Events, give_back_image};
+use crate::clients::Clients;
 use crate::event::{Action, Event, GuestEnd, Outcome};
 use crate::protocol::{Options, Primary, Start};
 use crate::trace::Traces;
@@ -37,6 +37,10 @@ use crate::vm::{self, Command, DiskCommand, ShipOrder, VmThread};
 const EVENTS_MAX: usize = 4_096;
 /// Frames taken from the TAP in one go.
 const FRAMES_PER_TURN: usize = 64;
+const _: () = assert!(
+    ((INBOX_FRAMES_MAX + FRAMES_PER_TURN) * limits::FRAME_BYTES_MAX) as u64 <= limits::INPUT_BYTES_UNCONFIRMED_MAX,
+    "what was read before the network is held fits into what the secondary bears"
+);
 /// Events of the machine taken in one go; more than a turn of the network card makes.
 const EVENTS_PER_TURN: usize = 256;
 /// Messages of the peer taken in one go.
@@ -149,13 +153,13 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
             streams: setup.streams,
         },
         peer: setup.peer,
+        clients: Clients::new(Arc::clone(&setup.tap)),
         tap: setup.tap,
         port: setup.port,
         card,
         witness: setup.witness,
         sentinel: setup.sentinel,
         hold: false,
-        released_late: 0,
         alarms: Alarms::default(),
         state: "starting",
         since: clock::now(),
@@ -188,12 +192,12 @@ struct Role {
     local: Local,
     peer: Option<SocketAddr>,
     tap: Arc<Tap>,
+    clients: Clients,
     port: Arc<Port>,
     card: Turns,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
     hold: bool,
-    released_late: u64,
     alarms: Alarms,
     state: &'static str,
     /// When the state last changed.
@@ -386,32 +390,13 @@ impl Role {
                     streams: link.page_senders(),
                 });
             }
-            Action::Transmit { frames, not_after } => self.transmit(&frames, not_after),
+            Action::Transmit { frames, not_after } => self.clients.transmit(&frames, not_after),
         }
     }
 
     /// Returns the way for bulk data, unless the link has gone since the order was given.
     fn bulk(&self) -> Option<BulkSender> {
         self.link.as_ref().map(|(link, _)| link.bulk())
-    }
-
-    /// The clock is read right before the frames are written: a process that was stopped in between drops them.
-    fn transmit(&mut self, frames: &[Bytes], not_after: Option<Instant>) {
-        for batch in frames.chunks(FRAMES_PER_TURN) {
-            if not_after.is_some_and(|limit| clock::now() > limit) {
-                self.released_late += batch.len() as u64;
-                warn!(
-                    frames = batch.len(),
-                    "released too late, dropped: nothing was heard from the peer in time"
-                );
-                continue;
-            }
-            for frame in batch {
-                if let Err(error) = self.tap.send(frame) {
-                    warn!(%error, "the TAP refused a frame");
-                }
-            }
-        }
     }
 
     fn claim(&self, term: Generation) {
@@ -493,16 +478,9 @@ impl Role {
 
     /// Returns whether there may be more.
     fn read_tap(&mut self) -> bool {
-        let mut frame = [0; checkpoint::limits::FRAME_BYTES_MAX];
         for _ in 0..FRAMES_PER_TURN {
-            match self.tap.recv(&mut frame) {
-                Ok(Some(length)) => self.step(Event::FrameArrived(Bytes::copy_from_slice(&frame[..length]))),
-                Ok(None) => return false,
-                Err(error) => {
-                    warn!(%error, "the TAP can't be read");
-                    return false;
-                }
-            }
+            let Some(frame) = self.clients.read() else { return false };
+            self.step(Event::FrameArrived(frame));
         }
         true
     }
@@ -583,7 +561,7 @@ impl Role {
                 peer_address: self.peer,
                 link_queued_bytes: self.link.as_ref().map_or(0, |(link, _)| link.queued_bytes() as u64),
                 rates: self.rates,
-                released_late: self.released_late,
+                lost: self.clients.lost(),
                 alarms: self.alarms.list(),
                 since: now.since(self.since),
                 last: self.traces.last(),

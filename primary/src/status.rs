@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use checkpoint::pair::Trigger;
 use checkpoint::{Duration, Instant};
 use link::status::{
-    CheckpointTrace, Checkpoints, LastCheckpoint, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status,
+    CheckpointTrace, Checkpoints, Lag, LastCheckpoint, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status,
 };
 
+use crate::clients::Lost;
 use crate::protocol::Primary;
 
 /// What the shell knows and the protocol does not.
@@ -17,7 +18,7 @@ pub(crate) struct Shell<'a> {
     pub(crate) peer_address: Option<SocketAddr>,
     pub(crate) link_queued_bytes: u64,
     pub(crate) rates: Rates,
-    pub(crate) released_late: u64,
+    pub(crate) lost: Lost,
     pub(crate) alarms: &'a [String],
     pub(crate) since: Duration,
     pub(crate) last: Option<CheckpointTrace>,
@@ -50,7 +51,9 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             why: protocol.mode_reason(),
             switches: counters.switches,
             buffered_flows: protocol.comparator().buffered_flows() as u64,
+            buffered_services: protocol.comparator().buffered_services() as u64,
         }),
+        lag: protocol.protected().then(|| lag(protocol)),
         last_checkpoint_age_ms: counters.last_checkpoint.map(|last| now.since(last).as_millis()),
         checkpoints: Checkpoints {
             total: counters.checkpoints.values().sum(),
@@ -87,6 +90,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             pending_frames: pending.frames as u64,
             pending_bytes: pending.bytes as u64,
             inputs_unconfirmed: protocol.inputs_unconfirmed(),
+            input_bytes_unconfirmed: protocol.input_bytes_unconfirmed(),
             link_queued_bytes: shell.link_queued_bytes,
             writes_unacknowledged_bytes: protocol.writes_uncommitted_bytes(),
             ..Queues::default()
@@ -97,11 +101,23 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             ..Memory::default()
         },
         rates: shell.rates,
-        released_late: shell.released_late,
+        released_late: shell.lost.late,
+        frames_refused: shell.lost.refused,
+        frames_too_long: shell.lost.too_long,
         reason: None,
         alarms: shell.alarms.to_vec(),
         since_ms: shell.since.as_millis(),
         pid: std::process::id(),
+    }
+}
+
+/// Returns how far the secondary's output trails.
+pub(crate) fn lag(protocol: &Primary) -> Lag {
+    let lag = protocol.comparator().lag();
+    Lag {
+        most_us: lag.most.as_micros(),
+        matches: lag.matches,
+        bound_us: lag.bound.as_micros(),
     }
 }
 

@@ -37,6 +37,10 @@ pub enum Event {
     Loaded(Tag),
     /// The overlay or the stage is near its limit.
     NearLimit,
+    /// All that was sent on the data connection is on its way. Said when [`Secondary::awaits_drain`] tells that it matters.
+    ///
+    /// [`Secondary::awaits_drain`]: crate::protocol::Secondary::awaits_drain
+    OutputDrained,
     /// Pages came on this page stream. Not said before `Secondary::takes_pages`.
     PagesArrived(usize, PageBatch),
     /// A page stream is gone; every complete message before has been delivered, or never will be.
@@ -110,6 +114,8 @@ pub enum Action {
     DropStage,
     /// The run is over; nothing follows.
     End(Outcome),
+    /// Let the guest's network card take no more frames from it, or go on: what the guest has queued stays in its memory.
+    HoldOutput(bool),
     /// Stop the VM if it runs, apply the staged checkpoint, restore the devices; answered by `Loaded`.
     Load(Tag),
     /// Stop the VM; answered by `Paused`.

@@ -196,6 +196,7 @@ impl Role {
             tokio::select! {
                 event = inbox.recv() => self.step(event),
                 () = self.card.due() => {}
+                () = self.link.drained(), if self.protocol.awaits_drain() => {}
                 Some(event) = peer.recv(self.protocol.takes_pages()) => {
                     self.link_event(event);
                     for _ in 1..MESSAGES_PER_TURN {
@@ -217,6 +218,9 @@ impl Role {
                 self.step(event);
             }
             self.link.flush();
+            if self.protocol.awaits_drain() && self.link.queued_bytes() == 0 {
+                self.step(Event::OutputDrained);
+            }
         }
         drop(inbox);
         self.wind_up(power).await
@@ -328,6 +332,10 @@ impl Role {
                 self.vm.send(Command::DropStage);
             }
             Action::End(outcome) => self.outcome = Some(outcome),
+            Action::HoldOutput(hold) => {
+                self.port.hold_output(hold);
+                self.card.make_due();
+            }
             Action::Load(tag) => self.vm.send(Command::Load(tag)),
             Action::PauseVm => self.vm.send(Command::Pause),
             Action::Report(report) => self.alarms.report(report),

@@ -11,6 +11,9 @@ use secondary::protocol::Secondary;
 use crate::streams::Streams;
 use crate::toy_vm::Registers;
 
+/// Frames that may have been read before the network is held: more than the clients say at a time.
+const INPUTS_READ_MAX: u64 = 64;
+
 /// A machine's whole state, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
@@ -235,15 +238,18 @@ impl Checkers {
     /// # Panics
     /// If one is, or it has not.
     pub fn bounded(primary: &Primary) {
-        let comparator = primary.comparator();
+        let (comparator, room) = (primary.comparator(), primary.options().room);
         let (held, pending) = (comparator.held(), comparator.pending());
         let runs_on = matches!(primary.state_name(), "protected" | "checkpointing") && !primary.is_held_back();
         assert!(
             !(runs_on && primary.has_no_room())
                 && pending.bytes <= limits::PENDING_BYTES_MAX + limits::FRAME_BYTES_MAX
-                && primary.inputs_unconfirmed() <= 2 * limits::INPUTS_UNCONFIRMED_MAX,
-            "rule 5: a queue is over its bound: {held:?}, {pending:?}, {} inputs, {} bytes written",
+                && primary.inputs_unconfirmed() <= room.inputs + INPUTS_READ_MAX
+                && primary.input_bytes_unconfirmed()
+                    <= room.input_bytes + INPUTS_READ_MAX * limits::FRAME_BYTES_MAX as u64,
+            "rule 5: a queue is over its bound: {held:?}, {pending:?}, {} inputs of {} bytes, {} bytes written",
             primary.inputs_unconfirmed(),
+            primary.input_bytes_unconfirmed(),
             primary.writes_uncommitted_bytes()
         );
     }

@@ -36,6 +36,8 @@ impl World {
         let host = &mut self.nodes[node];
         host.running = true;
         host.timer = None;
+        self.ring_goes_on(node);
+        let host = &mut self.nodes[node];
         if let Some(number) = host.vm.flush_due() {
             self.ask_flush(node, number);
         }
@@ -47,7 +49,7 @@ impl World {
         if !self.nodes[node].running {
             return;
         }
-        if self.nodes[node].disk_is_stuck() {
+        if self.nodes[node].disk_is_stuck() || !self.nodes[node].ring.is_empty() {
             self.nodes[node].serving = true;
             let life = self.nodes[node].life;
             return self.later(2 * MILLISECOND, Happening::Serve(node, life));
@@ -126,6 +128,9 @@ impl World {
     }
 
     fn guest_sends(&mut self, node: usize, frame: Bytes, first: Option<(u32, u32)>) {
+        if self.nodes[node].output_held {
+            return self.nodes[node].ring.push_back((frame, first));
+        }
         match &self.nodes[node].role {
             Role::Primary(primary) => {
                 let tag = primary.tag();
@@ -145,6 +150,16 @@ impl World {
                 }
             }
             Role::Off | Role::Waiting => {}
+        }
+    }
+
+    /// The card takes what the guest has queued.
+    pub(crate) fn ring_goes_on(&mut self, node: usize) {
+        while self.nodes[node].running
+            && !self.nodes[node].output_held
+            && let Some((frame, first)) = self.nodes[node].ring.pop_front()
+        {
+            self.guest_sends(node, frame, first);
         }
     }
 

@@ -69,6 +69,8 @@ pub(crate) struct Link {
     lanes: [[Lane; 2 + STREAMS_MAX]; 2],
     /// What came on page streams whose reader is not yet asked for it, in its order.
     unread: Vec<(usize, Item)>,
+    /// Messages on the data connection that have not arrived, by who sent them.
+    on_their_way: [usize; 2],
 }
 
 /// One direction of one connection.
@@ -192,6 +194,7 @@ impl World {
             held: self.nodes[other].held(),
             streams: self.streams,
             room: self.room.pages.saturating_mul(2),
+            unsent_bytes: self.unsent_bytes,
         };
         let secondary = Secondary::new(options, name(node), self.nodes[other].clock(self.now));
         self.nodes[other].role = Role::Secondary(Box::new(secondary));
@@ -263,6 +266,9 @@ impl World {
     }
 
     fn wire(&mut self, at: u64, link: usize, to: usize, channel: Channel, item: Item) {
+        if channel == Channel::Data {
+            self.links[link].on_their_way[1 - to] += 1;
+        }
         let wire = Wire {
             link,
             to,
@@ -281,9 +287,17 @@ impl World {
         } = wire;
         let link = &mut self.links[number];
         let lane = &mut link.lanes[to][channel.index()];
-        if lane.ended || link.cut[to] {
+        let lost = lane.ended || link.cut[to];
+        // What is lost by a cut stays with its sender.
+        if channel == Channel::Data && !link.cut[to] {
+            link.on_their_way[1 - to] -= 1;
+            self.drained(1 - to);
+        }
+        if lost {
             return;
         }
+        let link = &mut self.links[number];
+        let lane = &mut link.lanes[to][channel.index()];
         if let Item::Closed(_) = item {
             lane.ended = true;
         }
@@ -299,6 +313,22 @@ impl World {
             for (stream, item) in core::mem::take(&mut self.links[number].unread) {
                 self.hear(to, Channel::Pages(stream), item);
             }
+        }
+    }
+
+    /// Tells a secondary that waits for it that all of its output is on its way.
+    pub(crate) fn drained(&mut self, node: usize) {
+        let host = &self.nodes[node];
+        let link = host.link.map(|link| &self.links[link]);
+        if let Role::Secondary(secondary) = &host.role
+            && secondary.awaits_drain()
+            && link.is_none_or(|link| link.on_their_way[node] == 0)
+        {
+            self.soon(Happening::SecondaryEvent(
+                node,
+                host.life,
+                SecondaryEvent::OutputDrained,
+            ));
         }
     }
 

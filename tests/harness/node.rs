@@ -61,6 +61,10 @@ pub struct Node {
     pub(crate) staged_until: [u64; STREAMS_MAX],
     /// It does not read the clients' frames.
     pub input_held: bool,
+    /// Its network card takes no frames from the guest.
+    pub(crate) output_held: bool,
+    /// Frames of the guest that the card has not taken.
+    pub(crate) ring: VecDeque<(Bytes, Option<(u32, u32)>)>,
     /// How the last role ended.
     pub outcome: Option<&'static str>,
     /// Where its own clock began.
@@ -156,6 +160,8 @@ impl Node {
             ordered_until: 0,
             staged_until: [0; STREAMS_MAX],
             input_held: false,
+            output_held: false,
+            ring: VecDeque::new(),
             outcome: None,
             doomed: false,
             stopping: None,
@@ -242,6 +248,8 @@ impl Node {
         self.life += 1;
         self.outcome = None;
         self.input_held = false;
+        self.output_held = false;
+        self.ring.clear();
         self.role = Role::Off;
         self.running = false;
         self.serving = false;
@@ -584,6 +592,7 @@ impl Node {
     /// Makes the staged checkpoint the guest's state.
     pub fn load(&mut self, tag: Tag) {
         self.running = false;
+        self.ring.clear();
         let late = self.stage.take_late();
         self.apply_stage();
         self.base = Some(tag.epoch);

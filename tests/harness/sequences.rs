@@ -1,22 +1,24 @@
 //! Short sequences of frames, of kinds that no guest of the simulated world sends, through the shipped comparator.
 //!
-//! Each says what must not leave. `tests/mutants.rs` runs them under the deliberate bugs that only they can notice.
+//! Each says what must not happen. `tests/mutants.rs` runs them under the deliberate bugs that only they can notice.
 
 use bytes::Bytes;
 use checkpoint::{Epoch, EpochMode, Instant};
 use proxy::{Comparator, ComparatorLimits, NetworkPicture, Verdict};
+use checkpoint::{Duration, Epoch, EpochMode, Instant, Role};
+use proxy::{Comparator, ComparatorLimits, Verdict};
 
 use crate::packet::{ACK, RST, SYN};
 
 const URG: u8 = 32;
 
-/// What must not leave, and whether it does.
+/// What must not happen, and whether it does.
 type Sequence = (&'static str, fn() -> bool);
 
 /// Runs all of them.
 ///
 /// # Errors
-/// Says what left that must not.
+/// Says what happened that must not.
 pub fn run() -> Result<(), String> {
     let sequences: [Sequence; 7] = [
         ("bytes that were said before, but others", repeated),
@@ -29,6 +31,25 @@ pub fn run() -> Result<(), String> {
     ];
     match sequences.iter().find(|(_, leaves)| leaves()) {
         Some((what, _)) => Err(format!("{what} must not leave")),
+    let sequences: [Sequence; 6] = [
+        ("rule 1: bytes that were said before, but others, leave", repeated),
+        ("rule 1: a byte that only the secondary marks as urgent leaves", urgent),
+        (
+            "rule 1: an acknowledgement leaves before the reset that ends its connection",
+            reset,
+        ),
+        (
+            "rule 1: a fragment leaves for an equal one of another datagram",
+            fragments,
+        ),
+        ("rule 1: bytes of a stream that began in other numbers leave", numbers),
+        (
+            "rule 6: connections opened from different ports wait for the whole bound",
+            ports,
+        ),
+    ];
+    match sequences.iter().find(|(_, happens)| happens()) {
+        Some((what, _)) => Err((*what).to_owned()),
         None => Ok(()),
     }
 }
@@ -164,6 +185,22 @@ fn answer(frame: Bytes, time: u32) -> Bytes {
 
 fn time(frame: &[u8]) -> u32 {
     u32::from_be_bytes([frame[58], frame[59], frame[60], frame[61]])
+/// Both guests connect to the same place, each from a port of its own.
+fn ports() -> bool {
+    let mut primary = Primary::new();
+    primary.protect();
+    for (side, port) in [(Role::Primary, 40), (Role::Secondary, 50)] {
+        let mut frame = tcp(1000, SYN, 0, b"").to_vec();
+        frame[34] = port;
+        match side {
+            Role::Primary => primary.sends(frame.into()),
+            Role::Secondary => primary.hears(frame.into()),
+        };
+    }
+    primary
+        .0
+        .deadline()
+        .is_none_or(|deadline| deadline > Instant(0) + Duration::from_millis(1))
 }
 
 /// A segment to port 5000 that acknowledges 500; nobody looks at its checksums.

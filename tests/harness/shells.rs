@@ -34,6 +34,8 @@ impl World {
                 cost: 5,
                 waiting: 5,
                 flow: FlowPatience {
+                    service_strikes: 2,
+                    service_row: Duration::from_millis(1_000),
                     strikes: 1,
                     row: Duration::from_millis(1_000),
                     backoff_min: Duration::from_millis(100),
@@ -55,6 +57,7 @@ impl World {
             disk_bytes: DISK_BYTES,
             mac: [2, 0, 0, 0, 0, 1],
         };
+        self.nodes[node].output_held = false;
         let mut actions = Vec::new();
         let primary = Primary::new(options, start, self.nodes[node].clock(self.now), &mut actions);
         self.nodes[node].role = Role::Primary(Box::new(primary));
@@ -220,6 +223,12 @@ impl World {
                 SecondaryAction::DropDeliveries => self.nodes[node].inbox.clear(),
                 SecondaryAction::DropStage => self.order(node, VmOrder::DropStage),
                 SecondaryAction::End(outcome) => return self.secondary_ended(node, outcome),
+                SecondaryAction::HoldOutput(hold) => {
+                    self.nodes[node].output_held = hold;
+                    if !hold {
+                        self.ring_goes_on(node);
+                    }
+                }
                 SecondaryAction::Load(tag) => self.order(node, VmOrder::Load(tag)),
                 SecondaryAction::PauseVm => self.order(node, VmOrder::Pause),
                 SecondaryAction::Report(report) => self.report(node, &report),

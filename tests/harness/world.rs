@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use checkpoint::limits::STREAMS_MAX;
+use checkpoint::limits::{self, STREAMS_MAX};
 use checkpoint::pages::Question;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::staging::Totals;
@@ -118,6 +118,8 @@ pub struct World {
     pub(crate) streams: usize,
     pub(crate) pause_budget: Option<Duration>,
     pub(crate) room: Room,
+    /// Of the secondary's output that waits to be sent.
+    pub(crate) unsent_bytes: usize,
     pub(crate) mode: Mode,
     pub(crate) checkpoint_every: Duration,
     /// The clients, and what they did and saw.
@@ -202,6 +204,8 @@ impl World {
                 1 | 2 => Room {
                     held_bytes: 4_096,
                     written_bytes: 8_192,
+                    inputs: 24,
+                    input_bytes: 2_048,
                     ..Room::default()
                 },
                 // Few of its pages.
@@ -211,6 +215,7 @@ impl World {
                 },
                 _ => Room::default(),
             },
+            unsent_bytes: if seed % 3 == 1 { 1_024 } else { limits::UNSENT_BYTES_MAX },
             pause_budget: (seed % 5 == 1).then(|| Duration::from_micros(250 + seed % 7 * 50)),
             mode: mode_of(seed),
             checkpoint_every: Duration::from_millis(5 + seed % 7 * 10),

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Write};
 
-use super::{Checkpoints, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status};
+use super::{Checkpoints, Lag, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status};
 
 impl Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -41,7 +41,10 @@ impl Display for Status {
         }
         lines.add("divergences", &self.divergences.to_string());
         lines.add("output", &self.queues.output());
-        lines.add("input", &format!("{} unconfirmed", self.queues.inputs_unconfirmed));
+        if let Some(lag) = &self.lag {
+            lines.add("lag", &lag.to_string());
+        }
+        lines.add("input", &self.queues.input());
         lines.add("disk", &self.queues.disk());
         lines.add("link", &self.queues.link());
         if let Some(memory) = self.memory.text() {
@@ -50,6 +53,15 @@ impl Display for Status {
         lines.add("rates", &self.rates.to_string());
         if self.released_late > 0 {
             lines.add("dropped", &format!("{} frames, released too late", self.released_late));
+        }
+        if self.frames_refused > 0 {
+            lines.add("refused", &format!("{} frames, by the TAP", self.frames_refused));
+        }
+        if self.frames_too_long > 0 {
+            lines.add(
+                "too long",
+                &format!("{} frames of clients, dropped", self.frames_too_long),
+            );
         }
         for alarm in &self.alarms {
             lines.add("ALARM", &printable(alarm));
@@ -87,6 +99,11 @@ impl Queues {
             self.pending_frames,
             size(self.pending_bytes)
         )
+    }
+
+    fn input(&self) -> String {
+        let bytes = size(self.input_bytes_unconfirmed);
+        format!("{} unconfirmed ({bytes})", self.inputs_unconfirmed)
     }
 
     fn disk(&self) -> String {
@@ -128,11 +145,28 @@ impl Memory {
 impl Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", printable(&self.now), printable(&self.why))?;
-        match (self.now.as_str(), self.buffered_flows) {
-            ("lockstep", 1) => f.write_str("; 1 flow waits for checkpoints"),
-            ("lockstep", 2..) => write!(f, "; {} flows wait for checkpoints", self.buffered_flows),
-            _ => Ok(()),
+        if self.now != "lockstep" {
+            return Ok(());
         }
+        for (count, what) in [(self.buffered_services, "service"), (self.buffered_flows, "flow")] {
+            match count {
+                0 => {}
+                1 => write!(f, "; 1 {what} waits for checkpoints")?,
+                _ => write!(f, "; {count} {what}s wait for checkpoints")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Display for Lag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (most, bound) = (span_us(self.most_us), span_us(self.bound_us));
+        write!(
+            f,
+            "{most} at most in {} matches; a frame waits {bound} for its equal",
+            self.matches
+        )
     }
 }
 

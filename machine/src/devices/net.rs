@@ -37,6 +37,11 @@ const REPORT: usize = 16;
 pub trait Backend: Send {
     /// Takes a frame from the guest. Must not block.
     fn transmit(&mut self, frame: &[u8]);
+    /// Tells whether it takes a frame now. While it does not, frames stay in the guest's queue, and in its memory; when it
+    /// does again, somebody has to make a turn due.
+    fn may_transmit(&self) -> bool {
+        true
+    }
     /// Hands over the next frame for the guest, if there is one now. Called only when the guest has a
     /// buffer for it. When it returns `None`, no descriptor of [`Backend::readiness`] may stay readable.
     fn receive(&mut self) -> Option<Bytes>;
@@ -198,6 +203,10 @@ impl Card {
         for _ in 0..BATCH {
             if work.stopping() {
                 break;
+            }
+            if !self.backend.may_transmit() {
+                report.end(work);
+                return Ok(false);
             }
             let Some(chain) = ring.pop(work.ram)? else {
                 report.end(work);

@@ -2,7 +2,7 @@
 
 use super::{
     ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, EpochMode, GoodbyeReason, GuestEnd, Input, Instant, Liveness,
-    Message, Mutant, Outcome, Primary, Reason, Report, State, Trigger, Verdict, limits, mutants, proxy,
+    Message, Mutant, Outcome, Primary, Reason, Report, State, Trigger, Verdict, mutants, proxy,
 };
 
 /// Divergences that the operator can look back at.
@@ -23,6 +23,7 @@ impl Primary {
             return;
         }
         self.input = self.input.next();
+        self.unconfirmed.add(delivery.wire.len());
         let input = Input {
             tag: self.tag(),
             number: self.input,
@@ -30,8 +31,12 @@ impl Primary {
         };
         actions.push(Action::Send(Message::Input(input)));
         self.hold_input(actions);
-        // A guest that does not run confirms at a load only.
-        if self.epoch_mode == EpochMode::Buffered && self.inputs_unconfirmed() >= limits::INPUTS_UNCONFIRMED_MAX / 2 {
+        // A guest that does not run confirms at a load only; one that takes no frames, too.
+        let share = match self.epoch_mode {
+            EpochMode::Buffered => 2,
+            EpochMode::Lockstep => 1,
+        };
+        if self.has_inputs(share) {
             self.trigger(now, Trigger::Limit, actions);
         }
     }
@@ -130,7 +135,7 @@ impl Primary {
     }
 
     pub(super) fn hold_input(&mut self, actions: &mut Vec<Action>) {
-        let hold = self.mirroring() && self.inputs_unconfirmed() >= limits::INPUTS_UNCONFIRMED_MAX;
+        let hold = self.mirroring() && self.has_inputs(1) && !mutants::on(Mutant::OutrunTheInputs);
         if hold != self.input_held {
             self.input_held = hold;
             actions.push(Action::HoldInput(hold));

@@ -90,6 +90,7 @@ impl Primary {
         }
         self.ahead = Ahead::default();
         self.input = self.confirmed;
+        self.unconfirmed.clear();
         self.hold_input(actions);
     }
 

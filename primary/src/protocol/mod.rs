@@ -35,6 +35,7 @@ use core::str::FromStr;
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use checkpoint::backlog::Backlog;
 use checkpoint::failover::{self, Contest, Order};
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
@@ -276,6 +277,7 @@ pub struct Primary {
     network_left_out: usize,
     input: InputNumber,
     confirmed: InputNumber,
+    unconfirmed: Backlog,
     input_held: bool,
     /// Page streams of the pairing.
     streams: usize,
@@ -360,6 +362,7 @@ impl Primary {
             network_left_out: 0,
             input: InputNumber(0),
             confirmed: InputNumber(0),
+            unconfirmed: Backlog::default(),
             input_held: false,
             totals: Totals::new(
                 Tag {
@@ -590,6 +593,12 @@ impl Primary {
     #[must_use]
     pub fn inputs_unconfirmed(&self) -> u64 {
         self.input.0 - self.confirmed.0
+    }
+
+    /// Returns their bytes.
+    #[must_use]
+    pub fn input_bytes_unconfirmed(&self) -> u64 {
+        self.unconfirmed.bytes()
     }
 
     fn timeout(&mut self, now: Instant, actions: &mut Vec<Action>) {

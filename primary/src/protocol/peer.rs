@@ -43,6 +43,7 @@ impl Primary {
                 self.act_on_verdicts(now, actions);
             }
             Message::Confirm(_, number) if number <= self.input && number >= self.confirmed => {
+                self.unconfirmed.settle(number.0 - self.confirmed.0);
                 self.confirmed = number;
                 self.hold_input(actions);
             }

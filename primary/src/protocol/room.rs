@@ -17,6 +17,10 @@ pub struct Room {
     pub written_bytes: u64,
     /// Pages written: of a checkpoint, those shipped ahead of its stop included.
     pub pages: u64,
+    /// Inputs forwarded and not confirmed, and
+    pub inputs: u64,
+    /// their bytes: at either the clients' frames stay in the TAP until the secondary has confirmed some, or loaded.
+    pub input_bytes: u64,
 }
 
 impl Default for Room {
@@ -25,6 +29,8 @@ impl Default for Room {
             held_bytes: limits::HELD_BYTES_MAX,
             written_bytes: limits::EPOCH_WRITES_BYTES_MAX / 2,
             pages: u64::MAX,
+            inputs: limits::INPUTS_UNCONFIRMED_MAX,
+            input_bytes: limits::INPUT_BYTES_UNCONFIRMED_MAX,
         }
     }
 }
@@ -51,6 +57,12 @@ impl Primary {
     #[must_use]
     pub fn has_no_room(&self) -> bool {
         self.options.room.has_no_more_for(self.write_bytes) || self.comparator.is_full()
+    }
+
+    /// Tells whether the secondary has to confirm this share of the inputs that may be on their way.
+    pub(super) fn has_inputs(&self, share: u64) -> bool {
+        let room = self.options.room;
+        self.inputs_unconfirmed() >= room.inputs / share || self.input_bytes_unconfirmed() >= room.input_bytes / share
     }
 
     /// Tells whether the guest of a pair stands, or has been told to.

@@ -79,6 +79,7 @@ impl Primary {
         self.is_full = false;
         self.input = InputNumber(0);
         self.confirmed = InputNumber(0);
+        self.unconfirmed.clear();
         self.state = State::Syncing {
             disk: false,
             memory: false,

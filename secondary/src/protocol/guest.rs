@@ -1,8 +1,8 @@
 //! What the own guest does: frames and inputs.
 
 use super::{
-    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, Message, NetworkPicture, Output, PENDING_OUTPUTS_MAX,
-    RECENT_OUTPUTS_MAX, Secondary, Standing,
+    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, InputNumber, Message, Mutant, NetworkPicture, Output,
+    PENDING_OUTPUTS_MAX, RECENT_OUTPUTS_MAX, Secondary, Standing, mutants,
 };
 
 impl Secondary {
@@ -15,7 +15,9 @@ impl Secondary {
         match self.standing() {
             Standing::Following => {
                 self.remember(&frame);
+                self.unsent += frame.len();
                 actions.push(Action::Send(Message::Output(Output { tag: self.tag(), frame })));
+                self.hold_output(actions);
             }
             Standing::Draining { .. } | Standing::Severed { .. } | Standing::Contending(_) | Standing::Alone
                 if self.outputs.len() < PENDING_OUTPUTS_MAX =>
@@ -24,6 +26,27 @@ impl Secondary {
             }
             _ => {}
         }
+    }
+
+    /// A guest must not outrun the connection: its output would fill this host's memory while the primary can't take it.
+    fn hold_output(&mut self, actions: &mut Vec<Action>) {
+        if self.unsent >= self.options.unsent_bytes && !self.output_held && !mutants::on(Mutant::OutrunTheData) {
+            self.output_held = true;
+            actions.push(Action::HoldOutput(true));
+        }
+    }
+
+    pub(super) fn output_drained(&mut self, actions: &mut Vec<Action>) {
+        self.unsent = 0;
+        if core::mem::take(&mut self.output_held) {
+            actions.push(Action::HoldOutput(false));
+        }
+    }
+
+    /// Tells whether so much was sent that `OutputDrained` is to be said as soon as it is true.
+    #[must_use]
+    pub fn awaits_drain(&self) -> bool {
+        self.unsent >= self.options.unsent_bytes / 2
     }
 
     /// Keeps a segment for the takeover: without it the client would wait for the guest's retransmission.
@@ -43,10 +66,15 @@ impl Secondary {
         if self.standing() != Standing::Following || matches!(self.flight, Flight::Loading(..)) {
             return;
         }
-        self.consumed = number;
+        self.consume(number);
         if self.consumed.0 - self.confirmed.0 >= CONFIRM_EVERY {
             self.confirm(actions);
         }
+    }
+
+    pub(super) fn consume(&mut self, number: InputNumber) {
+        self.unconsumed.settle(number.0.saturating_sub(self.consumed.0));
+        self.consumed = number;
     }
 
     pub(super) fn confirm(&mut self, actions: &mut Vec<Action>) {

@@ -97,7 +97,7 @@ impl Secondary {
             self.network = network.expect("a checkpoint is committed only with its network state");
         }
         self.network.follow();
-        self.consumed = mark.input;
+        self.consume(mark.input);
         self.counters.checkpoints += 1;
         self.counters.last_checkpoint = Some(now);
         self.counters.last_pause = now.since(since);

@@ -35,6 +35,7 @@ mod room;
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use checkpoint::backlog::Backlog;
 use checkpoint::failover::{self, Claim, Connection, Contest, Order, Standing};
 use checkpoint::limits;
 use checkpoint::liveness::Liveness;
@@ -72,6 +73,8 @@ pub struct Options {
     pub streams: usize,
     /// Pages that the guest's own and those of a checkpoint that arrives may be together before the epoch is to end.
     pub room: u64,
+    /// Bytes of output that may wait to be sent before the guest's network card stops.
+    pub unsent_bytes: usize,
 }
 
 /// Counters for the status report.
@@ -152,11 +155,16 @@ pub struct Secondary {
     network: NetworkPicture,
     received: InputNumber,
     consumed: InputNumber,
+    /// Received and not consumed.
+    unconsumed: Backlog,
     confirmed: InputNumber,
     /// Inputs of the epoch after the one being loaded.
     later: Vec<Input>,
     /// What the guest sent since the peer was lost.
     outputs: Vec<Bytes>,
+    /// Bytes of output sent since all of it was on its way, at the least.
+    unsent: usize,
+    output_held: bool,
     /// The last TCP segments that the guest sent in this epoch: the primary may have died before it released them.
     recent: VecDeque<Bytes>,
     quiet: bool,
@@ -186,9 +194,12 @@ impl Secondary {
             network: NetworkPicture::new(),
             received: InputNumber(0),
             consumed: InputNumber(0),
+            unconsumed: Backlog::default(),
             confirmed: InputNumber(0),
             later: Vec::new(),
             outputs: Vec::new(),
+            unsent: 0,
+            output_held: false,
             recent: VecDeque::new(),
             quiet: true,
             leaving: None,
@@ -218,6 +229,7 @@ impl Secondary {
                 ))));
             }
             Event::InputConsumed(delivery) => self.input_consumed(&delivery, actions),
+            Event::OutputDrained => self.output_drained(actions),
             Event::Loaded(tag) => self.loaded(now, tag, actions),
             Event::NearLimit if self.standing() == Standing::Following => {
                 self.send_tagged(Message::Want, self.running, actions);
@@ -350,14 +362,19 @@ impl Secondary {
     }
 
     /// Returns the queues with their lengths and bounds: inputs that wait for a load, frames that wait for the outcome of a
-    /// contest, and segments kept for a takeover.
+    /// contest, segments kept for a takeover, and bytes of output that may not have been sent.
     #[must_use]
-    pub fn queues(&self) -> [(&'static str, usize, usize); 3] {
+    pub fn queues(&self) -> [(&'static str, usize, usize); 4] {
         let inputs = usize::try_from(2 * limits::INPUTS_UNCONFIRMED_MAX).expect("a small limit");
         [
             ("inputs", self.later.len(), inputs),
             ("outputs", self.outputs.len(), PENDING_OUTPUTS_MAX),
             ("recent outputs", self.recent.len(), RECENT_OUTPUTS_MAX),
+            (
+                "bytes of unsent output",
+                self.unsent,
+                self.options.unsent_bytes + limits::FRAME_BYTES_MAX,
+            ),
         ]
     }
 

@@ -138,7 +138,10 @@ impl Secondary {
         let in_order = input.tag.epoch == self.running.next() || (input.tag.epoch == self.running && !next);
         // The primary stops reading its network at the limit; what it had read before may follow.
         let ahead = input.number.0 - self.consumed.0;
-        if !in_order || ahead > 2 * limits::INPUTS_UNCONFIRMED_MAX {
+        self.unconsumed.add(input.frame.len());
+        let is_much = ahead > 2 * limits::INPUTS_UNCONFIRMED_MAX
+            || self.unconsumed.bytes() > 2 * limits::INPUT_BYTES_UNCONFIRMED_MAX;
+        if !in_order || is_much {
             return self.misbehaved(now, "its inputs are of another epoch, or too many", actions);
         }
         self.received = input.number;

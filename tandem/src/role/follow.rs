@@ -152,6 +152,7 @@ fn setup(
             // Judged in the handshake.
             streams: established.welcome.streams as usize,
             room: host.settings.checkpoint_memory / limits::PAGE_BYTES as u64,
+            unsent_bytes: checkpoint::limits::UNSENT_BYTES_MAX,
         },
         pair: host.pair().to_owned(),
         node: host.settings.node.clone(),

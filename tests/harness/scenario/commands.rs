@@ -120,6 +120,7 @@ impl Pair {
             }
             (Role::Secondary(_), ["StopAsked"]) => Event::Secondary(SecondaryEvent::StopAsked),
             (Role::Secondary(_), ["TakeOverAsked"]) => Event::Secondary(SecondaryEvent::TakeOverAsked),
+            (Role::Secondary(_), ["OutputDrained"]) => Event::Secondary(SecondaryEvent::OutputDrained),
             (Role::Secondary(_), ["NearLimit"]) => Event::Secondary(SecondaryEvent::NearLimit),
             (Role::Secondary(_), ["VmFailed", why]) => Event::Secondary(SecondaryEvent::VmFailed(text(why))),
             (Role::Secondary(_), ["StageFailed", why]) => Event::Secondary(SecondaryEvent::StageFailed(text(why))),
@@ -139,6 +140,9 @@ impl Pair {
             return Err("that guest does not run".to_owned());
         }
         let leads = matches!(at.role, Role::Primary(_));
+        if at.holds_output && matches!(what, ["sends", ..]) {
+            return Err("that guest's network card takes nothing from it".to_owned());
+        }
         match *what {
             ["sends", ref names @ ..] => {
                 for name in names {

@@ -169,6 +169,8 @@ pub(super) struct Host {
     pub(super) slow_tap: bool,
     pub(super) dials: bool,
     pub(super) holds_input: bool,
+    /// Its network card takes no frames from the guest.
+    pub(super) holds_output: bool,
     pub(super) inbox: VecDeque<Delivery>,
     pub(super) record: Option<RecordUpdate>,
     pub(super) witness: Option<DirectoryWitness>,
@@ -214,6 +216,7 @@ impl Host {
             slow_tap: false,
             dials: false,
             holds_input: false,
+            holds_output: false,
             inbox: VecDeque::new(),
             record: None,
             witness: None,
@@ -255,6 +258,7 @@ impl Host {
         self.running = false;
         self.frozen = false;
         self.holds_input = false;
+        self.holds_output = false;
         self.dials = false;
         self.threads = Default::default();
         self.replica = None;

@@ -65,6 +65,8 @@ pub(super) struct Options {
     pub(super) budget: Option<Duration>,
     /// What an epoch may keep waiting.
     pub(super) room: Room,
+    /// Bytes of output that may wait to be sent.
+    pub(super) unsent_bytes: usize,
 }
 
 impl Pair {
@@ -88,6 +90,7 @@ impl Pair {
                 streams: 1,
                 budget: None,
                 room: Room::default(),
+                unsent_bytes: checkpoint::limits::UNSENT_BYTES_MAX,
             },
             witness: tempfile::tempdir().expect("a directory for the witness"),
             shows_heartbeats: false,
@@ -261,6 +264,7 @@ impl Pair {
                 SecondaryAction::DropDeliveries => at.inbox.clear(),
                 SecondaryAction::DropStage => at.order(Order::DropStage),
                 SecondaryAction::End(outcome) => return self.secondary_ended(host, outcome),
+                SecondaryAction::HoldOutput(hold) => at.holds_output = hold,
                 SecondaryAction::Load(tag) => at.order(Order::Load(tag)),
                 SecondaryAction::PauseVm => at.order(Order::Pause),
                 SecondaryAction::Report(_) | SecondaryAction::SeedEntropy(_) => {}

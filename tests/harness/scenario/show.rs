@@ -62,6 +62,7 @@ impl Shown<'_> {
             SecondaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
             SecondaryEvent::Loaded(tag) => format!("Loaded {tag}"),
             SecondaryEvent::Counted(tag, pages) => format!("Counted {tag}: {pages} pages"),
+            SecondaryEvent::OutputDrained => "OutputDrained".to_owned(),
             SecondaryEvent::NearLimit => "NearLimit".to_owned(),
             SecondaryEvent::PagesArrived(stream, batch) => {
                 let on = if *stream == 0 {
@@ -154,6 +155,7 @@ impl Shown<'_> {
                     )
                 }
             },
+            SecondaryAction::HoldOutput(hold) => format!("HoldOutput {}", if *hold { "on" } else { "off" }),
             SecondaryAction::Load(tag) => format!("Load {tag}"),
             SecondaryAction::PauseVm => "PauseVm".to_owned(),
             SecondaryAction::Report(report) => report_line(report),

@@ -42,11 +42,17 @@ impl Pair {
                     self.options.ahead = true;
                     self.options.room.pages = pages.parse().map_err(|_| format!("'{pages}' is no number"))?;
                 }
+                Some(("inputs", inputs)) => {
+                    self.options.room.inputs = inputs.parse().map_err(|_| format!("'{inputs}' is no number"))?;
+                }
+                Some(("unsent", bytes)) => {
+                    self.options.unsent_bytes = bytes.parse().map_err(|_| format!("'{bytes}' is no number"))?;
+                }
                 Some(("mode", mode)) => self.options.mode = mode.parse()?,
                 Some(("every", span)) => self.options.checkpoint_every = span_of(&format!("+{span}"))?,
                 _ => {
                     return Err(format!(
-                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms, written=2, pages=3, streams=2"
+                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms, written=2, pages=3, inputs=4, unsent=100, streams=2"
                     ));
                 }
             }
@@ -189,6 +195,7 @@ impl Pair {
             held: theirs.held,
             streams: self.options.streams,
             room: self.options.room.pages.saturating_mul(2),
+            unsent_bytes: self.options.unsent_bytes,
         };
         let now = self.hosts[to].clock(self.now);
         let secondary = Secondary::new(options, ours.node, now);

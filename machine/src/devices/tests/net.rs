@@ -26,6 +26,7 @@ struct Inner {
     sent: Mutex<Vec<Vec<u8>>>,
     waiting: Mutex<VecDeque<Bytes>>,
     delivered: Mutex<Vec<Bytes>>,
+    full: AtomicBool,
     ready: OwnedFd,
 }
 
@@ -36,6 +37,7 @@ impl Wire {
             sent: Mutex::default(),
             waiting: Mutex::default(),
             delivered: Mutex::default(),
+            full: AtomicBool::new(false),
             ready,
         }))
     }
@@ -57,6 +59,10 @@ impl Wire {
 impl Backend for Wire {
     fn transmit(&mut self, frame: &[u8]) {
         self.0.sent.lock().unwrap().push(frame.to_vec());
+    }
+
+    fn may_transmit(&self) -> bool {
+        !self.0.full.load(Ordering::Relaxed)
     }
 
     fn receive(&mut self) -> Option<Bytes> {
@@ -166,6 +172,48 @@ fn a_frame_too_long_for_the_buffer_is_lost_and_the_buffer_is_not() {
     assert_eq!(receive.wait_used(), (head, 72));
     assert_eq!(number_of(&get(&ram, 0x800c, 60)), 9);
     wait_for("the report", || (wire.delivered() == 1).then_some(()));
+}
+
+#[test]
+fn a_full_network_leaves_frames_with_the_guest_and_goes_on_where_it_was() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = card(&ram, &wire);
+    let (mut receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start(net.mmio(), &[&receive, &transmit]);
+    let turns = net.mmio().turns();
+    assert!(!turns.take());
+    for number in 1..4 {
+        put(&ram, 0x8000 + u64::from(number) * 0x100, &with_header(&frame(number)));
+        transmit.offer(&[Piece::Read(0x8000 + u64::from(number) * 0x100, 72)]);
+    }
+    wire.0.full.store(true, Ordering::Relaxed);
+    transmit.notify(net.mmio());
+    receive.offer(&[Piece::Write(0x9000, 1526)]);
+    wire.push(frame(9));
+    assert!(!turns.take(), "a full network is nothing to do at once");
+    assert_eq!((wire.sent(), transmit.used_idx()), (vec![], 0));
+    assert_eq!(receive.wait_used().1, 72, "the other direction goes on");
+
+    // What stays in the queue is carried with the card.
+    net.mmio().freeze().unwrap();
+    let other = Wire::new();
+    other.0.full.store(true, Ordering::Relaxed);
+    drop(net.set_backend(Box::new(other.clone())));
+    net.mmio().thaw();
+    assert!(!turns.take());
+    assert_eq!(transmit.used_idx(), 0);
+    other.0.full.store(false, Ordering::Relaxed);
+    assert!(!turns.take());
+    assert_eq!(other.sent(), [frame(1), frame(2), frame(3)]);
+    for _ in 0..3 {
+        transmit.wait_used();
+    }
+    // The guest's next frame makes a turn due, as before.
+    is_due(&turns);
+    transmit.offer(&[Piece::Read(0x8100, 72)]);
+    transmit.notify(net.mmio());
+    assert!(is_due(&turns));
 }
 
 #[test]
