@@ -103,6 +103,7 @@ mod tests {
                 generation: Generation(7),
                 held: Held::default(),
                 streams: 1,
+                unsent_bytes: checkpoint::limits::UNSENT_BYTES_MAX,
             };
             let mut secondary = Secondary::new(options, "a".to_owned(), Instant(1));
             let mut actions = Vec::new();
