@@ -289,7 +289,7 @@ fn a_primary_whose_input_was_held_hears_its_clients_again_when_the_secondary_is_
         wire: bytes::Bytes::from_static(b"a frame"),
         guest: bytes::Bytes::from_static(b"a frame"),
     };
-    for _ in 0..checkpoint::limits::INPUTS_UNCONFIRMED_MAX {
+    for _ in 0..world.inputs_max() {
         world.ask_primary(0, PrimaryEvent::InputConsumed(delivery.clone()));
     }
     assert!(world.node(0).input_held);
@@ -312,7 +312,7 @@ fn input_that_a_standing_guest_can_not_confirm_is_covered_by_a_checkpoint_before
     };
     assert!(world.run_until(1_000, |world| world.phase(0) == "protected"));
     assert_eq!(by_limit(&world), None);
-    for _ in 0..checkpoint::limits::INPUTS_UNCONFIRMED_MAX / 2 {
+    for _ in 0..world.inputs_max() / 2 {
         world.ask_primary(0, PrimaryEvent::InputConsumed(delivery.clone()));
     }
     assert!(!world.node(0).input_held);

@@ -249,6 +249,12 @@ impl World {
         self
     }
 
+    /// Returns how many inputs a primary forwards before one is confirmed.
+    #[must_use]
+    pub fn inputs_max(&self) -> u64 {
+        self.room.inputs
+    }
+
     /// Runs for so many simulated milliseconds.
     pub fn run(&mut self, milliseconds: u64) {
         let end = self.now + milliseconds * MILLISECOND;
