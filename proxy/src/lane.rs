@@ -451,6 +451,7 @@ impl Lane {
             _ if !has_ports(self.key.class) => false,
             Kind::Stream(stream, _) => stream.opened_by() == Some(side),
             Kind::Whole(whole) => self.matched == 0 && whole.is_of_one_side() == Some(side),
+            Kind::Fragments(_) => false,
         }
     }
 

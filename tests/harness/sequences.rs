@@ -3,10 +3,8 @@
 //! Each says what must not happen. `tests/mutants.rs` runs them under the deliberate bugs that only they can notice.
 
 use bytes::Bytes;
-use checkpoint::{Epoch, EpochMode, Instant};
-use proxy::{Comparator, ComparatorLimits, NetworkPicture, Verdict};
 use checkpoint::{Duration, Epoch, EpochMode, Instant, Role};
-use proxy::{Comparator, ComparatorLimits, Verdict};
+use proxy::{Comparator, ComparatorLimits, NetworkPicture, Verdict};
 
 use crate::packet::{ACK, RST, SYN};
 
@@ -20,18 +18,7 @@ type Sequence = (&'static str, fn() -> bool);
 /// # Errors
 /// Says what happened that must not.
 pub fn run() -> Result<(), String> {
-    let sequences: [Sequence; 7] = [
-        ("bytes that were said before, but others", repeated),
-        ("a byte that only the secondary marks as urgent", urgent),
-        ("an acknowledgement before the reset that ends its connection", reset),
-        ("fragments of two datagrams for one that they would make", fragments),
-        ("bytes of a stream that began in other numbers", numbers),
-        ("a time before that of what has overtaken", overtaken),
-        ("a time before one that the client has seen", takeover),
-    ];
-    match sequences.iter().find(|(_, leaves)| leaves()) {
-        Some((what, _)) => Err(format!("{what} must not leave")),
-    let sequences: [Sequence; 6] = [
+    let sequences: [Sequence; 8] = [
         ("rule 1: bytes that were said before, but others, leave", repeated),
         ("rule 1: a byte that only the secondary marks as urgent leaves", urgent),
         (
@@ -39,7 +26,7 @@ pub fn run() -> Result<(), String> {
             reset,
         ),
         (
-            "rule 1: a fragment leaves for an equal one of another datagram",
+            "rule 1: fragments of two datagrams leave for one that they would make",
             fragments,
         ),
         ("rule 1: bytes of a stream that began in other numbers leave", numbers),
@@ -47,6 +34,8 @@ pub fn run() -> Result<(), String> {
             "rule 6: connections opened from different ports wait for the whole bound",
             ports,
         ),
+        ("a time before that of what has overtaken leaves", overtaken),
+        ("a time before one that the client has seen leaves", takeover),
     ];
     match sequences.iter().find(|(_, happens)| happens()) {
         Some((what, _)) => Err((*what).to_owned()),
@@ -185,6 +174,8 @@ fn answer(frame: Bytes, time: u32) -> Bytes {
 
 fn time(frame: &[u8]) -> u32 {
     u32::from_be_bytes([frame[58], frame[59], frame[60], frame[61]])
+}
+
 /// Both guests connect to the same place, each from a port of its own.
 fn ports() -> bool {
     let mut primary = Primary::new();
