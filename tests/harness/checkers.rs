@@ -11,8 +11,8 @@ use secondary::protocol::Secondary;
 use crate::streams::Streams;
 use crate::toy_vm::Registers;
 
-/// Frames that may have been read before the network is held: more than the clients say at a time.
-const INPUTS_READ_MAX: u64 = 64;
+/// Frames that may have been read before the network is held: more than all clients say again at a time.
+const INPUTS_READ_MAX: u64 = 256;
 
 /// A machine's whole state, for comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
