@@ -41,4 +41,6 @@ pub mod server;
 #[cfg(feature = "services")]
 mod tcp;
 #[cfg(feature = "services")]
+mod vlan;
+#[cfg(feature = "services")]
 pub mod world;

@@ -110,6 +110,7 @@ impl Outgoing {
         let call = &mut self.calls[place];
         let socket = sockets.get_mut::<Socket<'_>>(call.handle);
         let remote = (IpAddress::from(dial.address), dial.port);
+        tcp::use_timestamps(socket, &world.settings);
         if socket.connect(interface.context(), remote, port).is_err() {
             world.counters.dials_failed += 1;
             return;

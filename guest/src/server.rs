@@ -22,7 +22,8 @@ use crate::outgoing::Outgoing;
 use crate::random::{Random, Seed};
 use crate::redis::{self, Redis};
 use crate::settings::Settings;
-use crate::tcp::{Pool, buffer};
+use crate::tcp::{Pool, buffer, set_time};
+use crate::vlan::Tagged;
 use crate::world::World;
 
 /// Accepted connections after which fresh entropy is mixed in.
@@ -127,6 +128,9 @@ impl Server {
     /// Takes in at most one frame, serves, and sends; returns whether anything happened.
     pub fn round(&mut self, now: Moment, device: &mut impl Device) -> bool {
         let at = instant(now);
+        set_time(now);
+        let vlan = self.world.settings.vlan;
+        let device = &mut Tagged { device, vlan };
         if self.world.settings.isn_skew {
             self.burn((now.tsc >> 3) & 15);
         }

@@ -10,6 +10,8 @@
 //! | `touch` | MiB of memory to write once at start | 0 |
 //! | `tcp_rx`, `tcp_tx` | bytes of each TCP socket's buffers, 4096 to 1048576 | 16384, 65536 |
 //! | `isn_skew` | 1: initial sequence numbers differ between hosts | 0 |
+//! | `timestamps` | 1: TCP connections have timestamps, if the peer offers them too | 0 |
+//! | `vlan` | the VLAN of all frames, 1 to 4094, or `none` | none |
 //!
 //! Parsing is total: an unknown key or a bad value is an error that names it. The same parser serves `/set`.
 
@@ -88,6 +90,10 @@ pub struct Settings {
     pub tcp_send: usize,
     /// Whether initial sequence numbers get noise from the time stamp counter.
     pub isn_skew: bool,
+    /// Whether TCP connections have timestamps.
+    pub timestamps: bool,
+    /// The VLAN that all frames are tagged with.
+    pub vlan: Option<u16>,
 }
 
 impl Default for Settings {
@@ -109,6 +115,8 @@ impl Default for Settings {
             tcp_receive: 16 * 1024,
             tcp_send: 64 * 1024,
             isn_skew: false,
+            timestamps: false,
+            vlan: None,
         }
     }
 }
@@ -147,7 +155,7 @@ impl fmt::Display for SettingsError<'_> {
 
 impl core::error::Error for SettingsError<'_> {}
 
-const KEYS: &str = "ip ip6 gw gw6 nondeterminism dirty touch tcp_rx tcp_tx isn_skew";
+const KEYS: &str = "ip ip6 gw gw6 nondeterminism dirty touch tcp_rx tcp_tx isn_skew timestamps vlan";
 /// How a dirtier is set, for messages.
 pub(crate) const EXPECTED_DIRTY: &str =
     "MiB,pages per second,zero|sparse|run|runs|text|random[,sequential|random] or off";
@@ -180,6 +188,8 @@ impl Settings {
             "tcp_rx" => self.tcp_receive = buffer(value).ok_or_else(|| bad("bytes from 4096 to 1048576"))?,
             "tcp_tx" => self.tcp_send = buffer(value).ok_or_else(|| bad("bytes from 4096 to 1048576"))?,
             "isn_skew" => self.isn_skew = switch(value).ok_or_else(|| bad("0 or 1"))?,
+            "timestamps" => self.timestamps = switch(value).ok_or_else(|| bad("0 or 1"))?,
+            "vlan" => self.vlan = vlan(value).ok_or_else(|| bad("a number from 1 to 4094 or none"))?,
             _ => return Err(SettingsError::UnknownKey(key)),
         }
         Ok(())
@@ -254,6 +264,10 @@ fn buffer(value: &str) -> Option<usize> {
     value.parse().ok().filter(|bytes| (4096..=1_048_576).contains(bytes))
 }
 
+fn vlan(value: &str) -> Option<Option<u16>> {
+    or_none(value).filter(|vlan| vlan.is_none_or(|vlan| (1..=4094).contains(&vlan)))
+}
+
 fn switch(value: &str) -> Option<bool> {
     match value {
         "0" => Some(false),
@@ -271,7 +285,7 @@ mod tests {
     #[test]
     fn a_full_line_is_read() {
         let line = "ip=192.168.1.5/16 ip6=none gw=192.168.0.1 nondeterminism=50 dirty=8,100,text,random touch=3 \
-                    tcp_rx=8192 tcp_tx=4096 isn_skew=1";
+                    tcp_rx=8192 tcp_tx=4096 isn_skew=1 timestamps=1 vlan=4094";
         let settings = Settings::parse(line).unwrap();
         assert_eq!(
             settings.ip,
@@ -294,7 +308,8 @@ mod tests {
             (settings.tcp_receive, settings.tcp_send, settings.touch_mib),
             (8192, 4096, 3)
         );
-        assert!(settings.isn_skew);
+        assert!(settings.isn_skew && settings.timestamps);
+        assert_eq!(settings.vlan, Some(4094));
         assert_eq!(Settings::parse("  "), Ok(Settings::default()));
     }
 
@@ -311,6 +326,8 @@ mod tests {
             "gw=x",
             "dirty=1,1",
             "dirty=0,1,text",
+            "vlan=0",
+            "vlan=4095",
         ] {
             assert!(
                 matches!(Settings::parse(line), Err(SettingsError::BadValue { .. })),

@@ -7,6 +7,7 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
@@ -105,10 +106,10 @@ impl<S: Stream> Pool<S> {
             let free = |slot: &&mut Slot<S>| !sockets.get::<Socket<'_>>(slot.handle).is_open();
             if let Some(slot) = self.slots.iter_mut().find(free) {
                 slot.release(world);
-                listen(sockets.get_mut(slot.handle), self.port);
+                listen(sockets.get_mut(slot.handle), self.port, &world.settings);
             } else if self.slots.len() < self.most {
                 let mut socket = socket(&world.settings);
-                listen(&mut socket, self.port);
+                listen(&mut socket, self.port, &world.settings);
                 let handle = sockets.add(socket);
                 self.slots.push(Slot {
                     handle,
@@ -155,6 +156,21 @@ pub(crate) fn socket(settings: &Settings) -> Socket<'static> {
     socket
 }
 
+/// The guest's clock in milliseconds: smoltcp asks a bare function for the time that it puts into segments.
+static TIME: AtomicU32 = AtomicU32::new(0);
+
+/// Tells the time that segments are to carry from now on.
+pub(crate) fn set_time(now: Moment) {
+    let milliseconds = u32::try_from((now.ns / 1_000_000) & u64::from(u32::MAX)).unwrap_or(0);
+    TIME.store(milliseconds, Ordering::Relaxed);
+}
+
+/// Lets the next connection of a socket have timestamps, if they are wanted; a peer without them has ended that.
+pub(crate) fn use_timestamps(socket: &mut Socket<'static>, settings: &Settings) {
+    let time: Option<fn() -> u32> = settings.timestamps.then_some(|| TIME.load(Ordering::Relaxed));
+    socket.set_tsval_generator(time);
+}
+
 /// Makes a socket's buffer.
 pub(crate) fn buffer(bytes: usize) -> SocketBuffer<'static> {
     SocketBuffer::new(vec![0; bytes])
@@ -169,7 +185,8 @@ pub(crate) fn is_finished(socket: &Socket<'_>) -> bool {
     ended && socket.recv_queue() == 0
 }
 
-fn listen(socket: &mut Socket<'static>, port: u16) {
+fn listen(socket: &mut Socket<'static>, port: u16, settings: &Settings) {
+    use_timestamps(socket, settings);
     let outcome = socket.listen(port);
     assert!(
         outcome.is_ok(),

@@ -30,10 +30,16 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// Name of the TAP on each host.
 pub const TAP: &str = "tap0";
+/// Name of the TAP that has the client's addresses after [`Lab::split_client`].
+pub const CLIENT_TAP: &str = "client0";
+/// Name of the TAP that leads to the client's network after [`Lab::split_client`].
+pub const TRUNK_TAP: &str = "trunk0";
 /// The client's IPv4 address; the network has 24 bits of prefix.
 pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The client's IPv6 address; the network has 64 bits of prefix.
 pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 1);
+/// The client's addresses with their prefixes.
+const CLIENT_ADDRESSES: [(IpAddr, u8); 2] = [(IpAddr::V4(CLIENT_V4), 24), (IpAddr::V6(CLIENT_V6), 64)];
 
 const BRIDGE: &str = "br0";
 const CLIENTS_BRIDGE: &str = "clients";
@@ -229,6 +235,32 @@ impl Lab {
             .netlink(async move |net| net.join_bridge(host.client_port(), CLIENTS_BRIDGE).await)
     }
 
+    /// Moves the client's addresses to the TAP [`CLIENT_TAP`], and joins the TAP [`TRUNK_TAP`] to its cable: what passes
+    /// between the two is the caller's.
+    ///
+    /// # Errors
+    /// Fails if the kernel refuses.
+    pub fn split_client(&self) -> Result<(), LabError> {
+        for tap in [CLIENT_TAP, TRUNK_TAP] {
+            self.client.run(move || make_lasting_tap(tap)).map_err(LabError::Tap)?;
+        }
+        self.client.netlink(async |net| {
+            net.add_bridge(BRIDGE).await?;
+            for (address, prefix) in CLIENT_ADDRESSES {
+                net.remove_address("eth0", address, prefix).await?;
+            }
+            for port in ["eth0", TRUNK_TAP] {
+                net.join_bridge(port, BRIDGE).await?;
+                net.up(port).await?;
+            }
+            net.up(CLIENT_TAP).await?;
+            for (address, prefix) in CLIENT_ADDRESSES {
+                net.add_address(CLIENT_TAP, address, prefix).await?;
+            }
+            Ok(())
+        })
+    }
+
     fn connect(&self) -> Result<(), LabError> {
         let targets = [
             ("to-client", "eth0", Arc::clone(&self.client.fd)),
@@ -255,8 +287,10 @@ impl Lab {
         self.client.netlink(async |net| {
             net.up("lo").await?;
             net.up("eth0").await?;
-            net.add_address("eth0", CLIENT_V4.into(), 24).await?;
-            net.add_address("eth0", CLIENT_V6.into(), 64).await
+            for (address, prefix) in CLIENT_ADDRESSES {
+                net.add_address("eth0", address, prefix).await?;
+            }
+            Ok(())
         })?;
         for host in [Host::A, Host::B] {
             let namespace = self.host(host);
@@ -440,6 +474,14 @@ impl Netlink {
         let message = LinkUnspec::new_with_name(name).address(mac.to_vec()).build();
         let request = self.handle.link().change(message).execute();
         self.told(format!("give {name} a hardware address"), request).await
+    }
+
+    /// Takes an address from an interface.
+    async fn remove_address(&self, name: &str, address: IpAddr, prefix: u8) -> Result<(), LabError> {
+        let index = self.index(name).await?;
+        let what = format!("take the address {address} from {name}");
+        let gone = self.handle.address().add(index, address, prefix).message_mut().clone();
+        self.told(what, self.handle.address().del(gone).execute()).await
     }
 
     /// Brings an interface up.

@@ -5,6 +5,7 @@
 //!   ends      orderly ends                                   garbage  hostile bytes on every port
 //!   starts    starts that must fail, and say why             journal  commits interrupted half-way
 //!   flows     connections whose numbers are translated       idle     what a pair costs that does nothing
+//!   phases    a host dies in every phase of a connection
 //!   resync    a broken pair is made whole by difference          modes    buffered output, and auto
 //!   bench     the benchmarks come to their end
 //!   ahead     pages shipped ahead of a stop             traffic  what is told of the VM's traffic
@@ -25,10 +26,12 @@ mod journal;
 mod load;
 mod memory;
 mod modes;
+mod phases;
 mod program;
 mod resync;
 mod split;
 mod stage;
 mod starts;
 mod survival;
+mod tagger;
 mod traffic;

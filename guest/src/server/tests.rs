@@ -96,6 +96,7 @@ struct Lab {
     /// All frames that the client has sent.
     given: Vec<Vec<u8>>,
     next_port: u16,
+    wants_timestamps: bool,
     log: bool,
 }
 
@@ -146,6 +147,7 @@ impl Lab {
             sent: Vec::new(),
             given: Vec::new(),
             next_port: 50_000,
+            wants_timestamps: false,
             log: true,
         };
         while lab.disk_step() {}
@@ -186,7 +188,10 @@ impl Lab {
     /// Lets both ends work once; returns whether anything happened.
     fn step(&mut self) -> bool {
         let at = instant(self.moment());
-        let client = self.client.poll(at, &mut self.client_wire, &mut self.sockets) == PollResult::SocketStateChanged;
+        let vlan = self.server.world().settings.vlan;
+        let device = &mut self.client_wire;
+        let mut wire = Tagged { device, vlan };
+        let client = self.client.poll(at, &mut wire, &mut self.sockets) == PollResult::SocketStateChanged;
         if self.log {
             self.given.extend(self.client_wire.outbound.iter().cloned());
         }
@@ -219,8 +224,12 @@ impl Lab {
     }
 
     fn connect(&mut self, to: IpAddress, port: u16) -> SocketHandle {
-        let settings = Settings::default();
+        let settings = Settings {
+            timestamps: self.wants_timestamps,
+            ..Settings::default()
+        };
         let mut socket = crate::tcp::socket(&settings);
+        crate::tcp::use_timestamps(&mut socket, &settings);
         self.next_port += 1;
         socket
             .connect(self.client.context(), (to, port), self.next_port)
@@ -621,6 +630,46 @@ fn a_device_without_room_loses_nothing() {
     lab.server_wire.room = 1;
     let answer = lab.exchange(SERVER4, 80, b"GET /file/100000 HTTP/1.0\r\n\r\n", usize::MAX);
     assert!(answer.len() > 100_000);
+}
+
+#[test]
+fn a_guest_on_a_vlan_speaks_and_hears_that_one_only() {
+    let mut lab = Lab::new("vlan=5");
+    assert!(lab.get("/").starts_with("HTTP/1.1 200"));
+    // Full segments, too.
+    let answer = lab.exchange(SERVER6, 80, b"GET /file/100000 HTTP/1.0\r\n\r\n", usize::MAX);
+    assert!(answer.len() > 100_000);
+    assert!(lab.sent.iter().all(|frame| frame[12..16] == [0x81, 0, 0, 5]));
+    let heard = lab.sent.len();
+    for mut frame in lab.given.clone() {
+        frame[15] = 6;
+        lab.server_wire.inbound.push_back(frame);
+    }
+    lab.settle();
+    assert_eq!(lab.sent.len(), heard, "nothing is said to another VLAN");
+}
+
+#[test]
+fn a_connection_has_timestamps_if_both_ends_want_them() {
+    let count = |lab: &mut Lab, wants: bool| {
+        lab.wants_timestamps = wants;
+        lab.sent.clear();
+        lab.get("/");
+        lab.sent.iter().filter(|frame| has_timestamps(frame)).count()
+    };
+    let mut lab = Lab::new("timestamps=1");
+    // A socket's next connection is another matter.
+    for _ in 0..20 {
+        assert_eq!(count(&mut lab, false), 0);
+        assert!(count(&mut lab, true) >= 2);
+    }
+    assert_eq!(count(&mut Lab::new(""), true), 0);
+}
+
+fn has_timestamps(frame: &[u8]) -> bool {
+    let is_tcp = frame[12..14] == [8, 0] && frame[23] == 6;
+    let options = || frame[54..34 + usize::from(frame[46] >> 4) * 4].windows(2);
+    is_tcp && options().any(|option| option == [8, 10])
 }
 
 /// Runs the same clients against a guest; the clocks, the disk and the rx batches are the host's own.
