@@ -34,8 +34,11 @@ const OVER: [u8; 2] = [7, 6];
 /// What a client does once the host is dead.
 type Rest = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// The phases by name: each opens a connection, brings it there, and tells how its client goes on.
-const PHASES: [(&str, fn(Guest) -> Result<Rest>); 12] = [
+/// A phase's name and how a connection comes into it.
+type Phase = (&'static str, fn(Guest) -> Result<Rest>);
+
+/// All phases: each opens a connection, brings it there, and tells how its client goes on.
+const PHASES: [Phase; 12] = [
     ("the guest has been asked (SYN received)", asked),
     ("open, and nothing said yet", idle),
     ("in the middle of a request", asking),
