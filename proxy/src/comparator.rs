@@ -654,11 +654,15 @@ mod conversations;
 #[cfg(test)]
 mod frames_tests;
 #[cfg(test)]
+mod golden;
+#[cfg(test)]
 mod modes_tests;
 #[cfg(test)]
 mod order_tests;
 #[cfg(test)]
 pub(crate) mod properties;
+#[cfg(test)]
+mod reference;
 #[cfg(test)]
 mod streams_tests;
 #[cfg(test)]
