@@ -1,16 +1,20 @@
 # Lab hosts: QEMU processes with hardware KVM inside, emulated. Sourced by `run`, used by the cases.
 #
-#   host_start a            boots a host; its name is the caller's
-#   host_run a 'script'     runs a script there, prints its output, returns its exit code
-#   host_kill a             ends it like a power failure
+#   host_start a [2 [3072 [listen|connect]]]     boots a host of that name: processors, MiB, and which end of the wire it is
+#   host_run a 'script'                          runs a script there, prints its output, returns its exit code
+#   host_kill a                                  ends it like a power failure
 #
 # A host has what is in $payload, a folder, under /run/lab; what is in its bin/ is on the PATH.
 
-# Boots a host: processors, MiB of memory.
+# Boots a host. Two hosts on the wire, the one that listens first, have a card of that name.
 host_start() {
-    local name=$1 processors=${2:-2} memory=${3:-3072} at=$scratch/$1 port
+    local name=$1 processors=${2:-2} memory=${3:-3072} wire=${4:-} at=$scratch/$1 port cards=()
     mkdir "$at"
     port=$((20000 + $$ % 20000 + ${#hosts[@]}))
+    if [ -n "$wire" ]; then
+        cards=(-netdev "socket,id=wire,$wire=127.0.0.1:$((40000 + $$ % 20000))"
+            -device "virtio-net-pci,netdev=wire,mac=52:54:00:00:01:0${#hosts[@]}")
+    fi
     tar -C "$payload" -cf "$at/payload.tar" .
     # The disk's changes are dropped with the process. `-cpu max` is slow, and other machines than q35 lose their clock at times.
     qemu-system-x86_64 -accel tcg,thread=multi -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
@@ -20,7 +24,7 @@ host_start() {
         -drive "file=$image/root.img,format=raw,if=none,id=root,snapshot=on,cache=unsafe" -device virtio-blk-pci,drive=root \
         -drive "file=$at/payload.tar,format=raw,if=none,id=payload,readonly=on" -device virtio-blk-pci,drive=payload \
         -netdev "user,id=agent,restrict=on,hostfwd=tcp:127.0.0.1:$port-:5000" \
-        -device virtio-net-pci,netdev=agent,mac=52:54:00:00:00:aa \
+        -device virtio-net-pci,netdev=agent,mac=52:54:00:00:00:aa "${cards[@]}" \
         -serial "file:$at/console" >"$at/qemu" 2>&1 &
     hosts[$name]=$!
     ports[$name]=$port
