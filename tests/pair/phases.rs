@@ -78,6 +78,11 @@ fn outlives(settings: &'static str, vlan: Option<u16>) {
     let Some(mut stage) = Stage::new(setup) else { return };
     let _tagger = vlan.map(|vlan| Tagger::start(&stage.lab, vlan));
     stage.pair(Host::A);
+    // Takes its time on the link: the secondary's clock lags by it.
+    let (status, text) = stage.get("/touch/8", LIMIT).expect("the guest answers");
+    assert_eq!(status, 200, "{text:?}");
+    let (status, text) = stage.operate(Host::A, &["checkpoint"]);
+    assert!(status.success(), "{text}");
     let within_one_epoch = (0..TRIES).find_map(|_| {
         let before = stage.await_state(Host::A, State::Protected).epoch;
         let phases = open(&stage.lab);
@@ -91,6 +96,25 @@ fn outlives(settings: &'static str, vlan: Option<u16>) {
     stage.kill(Host::A);
     stage.await_state(Host::B, State::Alone);
     go_on(&stage.lab, phases);
+    let refused = stage.lab.client().run(refused);
+    assert!(
+        refused.is_empty(),
+        "the client's kernel has dropped segments for their times: {refused:?}"
+    );
+}
+
+/// Returns how many segments the kernel has dropped for their timestamps, by reason.
+fn refused() -> Vec<(String, u64)> {
+    let table = fs::read_to_string("/proc/thread-self/net/netstat").expect("the kernel tells");
+    let mut lines = table.lines();
+    let mut refused = Vec::new();
+    while let (Some(names), Some(counts)) = (lines.next(), lines.next()) {
+        let pairs = names.split_whitespace().zip(counts.split_whitespace());
+        let pairs = pairs.filter(|(name, _)| name.starts_with("PAWS") || *name == "TSEcrRejected");
+        let pairs = pairs.map(|(name, count)| (name.to_owned(), count.parse().expect("a count")));
+        refused.extend(pairs.filter(|(_, count)| *count > 0));
+    }
+    refused
 }
 
 /// Brings connections of both families into every phase.
