@@ -216,6 +216,7 @@ impl Fragments {
         self.held = 0;
         let mine = std::mem::take(&mut self.mine);
         self.mine.begun = mine.begun;
+        mine.whole.iter().for_each(|whole| self.mine.finish(whole));
         for part in &mine.parts {
             self.remember(part.number, part.beginning());
         }
@@ -249,6 +250,8 @@ impl Fragments {
     fn matched(&mut self, mine: &Datagram) {
         let mut leaving: Vec<(u64, usize)> = mine.pieces.iter().filter_map(|piece| piece.leaves).collect();
         leaving.sort_unstable();
+        self.mine.finish(mine);
+        self.theirs.finish(mine);
         self.held -= leaving.len();
         self.leaving.extend(leaving);
     }
@@ -291,6 +294,10 @@ impl Side {
     fn begin(&mut self, now: Instant, fragment: &Fragment) -> Datagram {
         let begun = self.take_begun(fragment.datagram, now);
         let left = begun.map_or(Some(0), |begun| begun.left.filter(|left| fragment.at >= *left));
+        if let (Some(begun), Some(_)) = (begun, left) {
+            // The receiver has it until this one has left; nothing else is to come in between.
+            self.begun.push_back(Begun { left: None, ..begun });
+        }
         Datagram {
             number: fragment.datagram,
             protocol: fragment.protocol,
@@ -302,6 +309,13 @@ impl Side {
             length: None,
             headers: [None, None],
             is_broken: left.is_none(),
+        }
+    }
+
+    /// What the receiver had of a datagram is no more: that has left, whole.
+    fn finish(&mut self, datagram: &Datagram) {
+        if datagram.left > 0 {
+            self.begun.retain(|begun| begun.datagram != datagram.number);
         }
     }
 

@@ -251,6 +251,26 @@ fn what_a_receiver_may_still_have_is_not_put_together_with_anything_else() {
 }
 
 #[test]
+fn a_begun_datagram_is_at_the_receiver_until_its_rest_has_left() {
+    let (first, other) = (datagram(1, &[0xaa; 40]), datagram(2, &[0xbb; 40]));
+    let mut bench = Bench::new();
+    bench.primary(part(false, 3, 17, &first, 0, 16));
+    bench.checkpoint();
+    // The rest, of which the secondary says another; then all of another, under the same number and its end first.
+    bench.primary(part(false, 3, 17, &first, 16, 48));
+    bench.secondary(part(false, 3, 17, &other, 16, 48));
+    let mine = [part(false, 3, 17, &other, 16, 48), part(false, 3, 17, &other, 0, 16)];
+    all(&mut bench, true, &mine);
+    let leaves = all(&mut bench, false, &cut(false, 8, &other, &[2]));
+    assert_eq!(
+        leaves,
+        [] as [Bytes; 0],
+        "the receiver would put the first one's beginning before it"
+    );
+    assert_eq!(released(&bench.checkpoint()).len(), 3);
+}
+
+#[test]
 fn too_many_unfinished_datagrams_are_a_reason_for_a_checkpoint_and_then_for_commits() {
     let bytes = datagram(7, &[9; 40]);
     let limit =
@@ -385,6 +405,10 @@ proptest! {
         prop_assert_eq!(received, equal);
         prop_assert_eq!(released(&bench.checkpoint()).len(), sent.len() - left.len());
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4_000))]
 
     /// Any fragments of few numbers and places, many of which make no sense, over several epochs: what a client puts together
     /// from what left, it would have put together from what the secondary sent, both after what left by the last commit.
