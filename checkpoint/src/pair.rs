@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use crate::epoch::{Epoch, Generation, InputNumber, Role};
+use crate::time::Instant;
 
 /// A frame on its way into the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +14,30 @@ pub struct Delivery {
     pub wire: Bytes,
     /// As the guest shall see it: sequence numbers translated.
     pub guest: Bytes,
+}
+
+/// Where a frame of the guests' output was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The primary's guest sent it.
+    Primary,
+    /// The secondary's guest sent it.
+    Secondary,
+    /// It may leave to the clients.
+    Released,
+}
+
+/// A frame of the guests' output that was seen, for a capture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sight {
+    /// When.
+    pub at: Instant,
+    /// Where.
+    pub place: Place,
+    /// What there is to say about it.
+    pub comment: String,
+    /// As it is on the wire.
+    pub frame: Bytes,
 }
 
 /// What the witness said to a claim of a term.

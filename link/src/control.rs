@@ -11,6 +11,8 @@
 //!   {"command":"stop"}
 //! ```
 //!
+//! Behind the reply to `{"command":"capture"}` follows a capture in pcapng, until the client closes its half of the connection.
+//!
 //! [`Server`] reads, bounds and parses; what a command means is decided by the role's loop, which gets
 //! it as a [`ControlRequest`]. The socket belongs to the user who runs the role and to no one else.
 
@@ -32,6 +34,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::capture::Capture;
 use crate::flows::Flows;
 use crate::status::{CheckpointTrace, Status};
 
@@ -63,6 +66,8 @@ pub enum Command {
         /// Flows to be listed, at most.
         most: u32,
     },
+    /// What do both guests send, what is let out, and why? From now on.
+    Capture,
     /// Go on without the primary.
     Takeover {
         /// The operator has made sure that the old primary does not run.
@@ -73,7 +78,7 @@ pub enum Command {
 }
 
 /// The good news that a command may bring.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub enum Answer {
     /// To `status`.
     Status(Box<Status>),
@@ -81,6 +86,8 @@ pub enum Answer {
     History(Vec<CheckpointTrace>),
     /// To `flows`.
     Flows(Box<Flows>),
+    /// To `capture`: where it comes from.
+    Capture(Capture),
     /// To the others: what was done.
     Done(String),
 }
@@ -195,19 +202,58 @@ impl Drop for Server {
 /// # Errors
 /// Fails if nobody serves the path, if this user may not, if no answer comes, or if the role refuses.
 pub fn ask(path: &Path, command: &Command) -> Result<Value, ControlError> {
-    let stream = StdStream::connect(path).map_err(|error| match error.kind() {
+    let stream = StdStream::connect(path).map_err(|error| unreachable_at(path, error))?;
+    let line = exchange(&stream, command).map_err(|source| ControlError::Unanswered {
+        path: path.to_owned(),
+        source,
+    })?;
+    judge(path, &line)
+}
+
+/// Asks the primary that serves `path` for a capture, and returns the connection on which it comes as pcapng. Closing the sending half asks
+/// for its end.
+///
+/// # Errors
+/// As [`ask`]; and if the role is no primary.
+pub async fn capture(path: &Path) -> Result<UnixStream, ControlError> {
+    let mut stream = UnixStream::connect(path)
+        .await
+        .map_err(|error| unreachable_at(path, error))?;
+    let exchange = async {
+        let mut request = serde_json::to_vec(&Command::Capture)?;
+        request.push(b'\n');
+        stream.write_all(&request).await?;
+        let mut line = Vec::new();
+        // Nothing of what follows may be read with it.
+        while line.last() != Some(&b'\n') && line.len() < REQUEST_BYTES_MAX {
+            line.push(stream.read_u8().await?);
+        }
+        io::Result::Ok(line)
+    };
+    let unanswered = |source| ControlError::Unanswered {
+        path: path.to_owned(),
+        source,
+    };
+    let line = timeout(REPLY_LIMIT + CLIENT_LIMIT, exchange).await;
+    let line = line.map_err(|late| unanswered(late.into()))?.map_err(unanswered)?;
+    judge(path, &line)?;
+    Ok(stream)
+}
+
+fn unreachable_at(path: &Path, error: io::Error) -> ControlError {
+    match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ControlError::NotRunning(path.to_owned()),
         io::ErrorKind::PermissionDenied => ControlError::Permission(path.to_owned()),
         _ => ControlError::Unanswered {
             path: path.to_owned(),
             source: error,
         },
-    })?;
-    let line = exchange(&stream, command).map_err(|source| ControlError::Unanswered {
-        path: path.to_owned(),
-        source,
-    })?;
-    let mut reply: Value = serde_json::from_slice(&line).map_err(|_| ControlError::Reply(path.to_owned()))?;
+    }
+}
+
+/// Returns what a reply says under `ok`.
+fn judge(path: &Path, line: &[u8]) -> Result<Value, ControlError> {
+    let mut reply: Value = serde_json::from_slice(line).map_err(|_| ControlError::Reply(path.to_owned()))?;
     if let Some(error) = reply.get("error").and_then(Value::as_str) {
         return Err(ControlError::Refused(error.to_owned()));
     }
@@ -344,6 +390,11 @@ async fn serve_one(mut stream: UnixStream, requests: &mpsc::Sender<ControlReques
                 Ok(Answer::Status(status)) => json!({ "ok": status }),
                 Ok(Answer::History(traces)) => json!({ "ok": traces }),
                 Ok(Answer::Flows(flows)) => json!({ "ok": flows }),
+                Ok(Answer::Capture(capture)) => {
+                    timeout(CLIENT_LIMIT, stream.write_all(b"{\"ok\":\"capturing\"}\n")).await??;
+                    capture.write_to(&mut stream).await?;
+                    return stream.shutdown().await;
+                }
                 Ok(Answer::Done(text)) => json!({ "ok": text }),
                 Err(reason) => json!({ "error": reason }),
             },
@@ -405,6 +456,7 @@ mod tests {
 
     fn answer_all(mut requests: mpsc::Receiver<ControlRequest>) {
         tokio::spawn(async move {
+            let mut captures = crate::capture::Captures::default();
             while let Some(request) = requests.recv().await {
                 let answer = match request.command {
                     Command::Status => Ok(Answer::Status(Box::new(Status {
@@ -423,11 +475,28 @@ mod tests {
                         left_out: most.into(),
                         ..Flows::default()
                     }))),
+                    Command::Capture => captures.begin().map(Answer::Capture),
                     Command::Checkpoint | Command::Stop => continue,
                 };
                 let _ = request.reply.send(answer);
             }
         });
+    }
+
+    #[tokio::test]
+    async fn a_capture_follows_its_reply_until_the_client_closes_its_half() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("role.sock");
+        let (_server, requests) = Server::start(&path).unwrap();
+        answer_all(requests);
+        let mut stream = capture(&path).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).await.unwrap();
+        assert_eq!(bytes[..4], 0x0a0d_0d0a_u32.to_le_bytes());
+        assert!(String::from_utf8_lossy(&bytes).contains("the capture was ended"));
+        let nobody = capture(&directory.path().join("other.sock")).await.unwrap_err();
+        assert!(matches!(nobody, ControlError::NotRunning(_)));
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod capture;
 pub mod clock;
 pub mod connect;
 pub mod connection;
@@ -24,6 +25,7 @@ pub mod listener;
 pub mod mailbox;
 pub mod operator;
 pub mod pages;
+pub mod pcapng;
 pub mod peer;
 pub mod port;
 pub mod record;

@@ -10,6 +10,7 @@ use checkpoint::limits::{self, PAGE_BYTES};
 use checkpoint::pages::BASE_BYTES_DEFAULT;
 use checkpoint::wire::{Held, MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Instant};
+use link::capture::Captures;
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
 use link::mailbox::{self, mailbox};
@@ -154,6 +155,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         },
         peer: setup.peer,
         clients: Clients::new(Arc::clone(&setup.tap)),
+        captures: Captures::default(),
         tap: setup.tap,
         port: setup.port,
         card,
@@ -193,6 +195,7 @@ struct Role {
     peer: Option<SocketAddr>,
     tap: Arc<Tap>,
     clients: Clients,
+    captures: Captures,
     port: Arc<Port>,
     card: Turns,
     witness: Option<Arc<DirectoryWitness>>,
@@ -303,6 +306,7 @@ impl Role {
             self.carry_out(action);
         }
         self.actions = actions;
+        self.show_output();
         if self.traced != self.protocol.committed() {
             self.traced = self.protocol.committed();
             let predicted = self.protocol.counters().last_predicted;
@@ -318,6 +322,19 @@ impl Role {
             info!(state, generation = self.protocol.tag().generation.0, "state");
             self.state = state;
             self.since = clock::now();
+        }
+    }
+
+    /// Shows those who capture what this step has seen.
+    fn show_output(&mut self) {
+        if self.captures.is_empty() {
+            return;
+        }
+        for sight in self.protocol.take_seen() {
+            self.captures.offer(&sight);
+        }
+        if self.captures.is_empty() {
+            self.protocol.watch_output(false);
         }
     }
 
@@ -493,6 +510,10 @@ impl Role {
                 let flows = crate::flows::flows(&self.protocol, clock::now(), most);
                 Ok(Answer::Flows(Box::new(flows)))
             }
+            Question::Capture => self.captures.begin().map(|capture| {
+                self.protocol.watch_output(true);
+                Answer::Capture(capture)
+            }),
             Question::Checkpoint if self.is_protected() => {
                 self.asked.push((self.protocol.covering(), request.reply));
                 return self.step(Event::CheckpointAsked);

@@ -31,7 +31,7 @@ use crate::lane::{Lane, Unblocked};
 use crate::said::Said;
 use crate::service::Services;
 use crate::temper::FlowPatience;
-use crate::verdict::{Divergence, Limit, Reason, Verdict};
+use crate::verdict::{Divergence, Limit, Reason, Verdict, Why};
 
 /// The bounds of a comparator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,7 +170,7 @@ impl Comparator {
         if self.mode != Mode::Comparing {
             self.follow(now, &parsed);
             self.counters.released_at_once += 1;
-            verdicts.push(Verdict::Release(frame));
+            verdicts.push(Verdict::Release(frame, Why::Unprotected));
             return;
         }
         let flow = self.lane(&parsed);
@@ -500,9 +500,9 @@ impl Comparator {
                 }
                 self.counters.matched += 1;
                 self.counters.lowered += u64::from(next.leave.is_lowered());
-                verdicts.push(Verdict::Release(lane.pass(&next, held.frame)));
+                verdicts.push(Verdict::Release(lane.pass(&next, held.frame), next.why()));
             }
-            verdicts.extend(lane.pay().map(Verdict::Release));
+            verdicts.extend(lane.pay().map(|frame| Verdict::Release(frame, Why::Owed)));
             let before = lane.pending();
             let unblocked = lane.unblock(now, &self.hold, &mut self.said);
             let (key, after) = (lane.key(), lane.pending());
@@ -549,7 +549,7 @@ impl Comparator {
     }
 
     /// Releases the oldest held frame without an equal, and lets its flow follow it.
-    pub(crate) fn release_unequal(&mut self, serial: u64, verdicts: &mut Vec<Verdict>) {
+    pub(crate) fn release_unequal(&mut self, serial: u64, why: Why, verdicts: &mut Vec<Verdict>) {
         let Some(held) = self.hold.take(serial) else { return };
         if let Some(id) = held.flow {
             self.touch(id);
@@ -562,7 +562,7 @@ impl Comparator {
             }
             None => held.frame,
         };
-        verdicts.push(Verdict::Release(frame));
+        verdicts.push(Verdict::Release(frame, why));
     }
 
     pub(crate) fn catch_up_if_behind(&mut self, now: Instant, verdicts: &mut Vec<Verdict>) {

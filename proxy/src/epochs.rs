@@ -9,7 +9,7 @@ use crate::comparator::{Comparator, Mode};
 use crate::counters::Pending;
 use crate::lane::Lane;
 use crate::temper::FlowPatience;
-use crate::verdict::Verdict;
+use crate::verdict::{Verdict, Why};
 
 impl Comparator {
     /// Ends the running epoch: the primary's guest has stopped, and what it sends next belongs to the next one, which is
@@ -47,7 +47,7 @@ impl Comparator {
                 break;
             }
             self.counters.released_by_commit += 1;
-            self.release_unequal(serial, verdicts);
+            self.release_unequal(serial, Why::Committed(epoch), verdicts);
         }
         // Which flows are compared changes here only: nothing of the next epoch has been compared yet.
         let flows = &mut self.flows;
@@ -60,7 +60,7 @@ impl Comparator {
         self.buffered.retain(|id| flows.get_mut(*id).is_some_and(&mut waits));
         for id in std::mem::take(&mut self.touched) {
             if let Some(lane) = flows.get_mut(id) {
-                verdicts.extend(lane.commit().map(Verdict::Release));
+                verdicts.extend(lane.commit().map(|frame| Verdict::Release(frame, Why::Owed)));
                 if !lane.is_buffered() && waits(lane) {
                     self.buffered.push(id);
                 }
@@ -103,11 +103,11 @@ impl Comparator {
     pub fn release_all(&mut self, verdicts: &mut Vec<Verdict>) {
         while let Some((serial, _)) = self.hold.oldest() {
             self.counters.released_at_once += 1;
-            self.release_unequal(serial, verdicts);
+            self.release_unequal(serial, Why::Unprotected, verdicts);
         }
         for id in std::mem::take(&mut self.touched) {
             if let Some(lane) = self.flows.get_mut(id) {
-                verdicts.extend(lane.commit().map(Verdict::Release));
+                verdicts.extend(lane.commit().map(|frame| Verdict::Release(frame, Why::Owed)));
             }
         }
         self.forget_secondary();

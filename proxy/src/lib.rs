@@ -71,4 +71,4 @@ pub use lag::Lag;
 pub use picture::NetworkPicture;
 pub use sequence::{Snapshot, Translator};
 pub use temper::FlowPatience;
-pub use verdict::{Difference, Divergence, Fact, Limit, Reason, Verdict};
+pub use verdict::{Difference, Divergence, Fact, Limit, Reason, Verdict, Why};

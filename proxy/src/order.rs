@@ -17,6 +17,7 @@ use checkpoint::mutants::{self, Mutant};
 use crate::frame::Segment;
 use crate::seq::Seq;
 use crate::stream::{Leave, Note, Stream, Turn};
+use crate::verdict::Why;
 
 /// Most frames said again that are looked at; further ones wait for those.
 const AGAIN_MAX: usize = 16;
@@ -53,6 +54,17 @@ pub(crate) enum Place {
 struct Entry {
     serial: u64,
     note: Note,
+}
+
+impl Next {
+    /// Returns why it may leave.
+    pub(crate) fn why(&self) -> Why {
+        match (self.leave, self.place) {
+            (Leave::Lowered(_), _) => Why::Lowered,
+            (_, Place::Again(_)) => Why::Again,
+            _ => Why::Equal,
+        }
+    }
 }
 
 impl Order {

@@ -282,7 +282,7 @@ pub(crate) fn released(verdicts: &[Verdict]) -> Vec<Bytes> {
     verdicts
         .iter()
         .filter_map(|verdict| match verdict {
-            Verdict::Release(frame) => Some(frame.clone()),
+            Verdict::Release(frame, _) => Some(frame.clone()),
             _ => None,
         })
         .collect()

@@ -13,12 +13,29 @@ pub(crate) const CONTEXT_MAX: usize = 16;
 /// A decision of the comparator; the order of verdicts is the order in which they are to be carried out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// This frame may leave.
-    Release(Bytes),
+    /// This frame may leave, for this reason.
+    Release(Bytes, Why),
     /// A checkpoint is needed: the two sides differ, one waits too long, or a bound is near.
     Diverged(Divergence),
     /// The peer sent what no honest peer can send; the connection is to be given up.
     Violation(String),
+}
+
+/// Why a frame may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The secondary's guest has sent the same in the same epoch.
+    Equal,
+    /// So it has, but acknowledged less: the acknowledgement is lowered to that.
+    Lowered,
+    /// It says again what both have said.
+    Again,
+    /// The rest of an acknowledgement that was lowered before: the secondary's guest has acknowledged as much, or a commit covers it.
+    Owed,
+    /// The commit of this epoch covers it.
+    Committed(Epoch),
+    /// Nothing protects it: there is no secondary that could take over.
+    Unprotected,
 }
 
 /// Why a checkpoint is needed.
@@ -94,6 +111,19 @@ pub enum Limit {
     Fragments,
     /// Gaps in one TCP stream.
     Gaps,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Equal => f.write_str("equal on both sides"),
+            Self::Lowered => f.write_str("equal on both sides, acknowledgement lowered to the secondary's"),
+            Self::Again => f.write_str("repeats what both sides have said"),
+            Self::Owed => f.write_str("acknowledgement that was lowered before"),
+            Self::Committed(epoch) => write!(f, "covered by checkpoint {epoch}"),
+            Self::Unprotected => f.write_str("unprotected: no secondary could take over"),
+        }
+    }
 }
 
 impl fmt::Display for Divergence {

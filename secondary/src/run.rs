@@ -404,7 +404,9 @@ impl Role {
     fn answer(&mut self, request: ControlRequest) {
         let reply = match request.command {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
-            Question::History | Question::Flows { .. } => Err("this side is the secondary: ask the primary".to_owned()),
+            Question::History | Question::Flows { .. } | Question::Capture => {
+                Err("this side is the secondary: ask the primary".to_owned())
+            }
             Question::Checkpoint if !matches!(self.protocol.state_name(), "protected" | "checkpointing") => Err(
                 format!("no checkpoint now: this side is {}", self.protocol.state_name()),
             ),

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::Bench;
 use crate::demo::DemoOptions;
 use crate::options::{PairOptions, VmOptions};
+use crate::units::ByteSize;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -16,6 +17,18 @@ Exit codes:
   1  failed; the last lines say why. `demo`: something was lost
   2  an option or the configuration file is wrong; nothing was started
   3  fenced: the other side runs alone, and this one stopped for good";
+
+const CAPTURE_HELP: &str = "\
+To be run on the primary's host. The file has three interfaces: `primary` and `secondary`, what the two guests sent, and
+`released`, what was let out to the clients. Each packet has a comment: the epoch in which it was sent, where it first
+differed from the other side's, or why it was let out (equal on both sides, covered by a checkpoint, a repetition, ...).
+
+  tandem capture --out x.pcapng --seconds 10
+  tandem capture --out - | wireshark -k -i -        watch it live
+  wireshark -Y 'frame.interface_name == \"released\"' x.pcapng
+  tshark -r x.pcapng -T fields -e frame.interface_name -e frame.comment
+
+A capture slows nobody down: packets that come faster than they are written are left out, and counted in the file.";
 
 /// Keeps a virtual machine running when its host dies.
 ///
@@ -49,6 +62,8 @@ pub enum Command {
     Status(StatusOptions),
     /// Show which of the VM's traffic is protected, how, and where the two sides differ
     Flows(FlowsOptions),
+    /// Write what both sides send, what is let out and why to a file for Wireshark
+    Capture(CaptureOptions),
     /// Make the secondary go on without the primary, where no witness decides
     Takeover(TakeoverOptions),
     /// Take a checkpoint now
@@ -91,6 +106,24 @@ pub struct FlowsOptions {
     /// Flows to list, at most; those that hold output and those that differed come first
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(0..=i64::from(link::flows::FLOWS_MAX)))]
     pub most: u32,
+}
+
+/// What `capture` is told.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = CAPTURE_HELP)]
+pub struct CaptureOptions {
+    /// Which role is meant.
+    #[command(flatten)]
+    pub control: ControlOptions,
+    /// The file, in pcapng; written over if it is there. `-`: standard output
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// End after so many seconds [default: at Ctrl-C]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    pub seconds: Option<u64>,
+    /// End before the file is larger than this, as in 100M
+    #[arg(long, value_name = "SIZE")]
+    pub most: Option<ByteSize>,
 }
 
 /// What `takeover` is told.

@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{Cli, Command};
 use crate::bench;
+use crate::capture;
 use crate::demo;
 use crate::operator;
 use crate::role::{self, Ending};
@@ -59,6 +60,7 @@ fn run(command: Command) -> Result<u8> {
         Command::Demo(options) => Ok(if demo::run(&options)? { 0 } else { FAILED }),
         Command::Bench(bench) => Ok(bench::run(&bench).map(|()| 0)?),
         Command::Status(options) => Ok(operator::status(&options).map(|()| 0)?),
+        Command::Capture(options) => Ok(capture::capture(&options).map(|()| 0)?),
         Command::Flows(options) => Ok(operator::flows(&options).map(|()| 0)?),
         Command::Takeover(options) => Ok(operator::takeover(&options).map(|()| 0)?),
         Command::Checkpoint(options) => Ok(operator::checkpoint(&options).map(|()| 0)?),

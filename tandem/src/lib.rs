@@ -14,6 +14,7 @@
 pub mod args;
 pub mod bench;
 pub mod bundle;
+pub mod capture;
 pub mod cli;
 pub mod clients;
 pub mod demo;

@@ -1,4 +1,4 @@
-//! The commands that ask a running role: `status`, `flows`, `takeover`, `checkpoint`, `stop`.
+//! The commands that ask a running role: `status`, `flows`, `takeover`, `checkpoint`, `stop`. `capture` is in its own module.
 //!
 //! Each finds the role's control socket, asks, and prints the answer. The role decides.
 
@@ -126,7 +126,8 @@ fn print<T: Serialize + Display>(out: &mut impl Write, report: &T, options: &Sta
     }
 }
 
-fn find(options: &ControlOptions) -> Result<PathBuf, OperatorError> {
+/// Finds the socket that is meant.
+pub(crate) fn find(options: &ControlOptions) -> Result<PathBuf, OperatorError> {
     match &options.control {
         Some(path) => Ok(path.clone()),
         None => find_in(Path::new(CONTROL_FOLDER)),

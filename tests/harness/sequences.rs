@@ -74,7 +74,7 @@ impl Primary {
 }
 
 fn leaves(verdicts: &[Verdict]) -> bool {
-    verdicts.iter().any(|verdict| matches!(verdict, Verdict::Release(_)))
+    verdicts.iter().any(|verdict| matches!(verdict, Verdict::Release(..)))
 }
 
 fn repeated() -> bool {
@@ -133,7 +133,7 @@ fn overtaken() -> bool {
     let epoch = primary.0.running();
     let frame = timed(1000, 500, 140, b"abcd");
     primary.0.secondary_output(Instant(0), epoch, frame, &mut verdicts);
-    let early = |verdict: &Verdict| matches!(verdict, Verdict::Release(frame) if time(frame) < 150);
+    let early = |verdict: &Verdict| matches!(verdict, Verdict::Release(frame, _) if time(frame) < 150);
     assert!(leaves(&verdicts), "equal bytes leave");
     verdicts.iter().any(early)
 }

@@ -47,6 +47,70 @@ fn every_kind_of_traffic_is_told_and_where_the_guests_differ() {
     assert!(!status.success() && text.contains("ask the primary"), "{text}");
 }
 
+#[test]
+fn a_capture_has_what_both_guests_sent_and_why_it_was_let_out() {
+    let Some(mut stage) = Stage::new(Setup::default()) else {
+        return;
+    };
+    stage.pair(Host::A);
+    let work = Work::start(&stage, "captured:");
+    let told = stage.get("/set?nondeterminism=500", LIMIT).expect("the guest answers");
+    assert_eq!(told.0, 200, "{told:?}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("x.pcapng");
+    let out = file.to_str().expect("a path in plain letters").to_owned();
+    let (status, text) = stage.operate(Host::A, &["capture", "--out", &out, "--seconds", "3"]);
+    assert!(status.success() && text.contains("packets"), "{text}");
+    work.await_more();
+    drop(work.finish(&stage));
+
+    let bytes = std::fs::read(&file).expect("the file");
+    let comments = comments(&bytes);
+    for (interface, packets) in comments.iter().enumerate() {
+        assert!(packets.len() > 10, "interface {interface}: {packets:?}");
+    }
+    let has = |interface: usize, what: &str| comments[interface].iter().any(|comment| comment.contains(what));
+    assert!(has(0, "sent in epoch") && has(1, "sent in epoch"), "{comments:?}");
+    assert!(
+        has(2, "equal on both sides") && has(2, "covered by checkpoint"),
+        "{comments:?}"
+    );
+    assert!(has(0, "differ") || has(1, "differ"), "{comments:?}");
+
+    let small = folder.path().join("small.pcapng");
+    let small = small.to_str().expect("a path in plain letters");
+    let (status, text) = stage.operate(Host::A, &["capture", "--out", small, "--seconds", "1", "--most", "10K"]);
+    assert!(status.success(), "{text}");
+    assert!(std::fs::metadata(small).expect("the file").len() <= 10 * 1024);
+    let (status, text) = stage.operate(Host::A, &["capture", "--out", "/nowhere/x.pcapng"]);
+    assert!(!status.success() && text.contains("choose another --out"), "{text}");
+    let (status, text) = stage.operate(Host::B, &["capture", "--out", "-"]);
+    assert!(!status.success() && text.contains("ask the primary"), "{text}");
+}
+
+/// Returns the comments of all packets by their interfaces; each block must be whole.
+fn comments(mut bytes: &[u8]) -> [Vec<String>; 3] {
+    let mut comments = [const { Vec::new() }; 3];
+    let word = |bytes: &[u8], at: usize| {
+        let word = bytes[at..at + 4].try_into().expect("four bytes");
+        u32::from_le_bytes(word) as usize
+    };
+    while !bytes.is_empty() {
+        let length = word(bytes, 4);
+        assert_eq!(word(bytes, length - 4), length, "a block says its length twice");
+        if word(bytes, 0) == 6 {
+            // Behind the frame; a comment is the first option.
+            let option = 28 + word(bytes, 20).next_multiple_of(4);
+            assert_eq!(bytes[option..option + 2], [1, 0], "each packet has a comment");
+            let text = usize::from(u16::from_le_bytes([bytes[option + 2], bytes[option + 3]]));
+            let text = &bytes[option + 4..option + 4 + text];
+            comments[word(bytes, 8)].push(String::from_utf8_lossy(text).into_owned());
+        }
+        bytes = &bytes[length..];
+    }
+    comments
+}
+
 fn await_flows(stage: &mut Stage, what: &str, is_so: impl Fn(&Flows) -> bool) -> Flows {
     await_fact(what, || {
         let answer = stage.ask(Host::A, &Command::Flows { most: 1_000 });

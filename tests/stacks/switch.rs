@@ -353,7 +353,7 @@ impl Hub {
     fn carry_out(&mut self, now: Instant, verdicts: Vec<Verdict>) {
         for verdict in verdicts {
             match verdict {
-                Verdict::Release(frame) => {
+                Verdict::Release(frame, _) => {
                     note(&mut self.released, now, &frame);
                     self.wire(now, &frame, Passing::Leaving);
                     if self.is_moment(Moment::Left, &frame) {

@@ -2,7 +2,7 @@
 
 use super::{
     ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, EpochMode, GoodbyeReason, GuestEnd, Input, Instant, Liveness,
-    Message, Mutant, Outcome, Primary, Reason, Report, State, Trigger, Verdict, mutants, proxy,
+    Message, Mutant, Outcome, Place, Primary, Reason, Report, State, Trigger, Verdict, mutants, proxy,
 };
 
 /// Divergences that the operator can look back at.
@@ -12,6 +12,9 @@ impl Primary {
     pub(super) fn guest_sent(&mut self, now: Instant, frame: Bytes, actions: &mut Vec<Action>) {
         self.counters.outputs += 1;
         let frame = self.network.leaving(frame);
+        let epoch = self.epoch;
+        self.seen
+            .see(now, &frame, Place::Primary, || format!("sent in epoch {epoch}"));
         self.comparator.primary_output(now, frame, &mut self.verdicts);
         self.act_on_verdicts(now, actions);
         self.stand_if_full(actions);
@@ -82,7 +85,10 @@ impl Primary {
         let mut violation = None;
         for verdict in self.verdicts.drain(..) {
             match verdict {
-                Verdict::Release(frame) => frames.push(frame),
+                Verdict::Release(frame, why) => {
+                    self.seen.see(now, &frame, Place::Released, || why.to_string());
+                    frames.push(frame);
+                }
                 Verdict::Diverged(divergence) => {
                     trigger = Some(match divergence.reason {
                         Reason::Mismatch(_) => {
@@ -92,7 +98,9 @@ impl Primary {
                         Reason::Unmatched { .. } => Trigger::Unmatched,
                         Reason::Limit(_) => Trigger::Limit,
                     });
-                    actions.push(Action::Report(Report::Note(divergence.to_string())));
+                    let note = divergence.to_string();
+                    self.seen.note(&note);
+                    actions.push(Action::Report(Report::Note(note)));
                     self.divergences.truncate(DIVERGENCES_KEPT - 1);
                     self.divergences.push_front((now, divergence));
                 }
@@ -123,7 +131,12 @@ impl Primary {
         if mutants::on(Mutant::AnnounceBeforeWinning) {
             self.transmit(self.network.announcements(), None, actions);
         } else if !matches!(self.state, State::Contending) {
-            self.transmit(self.network.announcements(), self.lease(), actions);
+            let announcements = self.network.announcements();
+            for frame in &announcements {
+                let why = || "announces where the VM is".to_owned();
+                self.seen.see(now, frame, Place::Released, why);
+            }
+            self.transmit(announcements, self.lease(), actions);
         }
         self.announce = (next + 1 < ANNOUNCE_AFTER.len()).then_some((start, next + 1));
     }

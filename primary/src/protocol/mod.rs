@@ -29,6 +29,7 @@ mod peer;
 mod policy;
 mod predict;
 mod room;
+mod seen;
 mod sync;
 
 use core::str::FromStr;
@@ -41,7 +42,7 @@ use checkpoint::limits;
 use checkpoint::liveness::Liveness;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::pages::identical::{PageHashes, PageMatches};
-use checkpoint::pair::{Delivery, RecordUpdate, Report, Trigger, WitnessAnswer};
+use checkpoint::pair::{Delivery, Place, RecordUpdate, Report, Sight, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Welcome};
 use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Role, Tag};
@@ -58,6 +59,7 @@ pub use policy::Patience;
 use policy::Policy;
 use predict::Predictor;
 pub use room::Room;
+use seen::Seen;
 use sync::Known;
 pub use sync::SyncCounts;
 
@@ -312,6 +314,8 @@ pub struct Primary {
     ending: Option<Ending>,
     counters: Counters,
     verdicts: Vec<Verdict>,
+    /// What somebody captures.
+    seen: Seen,
     /// What made checkpoints necessary lately, the newest first.
     divergences: VecDeque<(Instant, Divergence)>,
 }
@@ -398,6 +402,7 @@ impl Primary {
             ending: None,
             counters: Counters::default(),
             verdicts: Vec::new(),
+            seen: Seen::default(),
             divergences: VecDeque::new(),
             options,
         };
@@ -581,6 +586,16 @@ impl Primary {
     /// Returns what made checkpoints necessary lately, the newest first.
     pub fn divergences(&self) -> impl Iterator<Item = &(Instant, Divergence)> {
         self.divergences.iter()
+    }
+
+    /// Keeps what is seen of the guests' output from now on, or no more. It is to be taken after each step.
+    pub fn watch_output(&mut self, on: bool) {
+        self.seen.set(on);
+    }
+
+    /// Takes what was seen since the last call.
+    pub fn take_seen(&mut self) -> Vec<Sight> {
+        self.seen.take()
     }
 
     /// Returns the bytes of disk writes of the running epoch.

@@ -1,6 +1,6 @@
 //! The secondary: pairing with it, and its messages.
 
-use super::{Action, Instant, Liveness, Message, Primary, Report, State, Trigger, Welcome, failover};
+use super::{Action, Instant, Liveness, Message, Place, Primary, Report, State, Trigger, Welcome, failover};
 
 impl Primary {
     pub(super) fn connected(&mut self, now: Instant, welcome: Welcome, actions: &mut Vec<Action>) {
@@ -38,6 +38,9 @@ impl Primary {
             }
             Message::BlockHashes(hashes) => self.hashes_arrived(now, hashes, actions),
             Message::Output(output) if self.protected() => {
+                let epoch = output.tag.epoch;
+                let comment = || format!("sent in epoch {epoch}");
+                self.seen.see(now, &output.frame, Place::Secondary, comment);
                 self.comparator
                     .secondary_output(now, output.tag.epoch, output.frame, &mut self.verdicts);
                 self.act_on_verdicts(now, actions);

@@ -309,7 +309,7 @@ impl World {
     fn judge(&mut self, verdicts: &[Verdict]) {
         for verdict in verdicts {
             match verdict {
-                Verdict::Release(released) => match frame::parse(released).body {
+                Verdict::Release(released, _) => match frame::parse(released).body {
                     Body::Tcp(_) => self.judge_segment(released),
                     Body::Fragment(_) | Body::Whole(_) => self.judge_datagram(released),
                 },

@@ -5,7 +5,7 @@ use checkpoint::{Duration, Epoch, EpochMode, Role};
 
 use crate::comparator::ComparatorLimits;
 use crate::testkit::*;
-use crate::verdict::{Difference, Fact, Limit, Reason, Verdict};
+use crate::verdict::{Difference, Fact, Limit, Reason, Verdict, Why};
 
 pub(super) fn is_held(verdicts: &[Verdict]) -> bool {
     verdicts.is_empty()
@@ -41,7 +41,7 @@ fn case_p23_equal_output_is_released_and_different_output_is_not() {
         assert!(is_held(&bench.primary(one.clone())));
         assert_eq!(
             bench.secondary(one.clone()),
-            vec![Verdict::Release(one.clone())],
+            vec![Verdict::Release(one.clone(), Why::Equal)],
             "equal must be equal"
         );
 
@@ -49,7 +49,7 @@ fn case_p23_equal_output_is_released_and_different_output_is_not() {
         assert!(is_held(&bench.secondary(one.clone())));
         assert_eq!(
             bench.primary(one.clone()),
-            vec![Verdict::Release(one.clone())],
+            vec![Verdict::Release(one.clone(), Why::Equal)],
             "equal must be equal"
         );
 

@@ -239,7 +239,9 @@ impl Waiting {
                 ..Status::default()
             }))),
             Command::Stop => Err("nothing runs here: end the process (SIGTERM)".to_owned()),
-            Command::History | Command::Flows { .. } => Err("this side is the secondary: ask the primary".to_owned()),
+            Command::History | Command::Flows { .. } | Command::Capture => {
+                Err("this side is the secondary: ask the primary".to_owned())
+            }
             Command::Checkpoint | Command::Takeover { .. } => {
                 Err("this secondary has no primary: nothing to take over or to checkpoint".to_owned())
             }
