@@ -196,6 +196,7 @@ mod tests {
             &CodecStats::default(),
             Amount { pages: 3, bytes: 2 },
             9,
+            (1, 2),
         );
         watch.parts.resume_us = watch.lap();
         traces.resumed(&watch);

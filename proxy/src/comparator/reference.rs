@@ -204,7 +204,7 @@ impl World {
     fn judge(&mut self, verdicts: &[Verdict]) {
         for verdict in verdicts {
             match verdict {
-                Verdict::Release(frame) => self.judge_release(frame),
+                Verdict::Release(frame, _) => self.judge_release(frame),
                 Verdict::Diverged(told) => {
                     assert!(self.told.insert(told.epoch, told.reason.clone()).is_none(), "once");
                 }

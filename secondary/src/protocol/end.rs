@@ -104,6 +104,7 @@ mod tests {
                 held: Held::default(),
                 streams: 1,
                 unsent_bytes: checkpoint::limits::UNSENT_BYTES_MAX,
+                room: u64::MAX,
             };
             let mut secondary = Secondary::new(options, "a".to_owned(), Instant(1));
             let mut actions = Vec::new();
