@@ -315,7 +315,7 @@ fn replay(frames: &[Bytes], seed: u64, flip: Option<usize>) -> Replay {
     let count = |is: fn(&Verdict) -> bool| verdicts.iter().filter(|verdict| is(verdict)).count();
     Replay {
         sent,
-        left: count(|verdict| matches!(verdict, Verdict::Release(_))),
+        left: count(|verdict| matches!(verdict, Verdict::Release(..))),
         told: count(|verdict| matches!(verdict, Verdict::Diverged(_))),
         said: secondary.said,
         comparator,

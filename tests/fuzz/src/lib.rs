@@ -287,7 +287,7 @@ impl Watch {
     /// What leaves was sent, and once; what leaves by comparison, the secondary has sent.
     fn judge(&mut self, verdicts: &[Verdict], commit: bool) {
         for verdict in verdicts {
-            let Verdict::Release(frame) = verdict else { continue };
+            let Verdict::Release(frame, _) = verdict else { continue };
             let kind = kind(frame);
             if kind == Kind::Tcp {
                 continue;
