@@ -200,6 +200,10 @@ impl Checkers {
         for (name, length, bound) in secondary.queues() {
             assert!(length <= bound, "rule 5: {length} {name} wait, and {bound} may");
         }
+        assert!(
+            !matches!(secondary.state_name(), "protected" | "checkpointing") || secondary.holds_output_if_full(),
+            "rule 5: the guest of a secondary may go on sending though its output does not get through"
+        );
     }
 
     /// The primary has looked at the pages of its epoch; they may be as many as it is allowed, or more: then it looks no further.
@@ -240,9 +244,12 @@ impl Checkers {
     pub fn bounded(primary: &Primary) {
         let (comparator, room) = (primary.comparator(), primary.options().room);
         let (held, pending) = (comparator.held(), comparator.pending());
-        let runs_on = matches!(primary.state_name(), "protected" | "checkpointing") && !primary.is_held_back();
+        let mirrors = matches!(primary.state_name(), "protected" | "checkpointing");
+        let has_inputs =
+            primary.inputs_unconfirmed() >= room.inputs || primary.input_bytes_unconfirmed() >= room.input_bytes;
         assert!(
-            !(runs_on && primary.has_no_room())
+            !(mirrors && !primary.is_held_back() && primary.has_no_room())
+                && !(mirrors && has_inputs && !primary.is_input_held())
                 && pending.bytes <= limits::PENDING_BYTES_MAX + limits::FRAME_BYTES_MAX
                 && primary.inputs_unconfirmed() <= room.inputs + INPUTS_READ_MAX
                 && primary.input_bytes_unconfirmed()

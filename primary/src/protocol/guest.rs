@@ -155,6 +155,12 @@ impl Primary {
         }
     }
 
+    /// Tells whether the network has been told to wait.
+    #[must_use]
+    pub fn is_input_held(&self) -> bool {
+        self.input_held
+    }
+
     /// Output is compared: the secondary has a VM that follows.
     pub(crate) fn protected(&self) -> bool {
         self.comparator.mode() == proxy::Mode::Comparing

@@ -49,6 +49,12 @@ impl Secondary {
         self.unsent >= self.options.unsent_bytes / 2
     }
 
+    /// Tells whether the guest's network card has been told to wait, as it must be with so much unsent.
+    #[must_use]
+    pub fn holds_output_if_full(&self) -> bool {
+        self.output_held || self.unsent < self.options.unsent_bytes
+    }
+
     /// Keeps a segment for the takeover: without it the client would wait for the guest's retransmission.
     fn remember(&mut self, frame: &Bytes) {
         if !NetworkPicture::is_repeatable(frame) {
