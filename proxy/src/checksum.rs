@@ -21,7 +21,7 @@ pub(crate) fn replace_u32(frame: &mut [u8], header: usize, at: usize, checksum_a
     frame[checksum..checksum + 2].copy_from_slice(&(!fold(sum)).to_be_bytes());
 }
 
-/// Mends the checksum of a transport packet that was made of another, `before`, of even length `after`. The addresses of the pseudo
+/// Mends the checksum of a transport packet that was made of another, `before`. The addresses of the pseudo
 /// header are the same, whatever they are.
 pub(crate) fn shortened(before: &[u8], after: &mut [u8], checksum_at: usize) {
     let checksum = u16::from_be_bytes([before[checksum_at], before[checksum_at + 1]]);

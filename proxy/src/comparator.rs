@@ -31,6 +31,7 @@ use crate::lane::{Lane, Unblocked};
 use crate::said::Said;
 use crate::service::Services;
 use crate::temper::FlowPatience;
+use crate::timing::Begun;
 use crate::verdict::{Divergence, Limit, Reason, Verdict, Why};
 
 /// The bounds of a comparator.
@@ -54,6 +55,8 @@ pub struct ComparatorLimits {
     pub flow_patience: Option<FlowPatience>,
     /// How long two unequal datagrams of a flow may wait for equals that come in another order.
     pub reorder: Duration,
+    /// How long a segment waits until its first bytes leave without the rest, if they may.
+    pub begin: Duration,
 }
 
 /// What the comparator does with output of the primary.
@@ -110,6 +113,8 @@ pub struct Comparator {
     pub(crate) buffered: Vec<FlowId>,
     /// Output of the running epoch waits that only its commit can release.
     pub(crate) waits_for_commit: bool,
+    /// The frame whose first bytes were last looked at.
+    pub(crate) begun: Option<Begun>,
     tick: u64,
 }
 
@@ -125,6 +130,7 @@ impl Default for ComparatorLimits {
             unmatched_min: limits::UNMATCHED_MIN,
             flow_patience: None,
             reorder: Duration::from_millis(1),
+            begin: Duration::from_millis(10),
         }
     }
 }
@@ -159,6 +165,7 @@ impl Comparator {
             behind: false,
             buffered: Vec::new(),
             waits_for_commit: false,
+            begun: None,
             tick: 0,
         }
     }

@@ -24,6 +24,11 @@ pub(crate) const TCP_ACK_AT: usize = 8;
 pub(crate) const TCP_SEQ_AT: usize = 4;
 /// Offset of the checksum in a TCP header.
 pub(crate) const TCP_CHECKSUM_AT: usize = 16;
+/// Offset of the flags in a TCP header, and some of them.
+const TCP_FLAGS_AT: usize = 13;
+const TCP_FIN: u8 = 1;
+const TCP_PSH: u8 = 8;
+const TCP_ACK: u8 = 16;
 /// Length of a TCP header without options.
 const TCP_HEADER: usize = 20;
 /// Length of an IPv6 header without extensions.
@@ -221,25 +226,40 @@ impl Segment {
             return None;
         }
         let mut reply = frame[..self.payload].to_vec();
-        if frame[self.ip] >> 4 == 4 {
-            let header = self.ip..self.ip + usize::from(frame[self.ip] & 0xf) * 4;
-            let total = u16::try_from(self.payload - self.ip).unwrap_or(u16::MAX);
-            reply[self.ip + 2..self.ip + 4].copy_from_slice(&total.to_be_bytes());
-            reply[self.ip + 10..self.ip + 12].fill(0);
-            let sum = checksum::header(&reply[header]);
-            reply[self.ip + 10..self.ip + 12].copy_from_slice(&sum.to_be_bytes());
-        } else {
-            let length = u16::try_from(self.payload - self.ip - IPV6_HEADER).unwrap_or(u16::MAX);
-            reply[self.ip + 4..self.ip + 6].copy_from_slice(&length.to_be_bytes());
-        }
-        let (before, after) = (&frame[self.tcp..self.end], &mut reply[self.tcp..]);
-        after[TCP_SEQ_AT..TCP_SEQ_AT + 4].copy_from_slice(&self.end_seq().0.to_be_bytes());
-        after[TCP_ACK_AT..TCP_ACK_AT + 4].copy_from_slice(&ack.0.to_be_bytes());
-        after[13] = 0x10;
-        after[18..20].fill(0);
-        checksum::shortened(before, after, TCP_CHECKSUM_AT);
+        reply[self.tcp + TCP_SEQ_AT..][..4].copy_from_slice(&self.end_seq().0.to_be_bytes());
+        reply[self.tcp + TCP_ACK_AT..][..4].copy_from_slice(&ack.0.to_be_bytes());
+        reply[self.tcp + TCP_FLAGS_AT] = TCP_ACK;
+        reply[self.tcp + 18..self.tcp + 20].fill(0);
+        self.mend(frame, &mut reply);
         self.blank_sack(&mut reply);
         Some(reply)
+    }
+
+    /// Makes a segment of the first bytes of this one, until a number within it. It neither pushes nor ends. A checksum that
+    /// was wrong stays wrong.
+    pub(crate) fn begin(&self, frame: &[u8], end: Seq) -> Vec<u8> {
+        let bytes = usize::try_from(end.after(self.data_seq())).unwrap_or(0);
+        let mut begun = frame[..self.end.min(self.payload + bytes)].to_vec();
+        begun[self.tcp + TCP_FLAGS_AT] &= !(TCP_PSH | TCP_FIN);
+        self.mend(frame, &mut begun);
+        begun
+    }
+
+    /// Mends lengths and checksums of a frame that was made of this one and is shorter.
+    fn mend(&self, frame: &[u8], shorter: &mut [u8]) {
+        let length = |from: usize| u16::try_from(shorter.len() - from).unwrap_or(u16::MAX).to_be_bytes();
+        if frame[self.ip] >> 4 == 4 {
+            let header = self.ip..self.ip + usize::from(frame[self.ip] & 0xf) * 4;
+            let total = length(self.ip);
+            shorter[self.ip + 2..self.ip + 4].copy_from_slice(&total);
+            shorter[self.ip + 10..self.ip + 12].fill(0);
+            let sum = checksum::header(&shorter[header]);
+            shorter[self.ip + 10..self.ip + 12].copy_from_slice(&sum.to_be_bytes());
+        } else {
+            let payload = length(self.ip + IPV6_HEADER);
+            shorter[self.ip + 4..self.ip + 6].copy_from_slice(&payload);
+        }
+        checksum::shortened(&frame[self.tcp..self.end], &mut shorter[self.tcp..], TCP_CHECKSUM_AT);
     }
 
     fn sack_edges(&self, frame: &[u8]) -> [Option<usize>; 20] {

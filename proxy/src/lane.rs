@@ -254,6 +254,31 @@ impl Lane {
         in_time(&mut self.time, segment, lowered(segment, frame, ack))
     }
 
+    /// Says whether a segment with something new waits.
+    pub(crate) fn may_begin(&self) -> bool {
+        matches!(&self.kind, Kind::Stream(_, order) if order.first_new().is_some())
+    }
+
+    /// Returns the first bytes of a held segment, if they may leave though the rest may not. The whole is to follow: its receiver
+    /// knows a repetition for what it is.
+    pub(crate) fn begin(&mut self, hold: &Hold) -> Option<Bytes> {
+        let Kind::Stream(stream, order) = &mut self.kind else {
+            return None;
+        };
+        let (serial, note) = order.first_new()?;
+        let (end, leave) = stream.begins(note)?;
+        let segment = note.segment();
+        let mut begun = segment.begin(&hold.get(serial)?.frame, end);
+        if let Leave::Lowered(ack) = leave {
+            segment.set_ack(&mut begun, ack);
+            segment.blank_sack(&mut begun);
+            stream.has_left(Some(end), Some(ack));
+        } else {
+            stream.has_left(Some(end), segment.ack);
+        }
+        Some(in_time(&mut self.time, segment, Bytes::from(begun)))
+    }
+
     /// Passes the frame that has waited longest by a commit, or on going alone.
     pub(crate) fn pass_unequal(&mut self, serial: u64, arrived: Instant, frame: Bytes, said: &mut Said) -> Bytes {
         match &mut self.kind {

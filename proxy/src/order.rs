@@ -111,6 +111,11 @@ impl Order {
             .min_by_key(|next| next.serial)
     }
 
+    /// Returns the next frame with something new, and what it needs to leave.
+    pub(crate) fn first_new(&self) -> Option<(u64, &Note)> {
+        self.new.front().map(|entry| (entry.serial, &entry.note))
+    }
+
     /// Takes out a frame that leaves.
     pub(crate) fn take(&mut self, place: Place) -> Option<Note> {
         let entry = match place {

@@ -11,6 +11,8 @@
 //!
 //! Never holds a frame, never reads a clock; knows one epoch at a time.
 
+mod begin;
+
 use std::ops::Range;
 
 use bytes::Bytes;

@@ -6,7 +6,16 @@ use crate::comparator::{Comparator, Mode};
 use crate::flow::FlowKey;
 use crate::hold::HeldFrame;
 use crate::lane::Lane;
-use crate::verdict::{Reason, Verdict};
+use crate::verdict::{Reason, Verdict, Why};
+
+/// The frame of the primary of which a part was last let go, or was to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Begun {
+    serial: u64,
+    looked: Instant,
+    /// When a part has left.
+    left: Option<Instant>,
+}
 
 impl Comparator {
     /// Returns when to call [`Comparator::timeout`].
@@ -17,14 +26,14 @@ impl Comparator {
         }
         let loaded = self.counting_since()?;
         let bound = |arrived: Instant, bound| arrived.max(loaded) + bound;
-        let primary = self.oldest_compared();
-        let primary = primary.map(|held| bound(held.arrived, self.unmatched_bound()));
+        let primary = self.primary_due(loaded).map(|(due, _)| due);
         let secondary = self.waiting.front();
         let secondary = secondary.map(|(arrived, _)| bound(*arrived, self.limits.unmatched));
         let suspect = self.suspects.front().map(|(since, _)| *since);
         let suspect = suspect.into_iter().chain(self.crossings.oldest()).min();
         let suspect = suspect.map(|since| since + self.limits.reorder);
-        [primary, secondary, suspect].into_iter().flatten().min()
+        let begin = self.begins_at(loaded);
+        [primary, secondary, suspect, begin].into_iter().flatten().min()
     }
 
     /// Tells a divergence if output of either side has waited too long.
@@ -33,6 +42,7 @@ impl Comparator {
         self.tidy();
         self.lag.forget(now);
         let Some(loaded) = self.counting_since() else { return };
+        self.begin(now, loaded, verdicts);
         let found = self.suspect_at(now).or_else(|| self.crossed_at(now));
         if let Some((key, reason)) = found.or_else(|| self.unmatched_at(now, loaded)) {
             if let Reason::Unmatched {
@@ -49,6 +59,50 @@ impl Comparator {
     /// up no client: the limit itself is its bound.
     pub(crate) fn unmatched_bound(&self) -> Duration {
         self.lag.bound(self.limits.unmatched_min, self.limits.unmatched)
+    }
+
+    /// Returns when the first bytes of the oldest segment are due, and due again.
+    fn begins_at(&self, loaded: Instant) -> Option<Instant> {
+        let (serial, held) = self.hold.oldest()?;
+        let lane = held.flow.and_then(|id| self.flows.get(id))?;
+        if !lane.may_begin() {
+            return None;
+        }
+        let looked = self.begun.filter(|begun| begun.serial == serial);
+        let since = looked.map_or(held.arrived.max(loaded), |begun| begun.looked);
+        Some(since + self.limits.begin)
+    }
+
+    /// Returns when the oldest frame of the primary has waited too long, and that frame. When a part of it leaves, the time
+    /// that the secondary usually takes begins anew.
+    fn primary_due(&self, loaded: Instant) -> Option<(Instant, &HeldFrame)> {
+        let held = self.oldest_compared()?;
+        let (serial, _) = self.hold.oldest()?;
+        let since = held.arrived.max(loaded);
+        let begun = self.begun.filter(|begun| begun.serial == serial);
+        let left = begun.and_then(|begun| begun.left).unwrap_or(since);
+        let due = (left + self.unmatched_bound()).min(since + self.limits.unmatched);
+        Some((due, held))
+    }
+
+    /// Lets the first bytes of the oldest segment leave, if it waits for the rest only.
+    fn begin(&mut self, now: Instant, loaded: Instant, verdicts: &mut Vec<Verdict>) {
+        if self.begins_at(loaded).is_none_or(|at| now < at) {
+            return;
+        }
+        let Some((serial, held)) = self.hold.oldest() else {
+            return;
+        };
+        let lane = held.flow.and_then(|id| self.flows.get_mut(id));
+        let begun = lane.and_then(|lane| lane.begin(&self.hold));
+        let before = self.begun.filter(|begun| begun.serial == serial);
+        let left = begun.is_some().then_some(now).or(before.and_then(|begun| begun.left));
+        verdicts.extend(begun.map(|frame| Verdict::Release(frame, Why::Equal)));
+        self.begun = Some(Begun {
+            serial,
+            looked: now,
+            left,
+        });
     }
 
     /// Returns when the secondary began to run in the epoch being compared; nothing if no bound counts now.
@@ -90,14 +144,14 @@ impl Comparator {
             (now >= arrived.max(loaded) + bound).then(|| now.since(arrived.max(loaded)))
         };
         let key = |id| self.flows.get(id).map(Lane::key);
-        if let Some(held) = self.oldest_compared()
-            && let Some(waited) = late(held.arrived, self.unmatched_bound())
+        if let Some((due, held)) = self.primary_due(loaded)
+            && due <= now
         {
             return Some((
                 held.flow.and_then(key),
                 Reason::Unmatched {
                     side: Role::Primary,
-                    waited,
+                    waited: now.since(held.arrived.max(loaded)),
                 },
             ));
         }

@@ -155,6 +155,7 @@ impl Switch {
     pub(crate) fn start(taps: [Tap; 3], conditions: Conditions, captures: Option<&Path>) -> Self {
         let limits = ComparatorLimits {
             unmatched: UNMATCHED,
+            unmatched_min: UNMATCHED,
             reorder: REORDER,
             ..ComparatorLimits::default()
         };

@@ -11,6 +11,7 @@ use std::path::Path;
 use bytes::Bytes;
 use checkpoint::Duration;
 
+use crate::comparator::ComparatorLimits;
 use crate::testkit::*;
 use crate::verdict::{Reason, Verdict};
 
@@ -188,7 +189,11 @@ struct Run {
 impl Run {
     fn new(swapped: bool) -> Self {
         Self {
-            bench: Bench::new(),
+            // The vectors are about whole frames.
+            bench: Bench::with(ComparatorLimits {
+                begin: Duration::from_millis(10_000),
+                ..ComparatorLimits::default()
+            }),
             swapped,
             sent: 0,
             verdicts: Vec::new(),

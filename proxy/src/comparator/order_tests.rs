@@ -7,6 +7,9 @@ use super::tests::{connected, is_held};
 use crate::testkit::*;
 use crate::verdict::{Reason, Verdict};
 
+/// When first bytes leave.
+const BEGIN: Duration = Duration::from_millis(10);
+
 fn data(seq: u32, payload: &[u8]) -> Bytes {
     Tcp::data(seq, 500, payload).frame()
 }
@@ -224,4 +227,69 @@ fn case_p03_what_was_overtaken_leaves_with_the_latest_time_that_has_left() {
     bench.primary(at(9, Tcp::new(77, 0, SYN, b"")));
     let left = released(&bench.checkpoint());
     assert_eq!(times(&left[0]).0, 9);
+}
+
+#[test]
+fn first_bytes_that_may_leave_do_not_wait_for_the_rest() {
+    // After a loss the secondary's guest may send one segment, and has cut it shorter than the primary's: it sends the
+    // rest when the client has acknowledged that.
+    let mut bench = connected();
+    let whole = Tcp::new(1000, 500, ACK | FIN, b"one segment").frame();
+    assert!(is_held(&bench.primary(whole.clone())));
+    assert!(is_held(&bench.secondary(data(1000, b"one"))));
+    let due = bench.comparator.deadline().unwrap();
+    assert_eq!(due, bench.now + BEGIN);
+    assert_eq!(leaving(&bench.wait(BEGIN)), [(1000, 500, b"one".to_vec())]);
+    assert!(is_held(&bench.wait(BEGIN)), "once");
+    assert!(
+        is_held(&bench.secondary(data(1003, b" segment"))),
+        "not the end of the stream"
+    );
+    let begun = bench.wait(BEGIN);
+    assert_eq!(leaving(&begun), [(1000, 500, b"one segment".to_vec())]);
+    assert_eq!(
+        released(&begun),
+        [data(1000, b"one segment")],
+        "all of its bytes, without the end; the checksums are right"
+    );
+    let end = Tcp::new(1011, 500, ACK | FIN, b"").frame();
+    assert_eq!(released(&bench.secondary(end)), [whole]);
+    assert_eq!(bench.comparator.held().frames, 0);
+}
+
+#[test]
+fn first_bytes_leave_with_an_acknowledgement_that_may() {
+    for v6 in [false, true] {
+        let mut bench = connected();
+        let of = |seq, ack, payload: &[u8]| {
+            Tcp {
+                v6,
+                ..Tcp::data(seq, ack, payload)
+            }
+            .frame()
+        };
+        assert!(is_held(&bench.primary(of(1000, 900, b"longer"))));
+        assert!(is_held(&bench.secondary(of(1000, 700, b"lon"))));
+        assert_eq!(released(&bench.wait(BEGIN)), [of(1000, 700, b"lon")]);
+        assert_eq!(
+            leaving(&bench.secondary(of(1003, 900, b"ger"))),
+            [(1000, 900, b"longer".to_vec())]
+        );
+    }
+}
+
+#[test]
+fn nothing_begins_that_the_secondary_has_not_said() {
+    let mut bench = connected();
+    assert!(is_held(&bench.primary(data(1000, b"one"))));
+    assert!(is_held(&bench.secondary(data(1003, b"two"))));
+    assert!(is_held(&bench.wait(BEGIN)));
+    let urgent = Tcp {
+        urgent: 2,
+        ..Tcp::new(2000, 500, ACK | URG, b"urgent")
+    };
+    let mut bench = connected();
+    assert!(is_held(&bench.primary(urgent.frame())));
+    assert!(is_held(&bench.secondary(data(2000, b"u"))));
+    assert!(is_held(&bench.wait(BEGIN)), "what is urgent is not cut");
 }

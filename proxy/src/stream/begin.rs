@@ -1,0 +1,35 @@
+//! Which first bytes of a segment may leave before the rest of it.
+//!
+//! Two guests cut their streams differently. One that may send a single segment (after a loss, or into a small window) waits
+//! for the acknowledgement of that; the other's segment with those bytes and more would wait for the rest, and the client would see neither.
+
+use crate::frame::Segment;
+use crate::seq::Seq;
+
+use super::{Leave, Note, Stream};
+
+impl Stream {
+    /// Returns the number after those first bytes of a segment that may leave, and how, if there are any that have not left.
+    pub(crate) fn begins(&self, note: &Note) -> Option<(Seq, Leave)> {
+        let Segment { syn, rst, options, .. } = note.segment;
+        if syn || rst || options.signed || note.urgent.is_some() {
+            return None;
+        }
+        let until = self.settled.end_of(note.data.start)?.min(note.data.end);
+        let bytes = u32::try_from(until - note.data.start).ok()?;
+        let end = note.segment.data_seq().plus(bytes);
+        let has_left = self.left_end.is_some_and(|left| end.at_most(left));
+        if has_left || bytes == 0 {
+            return None;
+        }
+        let begun = Note {
+            data: note.data.start..until,
+            fin: None,
+            ..note.clone()
+        };
+        match self.leave(&begun) {
+            Leave::Wait => None,
+            leave => Some((end, leave)),
+        }
+    }
+}
