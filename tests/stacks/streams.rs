@@ -85,7 +85,6 @@ fn a_slow_secondary_costs_time_and_nothing_else() {
 }
 
 #[test]
-#[ignore = "a stack that may send one small segment only waits for ever behind the other's larger one"]
 fn lost_repeated_and_overtaking_frames_are_no_difference() {
     for seed in 0..2 {
         let conditions = Conditions {
@@ -153,7 +152,6 @@ fn an_idle_connection_is_asked_after() {
 }
 
 #[test]
-#[ignore = "a stack that may send one small segment only waits for ever behind the other's larger one"]
 fn a_window_that_closes_opens_again() {
     let Some(stage) = alike(delayed(10)) else {
         return;
