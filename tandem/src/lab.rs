@@ -416,7 +416,7 @@ impl Namespace {
         })
     }
 
-    fn sysctl(&self, name: &'static str, value: &'static str) -> Result<(), LabError> {
+    pub(crate) fn sysctl(&self, name: &'static str, value: &'static str) -> Result<(), LabError> {
         let place = self.name;
         let path = format!("/proc/sys/net/{name}");
         // A kernel without IPv6 has nothing to be silenced.
@@ -508,7 +508,7 @@ impl Netlink {
     }
 
     /// Makes a bridge that forwards at once and says nothing of its own, and brings it up.
-    async fn add_bridge(&self, name: &str) -> Result<(), LabError> {
+    pub(crate) async fn add_bridge(&self, name: &str) -> Result<(), LabError> {
         let bridge = LinkBridge::new(name)
             .forward_delay(0)
             .stp_state(BridgeStpState::Disabled)
@@ -539,7 +539,7 @@ impl Netlink {
         .await
     }
 
-    async fn join_bridge(&self, port: &str, bridge: &str) -> Result<(), LabError> {
+    pub(crate) async fn join_bridge(&self, port: &str, bridge: &str) -> Result<(), LabError> {
         let index = self.index(bridge).await?;
         let message = LinkUnspec::new_with_name(port).controller(index).build();
         self.told(

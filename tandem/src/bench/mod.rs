@@ -1,7 +1,9 @@
 //! The benchmarks: what protection costs, measured on real pairs on this machine.
 //!
 //! ```text
-//!   run ─┬─ checkpoint   the pause, its floor, bytes, commits, processor time, memory
+//!   run ─┬─ proxy        a frame's way through translator and comparator, beside a copy
+//!        │    └─ traffic    the frames, and the TAPs that they come from and go to
+//!        ├─ checkpoint   the pause, its floor, bytes, commits, processor time, memory
 //!        │    ├─ floor      the same guest, stopped with nothing around it
 //!        │    └─ buffered   how often a pair in buffered mode gets to it
 //!        └─ protect      clients at one VM, at two at once, at a pair
@@ -19,7 +21,9 @@ mod floor;
 mod load;
 mod plot;
 mod protect;
+mod proxy;
 mod report;
+mod traffic;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -40,6 +44,19 @@ pub enum Bench {
     Checkpoint(BenchOptions),
     /// What clients get from a protected VM, beside what they get without protection
     Protect(BenchOptions),
+    /// What a frame costs in the proxy, beside a plain copy from TAP to TAP; needs root, and no KVM
+    Proxy(ProxyOptions),
+}
+
+/// What the benchmark of the proxy is told.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ProxyOptions {
+    /// Measure for some seconds only
+    #[arg(long)]
+    pub quick: bool,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// What a benchmark is told.
@@ -79,7 +96,13 @@ impl BenchOptions {
 /// Fails if it could not be carried out: a host that can't run VMs, missing rights or memory, a role that did not come up,
 /// an interruption. Nothing is left behind. A missed target is no error.
 pub fn run(bench: &Bench) -> Result<()> {
-    let (Bench::Checkpoint(options) | Bench::Protect(options)) = bench;
+    let options = match bench {
+        Bench::Checkpoint(options) | Bench::Protect(options) => options,
+        Bench::Proxy(options) => {
+            let measured = proxy::run(options.quick, &Progress(Instant::now()))?;
+            return print(&Report::Proxy(measured), options.json);
+        }
+    };
     machine::host_check().context("this machine can't run the benchmark")?;
     if let Some(folder) = &options.plot {
         std::fs::create_dir_all(folder).with_context(|| format!("can't make {}: check --plot", folder.display()))?;
@@ -88,7 +111,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     let progress = Progress(Instant::now());
     let measured = match bench {
         Bench::Checkpoint(options) => checkpoint::run(options, &tidy, &progress).map(Report::Checkpoint),
-        Bench::Protect(options) => protect::run(options, &tidy, &progress).map(Report::Protect),
+        _ => protect::run(options, &tidy, &progress).map(Report::Protect),
     };
     tidy.clear();
     let report = match measured {
@@ -103,8 +126,12 @@ pub fn run(bench: &Bench) -> Result<()> {
         report.plot(folder)?;
         progress.tell(&format!("figures and data are in {}", folder.display()));
     }
-    if options.json {
-        serde_json::to_writer(io::stdout().lock(), &report).context("can't print the report")?;
+    print(&report, options.json)
+}
+
+fn print(report: &Report, json: bool) -> Result<()> {
+    if json {
+        serde_json::to_writer(io::stdout().lock(), report).context("can't print the report")?;
         println!();
     } else {
         print!("{}", report.text());

@@ -10,12 +10,14 @@ use super::checkpoint::{Case, CheckpointReport};
 use super::load::Kind;
 use super::plot::{self, Line, Sheet};
 use super::protect::{Figures, Latency, ProtectReport};
+use super::proxy::ProxyReport;
 use super::ratio;
 
 /// The report of one benchmark.
 pub(super) enum Report {
     Checkpoint(CheckpointReport),
     Protect(ProtectReport),
+    Proxy(ProxyReport),
 }
 
 /// What was wished for, and what came out.
@@ -76,6 +78,12 @@ impl Serialize for Report {
                 targets,
             }
             .serialize(serializer),
+            Self::Proxy(figures) => Whole {
+                benchmark: "proxy",
+                figures,
+                targets,
+            }
+            .serialize(serializer),
         }
     }
 }
@@ -85,6 +93,7 @@ impl Report {
         match self {
             Self::Checkpoint(report) => checkpoint_targets(report),
             Self::Protect(report) => protect_targets(report),
+            Self::Proxy(report) => report.targets(),
         }
     }
 
@@ -93,6 +102,7 @@ impl Report {
         let mut text = match self {
             Self::Checkpoint(report) => checkpoint_text(report),
             Self::Protect(report) => protect_text(report),
+            Self::Proxy(report) => report.text(),
         };
         text.push_str("\nTargets\n");
         for target in self.targets() {
@@ -114,6 +124,8 @@ impl Report {
         match self {
             Self::Checkpoint(report) => checkpoint_plot(report, folder),
             Self::Protect(report) => protect_plot(report, folder),
+            // Its options name no folder.
+            Self::Proxy(_) => Ok(()),
         }
     }
 }
