@@ -254,14 +254,38 @@ impl Lane {
         in_time(&mut self.time, segment, lowered(segment, frame, ack))
     }
 
-    /// Says whether a segment with something new waits.
+    /// Says whether something waits of which a part may leave before the rest.
     pub(crate) fn may_begin(&self) -> bool {
-        matches!(&self.kind, Kind::Stream(_, order) if order.first_new().is_some())
+        let Kind::Stream(_, order) = &self.kind else {
+            return false;
+        };
+        order.first_new().is_some() || order.first_acknowledgement().is_some()
     }
 
-    /// Returns the first bytes of a held segment, if they may leave though the rest may not. The whole is to follow: its receiver
-    /// knows a repetition for what it is.
+    /// Returns what may leave of a held segment though the rest may not: its first bytes, or a lower acknowledgement. The
+    /// whole is to follow: its receiver knows a repetition for what it is.
     pub(crate) fn begin(&mut self, hold: &Hold) -> Option<Bytes> {
+        self.begin_bytes(hold).or_else(|| self.begin_acknowledgement(hold))
+    }
+
+    fn begin_acknowledgement(&mut self, hold: &Hold) -> Option<Bytes> {
+        let Kind::Stream(stream, order) = &mut self.kind else {
+            return None;
+        };
+        let (serial, note) = order.first_acknowledgement()?;
+        let ack = stream.lowers(note)?;
+        let segment = note.segment();
+        let mut begun = lowered(segment, hold.get(serial)?.frame.clone(), ack);
+        if let Some(end) = order.renumbered(serial, note, stream.left_end()) {
+            let mut renumbered = into_mut(begun);
+            segment.set_seq(&mut renumbered, end);
+            begun = renumbered.freeze();
+        }
+        stream.has_left(None, Some(ack));
+        Some(in_time(&mut self.time, segment, begun))
+    }
+
+    fn begin_bytes(&mut self, hold: &Hold) -> Option<Bytes> {
         let Kind::Stream(stream, order) = &mut self.kind else {
             return None;
         };

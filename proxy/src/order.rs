@@ -116,6 +116,12 @@ impl Order {
         self.new.front().map(|entry| (entry.serial, &entry.note))
     }
 
+    /// Returns the next acknowledgement, and what it needs to leave.
+    pub(crate) fn first_acknowledgement(&self) -> Option<(u64, &Note)> {
+        let first = self.acknowledgements.front().filter(|_| !self.is_barred())?;
+        Some((first.serial, &first.note))
+    }
+
     /// Takes out a frame that leaves.
     pub(crate) fn take(&mut self, place: Place) -> Option<Note> {
         let entry = match place {

@@ -293,3 +293,29 @@ fn nothing_begins_that_the_secondary_has_not_said() {
     assert!(is_held(&bench.secondary(data(2000, b"u"))));
     assert!(is_held(&bench.wait(BEGIN)), "what is urgent is not cut");
 }
+
+#[test]
+fn an_acknowledgement_leaves_as_far_as_the_secondary_has_come() {
+    // The client has sent what the secondary's guest had no room for: it must hear of it, to send it again.
+    let mut bench = connected();
+    let full = Tcp::ack(1000, 900).sack(&[(950, 1_111)]).frame();
+    assert!(is_held(&bench.primary(full.clone())));
+    assert!(is_held(&bench.secondary(Tcp::ack(1000, 700).frame())));
+    let begun = bench.wait(BEGIN);
+    assert_eq!(leaving(&begun), [(1000, 700, vec![])]);
+    assert!(
+        !released(&begun)[0]
+            .windows(4)
+            .any(|word| word == 1_111_u32.to_be_bytes())
+    );
+    assert!(is_held(&bench.wait(BEGIN)), "once");
+    assert!(is_held(&bench.secondary(Tcp::ack(1000, 900).frame())));
+    assert_eq!(
+        leaving(&bench.wait(BEGIN)),
+        [(1000, 900, vec![])],
+        "without its SACK block"
+    );
+    let whole = Tcp::ack(1000, 1_111).frame();
+    assert_eq!(released(&bench.secondary(whole)), [full]);
+    assert_eq!(bench.comparator.held().frames, 0);
+}

@@ -1,7 +1,9 @@
-//! Which first bytes of a segment may leave before the rest of it.
+//! Which part of a segment may leave though the whole may not.
 //!
 //! Two guests cut their streams differently. One that may send a single segment (after a loss, or into a small window) waits
-//! for the acknowledgement of that; the other's segment with those bytes and more would wait for the rest, and the client would see neither.
+//! for the acknowledgement of that; the other's segment with those bytes and more would wait for the rest, and the client would
+//! see neither. And two guests have room for different amounts: what the client sends into the window of the primary's, the
+//! secondary's may have dropped. It takes that only when the client repeats it, and acknowledges it only then.
 
 use crate::frame::Segment;
 use crate::seq::Seq;
@@ -31,5 +33,13 @@ impl Stream {
             Leave::Wait => None,
             leave => Some((end, leave)),
         }
+    }
+
+    /// Returns the acknowledgement with which a segment that only acknowledges may leave, if that is news.
+    pub(crate) fn lowers(&self, note: &Note) -> Option<Seq> {
+        let (ack, permitted) = (note.segment.ack?, self.permitted?);
+        let lowered = if ack.at_most(permitted) { ack } else { permitted };
+        let is_news = self.left.is_none_or(|left| !lowered.at_most(left));
+        (is_news && !note.segment.options.signed).then_some(lowered)
     }
 }
