@@ -289,8 +289,12 @@ impl Lane {
         let Kind::Stream(stream, order) = &mut self.kind else {
             return None;
         };
-        let (serial, note) = order.first_new()?;
-        let (end, leave) = stream.begins(note)?;
+        let new = order.first_new().and_then(|(serial, note)| {
+            let (end, leave) = stream.begins(note)?;
+            let is_news = stream.left_end().is_none_or(|left| !end.at_most(left));
+            is_news.then(|| (serial, note.clone(), end, leave))
+        });
+        let (serial, note, end, leave) = new.or_else(|| order.begin_again(stream))?;
         let segment = note.segment();
         let mut begun = segment.begin(&hold.get(serial)?.frame, end);
         if let Leave::Lowered(ack) = leave {

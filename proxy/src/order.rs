@@ -54,6 +54,8 @@ pub(crate) enum Place {
 struct Entry {
     serial: u64,
     note: Note,
+    /// Its first bytes have left by themselves.
+    begun: bool,
 }
 
 impl Next {
@@ -75,7 +77,11 @@ impl Order {
             Turn::Again => &mut self.again,
         };
         self.barriers += usize::from(is_barrier(note.segment()));
-        queue.push_back(Entry { serial, note });
+        queue.push_back(Entry {
+            serial,
+            note,
+            begun: false,
+        });
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -114,6 +120,16 @@ impl Order {
     /// Returns the next frame with something new, and what it needs to leave.
     pub(crate) fn first_new(&self) -> Option<(u64, &Note)> {
         self.new.front().map(|entry| (entry.serial, &entry.note))
+    }
+
+    /// Takes note that first bytes which are said again leave again, once for each frame that says them, and returns it and how.
+    pub(crate) fn begin_again(&mut self, stream: &Stream) -> Option<(u64, Note, Seq, Leave)> {
+        let again = self.again.iter_mut().take(AGAIN_MAX);
+        again.filter(|entry| !entry.begun).find_map(|entry| {
+            let (end, leave) = stream.begins(&entry.note)?;
+            entry.begun = true;
+            Some((entry.serial, entry.note.clone(), end, leave))
+        })
     }
 
     /// Returns the next acknowledgement, and what it needs to leave.

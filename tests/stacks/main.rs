@@ -19,3 +19,4 @@ mod stage;
 mod streams;
 mod switch;
 mod takeovers;
+mod tools;

@@ -27,6 +27,8 @@ pub(crate) const UPLOAD: u16 = 9;
 pub(crate) const RESET: u16 = 5;
 /// Hears two ports, and opens a connection from its own of the first to the client's of the second, which it serves as [`ECHO`].
 pub(crate) const CALL: u16 = 20;
+/// Answers requests for `/N` with so many bytes of [`content`], and tells no date.
+pub(crate) const HTTP: u16 = 80;
 /// As [`ECHO`], and asks every second whether the client is still there.
 pub(crate) const PATIENT: u16 = 21;
 
@@ -63,13 +65,14 @@ struct Peer {
 
 type Service = fn(&mut Peer) -> io::Result<()>;
 
-const SERVICES: [(u16, Service); 6] = [
+const SERVICES: [(u16, Service); 7] = [
     (ECHO, echo),
     (DOWNLOAD, download),
     (UPLOAD, upload),
     (RESET, reset),
     (CALL, call),
     (PATIENT, patient),
+    (HTTP, http),
 ];
 
 impl Program {
@@ -210,7 +213,13 @@ fn echo(peer: &mut Peer) -> io::Result<()> {
 fn download(peer: &mut Peer) -> io::Result<()> {
     let mut length = [0; 8];
     peer.hear_all(&mut length)?;
-    let length = u64::from_be_bytes(length);
+    say_content(peer, u64::from_be_bytes(length))?;
+    peer.stream.shutdown(Shutdown::Write)?;
+    while peer.hear(&mut [0; 1_024])? > 0 {}
+    Ok(())
+}
+
+fn say_content(peer: &mut Peer, length: u64) -> io::Result<()> {
     let mut offset = 0;
     let mut bytes = vec![0; PORTION];
     while offset < length {
@@ -219,8 +228,24 @@ fn download(peer: &mut Peer) -> io::Result<()> {
         peer.say(&bytes[..portion])?;
         offset += portion as u64;
     }
-    peer.stream.shutdown(Shutdown::Write)?;
-    while peer.hear(&mut bytes)? > 0 {}
+    Ok(())
+}
+
+fn http(peer: &mut Peer) -> io::Result<()> {
+    let mut request = Vec::new();
+    let mut byte = [0];
+    while peer.hear(&mut byte)? > 0 {
+        request.push(byte[0]);
+        if !request.ends_with(b"\r\n\r\n") {
+            continue;
+        }
+        let text = String::from_utf8_lossy(&request).into_owned();
+        let path = text.split(' ').nth(1).and_then(|path| path.strip_prefix('/'));
+        let length = path.and_then(|path| path.parse().ok()).unwrap_or(0);
+        peer.say(format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").as_bytes())?;
+        say_content(peer, length)?;
+        request.clear();
+    }
     Ok(())
 }
 

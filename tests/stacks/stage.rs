@@ -59,7 +59,7 @@ pub(crate) struct Stage {
     // In the order of their ends.
     _programs: [Program; 2],
     pub(crate) switch: Switch,
-    _hosts: [Namespace; 2],
+    hosts: [Namespace; 2],
     client: Namespace,
     _turn: MutexGuard<'static, ()>,
 }
@@ -128,10 +128,15 @@ impl Stage {
         Ok(Self {
             _programs: programs,
             switch,
-            _hosts: [primary, secondary],
+            hosts: [primary, secondary],
             client,
             _turn: turn,
         })
+    }
+
+    /// Returns the two hosts.
+    pub(crate) fn hosts(&self) -> &[Namespace; 2] {
+        &self.hosts
     }
 
     /// Runs a client to its end.

@@ -319,3 +319,19 @@ fn an_acknowledgement_leaves_as_far_as_the_secondary_has_come() {
     assert_eq!(released(&bench.secondary(whole)), [full]);
     assert_eq!(bench.comparator.held().frames, 0);
 }
+
+#[test]
+fn first_bytes_that_were_lost_leave_again_with_each_retransmission() {
+    let mut bench = connected();
+    let whole = data(1000, b"one segment");
+    assert!(is_held(&bench.primary(whole.clone())));
+    assert!(is_held(&bench.secondary(data(1000, b"one"))));
+    let begun = || vec![(1000, 500, b"one".to_vec())];
+    assert_eq!(leaving(&bench.wait(BEGIN)), begun());
+    for _ in 0..2 {
+        assert!(is_held(&bench.wait(BEGIN)));
+        assert!(is_held(&bench.primary(whole.clone())));
+        assert_eq!(leaving(&bench.wait(BEGIN)), begun());
+    }
+    assert_eq!(released(&bench.secondary(data(1003, b" segment"))), vec![whole; 3]);
+}

@@ -11,7 +11,7 @@ use crate::seq::Seq;
 use super::{Leave, Note, Stream};
 
 impl Stream {
-    /// Returns the number after those first bytes of a segment that may leave, and how, if there are any that have not left.
+    /// Returns the number after those first bytes of a segment that may leave, and how, if there are any.
     pub(crate) fn begins(&self, note: &Note) -> Option<(Seq, Leave)> {
         let Segment { syn, rst, options, .. } = note.segment;
         if syn || rst || options.signed || note.urgent.is_some() {
@@ -20,8 +20,7 @@ impl Stream {
         let until = self.settled.end_of(note.data.start)?.min(note.data.end);
         let bytes = u32::try_from(until - note.data.start).ok()?;
         let end = note.segment.data_seq().plus(bytes);
-        let has_left = self.left_end.is_some_and(|left| end.at_most(left));
-        if has_left || bytes == 0 {
+        if bytes == 0 {
             return None;
         }
         let begun = Note {

@@ -1,0 +1,232 @@
+//! Other people's clients and servers, and what Wireshark says of the frames. The script `tools.sh` installs them.
+
+use std::fs;
+use std::io::Read;
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use checkpoint::Duration as Span;
+use guest::content;
+
+use crate::clients;
+use crate::services::HTTP;
+use crate::stage::{Ip, LIMIT, Setup, Stage, Timestamps};
+use crate::switch::Conditions;
+
+/// What a client of theirs does against both hosts' servers.
+fn stage(captures: Option<&Path>) -> Option<Stage> {
+    Stage::new(&Setup {
+        conditions: Conditions {
+            seed: 5,
+            delay: Span::from_millis(5),
+            ..Conditions::default()
+        },
+        timestamps: Timestamps::Apart,
+        captures: captures.map(Path::to_owned),
+        ..Setup::default()
+    })
+}
+
+/// A server on each host; dropping it ends it.
+struct Servers(Vec<Child>);
+
+impl Servers {
+    /// Starts them, and waits until they accept connections.
+    fn start(stage: &Stage, port: u16, words: &[&str]) -> Self {
+        let mut servers = Self(Vec::new());
+        for host in stage.hosts() {
+            servers
+                .0
+                .push(host.spawn(command(words)).expect("tools.sh installs it"));
+            host.thread("probe", move || {
+                let start = Instant::now();
+                while TcpStream::connect(("127.0.0.1", port)).is_err() {
+                    assert!(start.elapsed() < LIMIT, "the server does not accept");
+                    sleep(Duration::from_millis(10));
+                }
+            })
+            .map(|probe| probe.join().expect("the server accepts"))
+            .expect("a thread can be started");
+        }
+        servers
+    }
+}
+
+impl Drop for Servers {
+    fn drop(&mut self) {
+        for server in &mut self.0 {
+            // It may have ended.
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+    }
+}
+
+fn command(words: &[&str]) -> Command {
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// Runs a client to its end and returns what it says.
+fn client(stage: &Stage, words: &[&str]) -> String {
+    let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+    let ended = stage.client(move || Command::new(&words[0]).args(&words[1..]).output());
+    let ended = ended.expect("tools.sh installs it");
+    let told = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{}: {told}", ended.status);
+    String::from_utf8_lossy(&ended.stdout).into_owned()
+}
+
+#[test]
+#[ignore = "needs tests/stacks/tools.sh"]
+fn curl() {
+    let Some(stage) = stage(None) else { return };
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    for (number, host) in ["10.77.0.2", "[fd77::2]"].into_iter().enumerate() {
+        let to = folder.path().join(number.to_string());
+        let to = to.to_str().expect("a name of letters");
+        let url = format!("http://{host}:{HTTP}");
+        let one = format!("{url}/1000");
+        let all = [
+            "curl",
+            "-sSf",
+            "-o",
+            to,
+            &one,
+            "-o",
+            to,
+            &one,
+            "-o",
+            to,
+            &format!("{url}/3000000"),
+        ];
+        client(&stage, &all);
+        let (mut got, mut wanted) = (Vec::new(), vec![0; 3_000_000]);
+        fs::File::open(to)
+            .and_then(|mut file| file.read_to_end(&mut got))
+            .expect("curl writes it");
+        content::fill(0, &mut wanted);
+        assert!(got == wanted, "curl heard other bytes");
+    }
+    stage.agreed();
+}
+
+#[test]
+#[ignore = "needs tests/stacks/tools.sh"]
+fn redis() {
+    let Some(stage) = stage(None) else { return };
+    let words = ["redis-server", "--save", "", "--protected-mode", "no", "--bind", "*"];
+    let _servers = Servers::start(&stage, 6_379, &words);
+    // Of different connections' commands the two hosts may choose the order: none of these depends on others.
+    for host in ["10.77.0.2", "fd77::2"] {
+        let told = client(
+            &stage,
+            &[
+                "redis-benchmark",
+                "-h",
+                host,
+                "-n",
+                "1500",
+                "-c",
+                "10",
+                "-q",
+                "-t",
+                "ping,set,get",
+            ],
+        );
+        assert!(told.contains("GET"), "{told}");
+    }
+    stage.agreed();
+}
+
+#[test]
+#[ignore = "needs tests/stacks/tools.sh"]
+fn names() {
+    let Some(stage) = stage(None) else { return };
+    let words = [
+        "dnsmasq",
+        "--no-daemon",
+        "--no-resolv",
+        "--no-hosts",
+        "--conf-file=/dev/null",
+        "--host-record=pair.test,10.77.0.2,fd77::2",
+    ];
+    let _servers = Servers::start(&stage, 53, &words);
+    for server in ["@10.77.0.2", "@fd77::2"] {
+        for (kind, answer) in [("A", "10.77.0.2"), ("AAAA", "fd77::2")] {
+            for way in ["+notcp", "+tcp"] {
+                let told = client(&stage, &["dig", server, "+short", way, "pair.test", kind]);
+                assert_eq!(told.trim(), answer, "{server} {kind} {way}");
+            }
+        }
+    }
+    stage.agreed();
+}
+
+#[test]
+#[ignore = "needs tests/stacks/tools.sh"]
+fn what_differs_is_seen() {
+    let Some(stage) = stage(None) else { return };
+    let _servers = Servers::start(&stage, 5_201, &["iperf3", "-s"]);
+    // Its servers tell at the end what processor time they used.
+    client(&stage, &["iperf3", "-c", "10.77.0.2", "-n", "4M", "-R"]);
+    let told = stage.switch.tell();
+    assert!(told.counters.matched > 1_000, "until then the two say the same");
+    assert!(told.divergences[0].contains("10.77.0.2:5201"), "{:?}", told.divergences);
+}
+
+#[test]
+#[ignore = "needs tests/stacks/tools.sh"]
+fn wireshark_sees_nothing_that_the_primary_alone_would_not_show() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    {
+        let Some(stage) = stage(Some(folder.path())) else {
+            return;
+        };
+        stage.client(|| {
+            for ip in [Ip::V4, Ip::V6] {
+                clients::echo(ip, 30);
+                clients::download(ip, 1 << 20, |_| {});
+                clients::upload(ip, 1 << 20);
+                clients::is_reset(ip);
+                clients::datagrams(ip, 20);
+            }
+        });
+        stage.agreed();
+    }
+    for anomaly in [
+        "tcp.analysis.out_of_order",
+        "tcp.analysis.lost_segment",
+        "tcp.analysis.ack_lost_segment",
+        "tcp.analysis.reused_ports",
+        "tcp.checksum.status == 0 || udp.checksum.status == 0 || ip.checksum.status == 0",
+        "_ws.malformed",
+    ] {
+        let count = |file: &str| {
+            let file = folder.path().join(file);
+            let mut tshark = Command::new("tshark");
+            tshark.arg("-r").arg(file).args(["-Y", anomaly]);
+            for check in [
+                "tcp.check_checksum:TRUE",
+                "udp.check_checksum:TRUE",
+                "ip.check_checksum:TRUE",
+            ] {
+                tshark.args(["-o", check]);
+            }
+            let ended = tshark.output().expect("tools.sh installs it");
+            assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+            String::from_utf8_lossy(&ended.stdout).lines().count()
+        };
+        let (alone, released) = (count("alone.pcap"), count("released.pcap"));
+        println!("{anomaly}: {released} released, {alone} of the primary alone");
+        assert!(
+            released <= alone,
+            "{anomaly}: {released} released, {alone} of the primary alone"
+        );
+    }
+}
