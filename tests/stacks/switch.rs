@@ -38,6 +38,8 @@ const UNMATCHED: Duration = Duration::from_millis(3_000);
 const REORDER: Duration = Duration::from_millis(1_000);
 /// How late a frame is that others overtake.
 const OVERTAKEN: Duration = Duration::from_millis(3);
+/// Where kernels tell their IPv6 groups, again and again after times left to chance: nobody here listens.
+const GROUP_REPORTS: [u8; 6] = [0x33, 0x33, 0, 0, 0, 0x16];
 const FRAMES_PER_TURN: usize = 256;
 
 /// What the wires are like.
@@ -285,7 +287,7 @@ impl Hub {
 
     fn guest_sent(&mut self, now: Instant, side: Side, frame: &[u8]) {
         let host_is_cut_off = self.told.taken_over && side == Side::Primary;
-        if host_is_cut_off {
+        if host_is_cut_off || frame.starts_with(&GROUP_REPORTS) {
             return;
         }
         let frame = segment::tag(frame, self.conditions.vlans);

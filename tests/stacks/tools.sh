@@ -2,8 +2,8 @@
 # Installs, from Debian's packages, the programs that `tests/stacks/tools.rs` uses. Needs root.
 set -euo pipefail
 
-declare -A of=([tshark]=tshark [iperf3]=iperf3 [dig]=bind9-dnsutils [dnsmasq]=dnsmasq-base [redis-server]=redis-server
-    [redis-benchmark]=redis-tools [curl]=curl)
+declare -A of=([tshark]=tshark [iperf3]=iperf3 [redis-server]=redis-server [redis-benchmark]=redis-tools
+    [curl]=curl)
 missing=()
 for program in "${!of[@]}"; do
     command -v "$program" >/dev/null || missing+=("${of[$program]}")
