@@ -69,7 +69,7 @@ impl Comparator {
             return None;
         }
         let looked = self.begun.filter(|begun| begun.serial == serial);
-        let since = looked.map_or(held.arrived.max(loaded), |begun| begun.looked);
+        let since = looked.map_or_else(|| held.arrived.max(loaded), |begun| begun.looked);
         Some(since + self.limits.begin)
     }
 
@@ -96,7 +96,10 @@ impl Comparator {
         let lane = held.flow.and_then(|id| self.flows.get_mut(id));
         let begun = lane.and_then(|lane| lane.begin(&self.hold));
         let before = self.begun.filter(|begun| begun.serial == serial);
-        let left = begun.is_some().then_some(now).or(before.and_then(|begun| begun.left));
+        let left = begun
+            .is_some()
+            .then_some(now)
+            .or_else(|| before.and_then(|begun| begun.left));
         verdicts.extend(begun.map(|frame| Verdict::Release(frame, Why::Equal)));
         self.begun = Some(Begun {
             serial,

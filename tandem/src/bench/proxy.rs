@@ -365,7 +365,7 @@ impl<'a> Proxy<'a> {
 
     fn release(&mut self) -> Result<()> {
         for verdict in self.verdicts.drain(..) {
-            let Verdict::Release(frame) = verdict else {
+            let Verdict::Release(frame, _) = verdict else {
                 anyhow::bail!("the two sides' frames are the same: {verdict:?}");
             };
             self.road.far.send(&frame).context("the TAP takes no frame")?;
