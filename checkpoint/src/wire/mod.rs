@@ -31,7 +31,7 @@ use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]
