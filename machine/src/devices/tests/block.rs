@@ -35,6 +35,8 @@ struct Ram(Arc<Mutex<Content>>);
 struct Content {
     bytes: Vec<u8>,
     calls: Vec<Call>,
+    /// Calls that have begun.
+    begun: usize,
     failing: bool,
     /// Every call waits for this lock.
     gate: Arc<Mutex<()>>,
@@ -48,7 +50,11 @@ impl Ram {
     }
 
     fn call(&self, call: Call) -> io::Result<()> {
-        let gate = Arc::clone(&self.0.lock().unwrap().gate);
+        let gate = {
+            let mut content = self.0.lock().unwrap();
+            content.begun += 1;
+            Arc::clone(&content.gate)
+        };
         drop(gate.lock().unwrap());
         let mut content = self.0.lock().unwrap();
         content.calls.push(call);
@@ -332,7 +338,9 @@ fn freezing_waits_for_the_request_in_flight_and_leaves_the_others() {
         queue.offer(&[Piece::Read(HEADER, 16), Piece::Read(DATA, 512), Piece::Write(STATUS, 1)]);
     }
     queue.notify(block.mmio());
-    std::thread::sleep(std::time::Duration::from_millis(20));
+    wait_for("a request in flight", || {
+        (content.0.lock().unwrap().begun > 0).then_some(())
+    });
     std::thread::scope(|scope| {
         let freezer = scope.spawn(|| block.mmio().freeze());
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -360,7 +368,9 @@ fn a_hanging_disk_can_not_be_frozen_and_the_attempt_ends() {
         queue.offer(&[Piece::Read(HEADER, 16), Piece::Write(STATUS, 1)]);
     }
     queue.notify(block.mmio());
-    std::thread::sleep(std::time::Duration::from_millis(20));
+    wait_for("a request in flight", || {
+        (content.0.lock().unwrap().begun > 0).then_some(())
+    });
     let attempt = block.mmio().freeze_within(std::time::Duration::from_millis(20));
     assert!(matches!(attempt, Err(DeviceError::Stuck { .. })));
     drop(held);
