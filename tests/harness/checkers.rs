@@ -248,8 +248,8 @@ impl Checkers {
         let has_inputs =
             primary.inputs_unconfirmed() >= room.inputs || primary.input_bytes_unconfirmed() >= room.input_bytes;
         assert!(
-            !(mirrors && !primary.is_held_back() && primary.has_no_room())
-                && !(mirrors && has_inputs && !primary.is_input_held())
+            (!mirrors || primary.is_held_back() || !primary.has_no_room())
+                && (!mirrors || primary.is_input_held() || !has_inputs)
                 && pending.bytes <= limits::PENDING_BYTES_MAX + limits::FRAME_BYTES_MAX
                 && primary.inputs_unconfirmed() <= room.inputs + INPUTS_READ_MAX
                 && primary.input_bytes_unconfirmed()
