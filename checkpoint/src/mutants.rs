@@ -48,6 +48,8 @@ mutants! {
     ClaimOnce "claim-once"
     /// A side that contends claims the term that it follows, not the next.
     ClaimOwnTerm "claim-own-term"
+    /// Of a segment whose first bytes only both sides have said, all leave.
+    BeginTooMuch "begin-too-much"
     /// Blocks count as equal on both disks once their checkpoint is acknowledged, before it is durable.
     ClearChangedOnAcknowledgement "clear-changed-on-acknowledgement"
     /// A checkpoint commits the disk writes of the epoch after it, too.
@@ -181,8 +183,9 @@ mutants! {
 }
 
 impl Mutant {
-    /// Those about frames that no guest of the simulated world sends: sequences made for them must notice these.
+    /// Those about frames that no guest of the simulated world sends, or hardly any: sequences made for them must notice these.
     pub const SEQUENCES_ONLY: &[Self] = &[
+        Self::BeginTooMuch,
         Self::ForgetClock,
         Self::IgnoreUrgent,
         Self::JoinFragments,

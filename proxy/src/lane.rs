@@ -296,6 +296,11 @@ impl Lane {
         });
         let (serial, note, end, leave) = new.or_else(|| order.begin_again(stream))?;
         let segment = note.segment();
+        let end = if mutants::on(Mutant::BeginTooMuch) {
+            segment.end_seq()
+        } else {
+            end
+        };
         let mut begun = segment.begin(&hold.get(serial)?.frame, end);
         if let Leave::Lowered(ack) = leave {
             segment.set_ack(&mut begun, ack);

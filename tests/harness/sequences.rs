@@ -18,7 +18,7 @@ type Sequence = (&'static str, fn() -> bool);
 /// # Errors
 /// Says what happened that must not.
 pub fn run() -> Result<(), String> {
-    let sequences: [Sequence; 8] = [
+    let sequences: [Sequence; 9] = [
         ("rule 1: bytes that were said before, but others, leave", repeated),
         ("rule 1: a byte that only the secondary marks as urgent leaves", urgent),
         (
@@ -34,6 +34,7 @@ pub fn run() -> Result<(), String> {
             "rule 6: connections opened from different ports wait for the whole bound",
             ports,
         ),
+        ("rule 1: more of a segment leaves than both have said", begin),
         ("a time before that of what has overtaken leaves", overtaken),
         ("a time before one that the client has seen leaves", takeover),
     ];
@@ -119,6 +120,22 @@ fn numbers() -> bool {
     primary.sends(tcp(1_001, ACK, 0, b"hello"));
     primary.protect();
     primary.sends(tcp(1_006, ACK, 0, b"AAAA"))
+}
+
+/// The secondary has said the first bytes of a segment, and says no more.
+fn begin() -> bool {
+    let mut primary = Primary::new();
+    primary.sends(tcp(996, ACK, 0, b"past"));
+    primary.protect();
+    primary.sends(tcp(1000, ACK, 0, b"abcd"));
+    primary.hears(tcp(1000, ACK, 0, b"ab"));
+    let mut verdicts = Vec::new();
+    let due = primary.0.deadline().expect("something waits");
+    primary.0.timeout(due, &mut verdicts);
+    assert!(leaves(&verdicts), "what both have said leaves");
+    let both = tcp(1000, ACK, 0, b"ab").len();
+    let more = |verdict: &Verdict| matches!(verdict, Verdict::Release(frame, _) if frame.len() > both);
+    verdicts.iter().any(more)
 }
 
 /// An acknowledgement leaves before the bytes that were sent before it.
