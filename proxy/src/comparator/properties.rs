@@ -356,15 +356,19 @@ impl World {
             let first_new = model.held.iter().position(|(_, is_new)| *is_new);
             let may = |at: &usize| same(&model.held[*at]) && (!model.held[*at].1 || first_new == Some(*at));
             let at = (0..model.held.len()).find(may);
-            // Or its first bytes leave, and the whole after them.
-            let begins = |(held, _): &(Bytes, bool)| {
+            // Or its first bytes leave, and the whole after them; and those again of what is said again.
+            let begins = |at: usize| {
+                let (held, is_new) = &model.held[at];
                 let (want, bytes) = segment(held);
-                want.seq == got.seq && !got.fin && bytes.starts_with(&payload)
+                let begins = want.seq == got.seq && !got.fin && bytes.starts_with(&payload);
+                begins && (!is_new || first_new == Some(at))
             };
-            match (at, first_new) {
-                (Some(at), _) => drop(model.held.remove(at)),
-                (None, Some(first)) if begins(&model.held[first]) => {}
-                _ => panic!("what leaves was held, and what is new leaves in order"),
+            match at {
+                Some(at) => drop(model.held.remove(at)),
+                None => assert!(
+                    (0..model.held.len()).any(begins),
+                    "what leaves was held, and what is new leaves in order"
+                ),
             }
         }
         for (at, byte) in (start..).zip(&payload) {
