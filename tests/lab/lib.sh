@@ -32,6 +32,14 @@ host_start() {
         kill -0 "${hosts[$name]}" 2>/dev/null || { echo "host $name ended while it booted: $(grep -v "TCG doesn.t support" "$at/qemu")" >&2; return 1; }
         sleep 0.1
     done
+    # It is ready a moment before its agent listens.
+    local try
+    for try in {1..100}; do
+        host_run "$name" true >"$at/agent" 2>&1 && return
+        sleep 0.1
+    done
+    cat "$at/agent" >&2
+    return 1
 }
 
 # Runs a script on a host.
