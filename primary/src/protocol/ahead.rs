@@ -2,10 +2,18 @@
 //!
 //! Only while the guest runs in an epoch on top of one that the secondary has loaded, and no stop is wanted: then what is shipped
 //! belongs to the checkpoint that will end this epoch, and builds on what the secondary has committed.
+//!
+//! Pages can be compared at a stop only. Of two guests that write nearly everything alike, what is left for the stop is cheaper
+//! than what is shipped ahead: a hash instead of the content, for a copy in the pause. So nothing is shipped ahead in lockstep
+//! after a checkpoint whose answers said so; the pages are looked at all the same.
 
 use super::{
-    Action, AheadShipment, Duration, Instant, Look, Mutant, Primary, Report, State, Tag, Taken, Trigger, mutants,
+    Action, AheadShipment, Duration, Instant, Look, Mutant, PageMatches, Primary, Report, State, Tag, Taken, Trigger,
+    mutants,
 };
+
+/// So much of what was asked about must have been alike for the pages to be left for the stop.
+const ALIKE_PERCENT: u64 = 75;
 
 /// What is shipped ahead in one epoch.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,6 +34,27 @@ pub(super) struct Ahead {
     pub(super) dirty: u64,
     pub(super) expected: u64,
     pub(super) looked: Duration,
+    /// Nothing is shipped: it will be alike.
+    pub(super) alike: bool,
+}
+
+/// The answers about the pages of one checkpoint.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Answers {
+    asked: u64,
+    alike: u64,
+}
+
+impl Answers {
+    pub(super) fn add(&mut self, matches: &PageMatches) {
+        self.asked += matches.alike.len() as u64;
+        self.alike += matches.alike.iter().filter(|alike| **alike).count() as u64;
+    }
+
+    /// Tells whether nearly all was alike; None if nothing was asked.
+    fn nearly_all(self) -> Option<bool> {
+        (self.asked > 0).then(|| self.alike * 100 >= self.asked * ALIKE_PERCENT)
+    }
 }
 
 impl Primary {
@@ -42,9 +71,11 @@ impl Primary {
     /// The epoch's pages may be shipped from now on.
     pub(super) fn begin_ahead(&mut self, now: Instant) {
         let every = self.options.ahead.map(|budget| budget.every).unwrap_or_default();
+        let answers = core::mem::take(&mut self.answers);
         self.ahead = Ahead {
             tag: self.tag(),
             due: now + every,
+            alike: answers.nearly_all().unwrap_or(self.ahead.alike),
             ..Ahead::default()
         };
     }
@@ -57,7 +88,9 @@ impl Primary {
             return self.look_in_flight(actions);
         }
         self.ahead.round = Some(now);
-        let pages = self.options.ahead.map_or(0, |budget| budget.round_pages());
+        let alike = self.ahead.alike && self.comparator.mode() == proxy::Mode::Comparing;
+        let budget = self.options.ahead.filter(|_| !alike);
+        let pages = budget.map_or(0, |budget| budget.round_pages());
         self.ahead.ordered |= pages > 0;
         let tag = self.ahead.tag;
         actions.push(Action::ShipAhead { tag, pages });

@@ -65,6 +65,7 @@ impl Primary {
         match self.in_flight(matches.tag) {
             Some(taken) if taken.alike == Alike::Asking(matches.alike.len()) => {
                 taken.alike = Alike::Halted;
+                self.answers.add(&matches);
                 actions.push(Action::Alike(matches));
             }
             _ => self.misbehaved(now, "it answered about pages that it was not asked about", actions),

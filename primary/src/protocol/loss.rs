@@ -3,7 +3,7 @@
 //! The decisions are in [`checkpoint::failover::Contest`].
 
 use super::{
-    Action, Ahead, Generation, Instant, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger,
+    Action, Ahead, Answers, Generation, Instant, Mutant, Order, Outcome, Primary, RecordUpdate, Report, State, Trigger,
     WitnessAnswer, failover, mutants, proxy,
 };
 
@@ -89,6 +89,7 @@ impl Primary {
             _ => {}
         }
         self.ahead = Ahead::default();
+        self.answers = Answers::default();
         self.input = self.confirmed;
         self.unconfirmed.clear();
         self.hold_input(actions);

@@ -51,7 +51,7 @@ use storage::ChangedBlocks;
 
 use crate::event::{Action, AheadShipment, Event, GuestEnd, Look, Outcome, Shipment};
 
-use ahead::Ahead;
+use ahead::{Ahead, Answers};
 use alike::Alike;
 pub use mode::Mode;
 use pace::Budget;
@@ -306,6 +306,8 @@ pub struct Primary {
     /// A checkpoint to be taken as soon as it has.
     wanted: Option<Trigger>,
     ahead: Ahead,
+    /// About the pages of the checkpoint under way, or the last.
+    answers: Answers,
     /// The checkpoint that is being loaded: when its stop was asked for, and whether output in lockstep waited for it.
     loading: Option<(Instant, bool)>,
     predictor: Predictor,
@@ -396,6 +398,7 @@ impl Primary {
             peer_loaded: false,
             wanted: None,
             ahead: Ahead::default(),
+            answers: Answers::default(),
             loading: None,
             predictor: Predictor::default(),
             budget_told: false,
