@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bytes::Bytes;
-use etherparse::{LinkSlice, NetSlice, SlicedPacket, TransportSlice};
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 
 use crate::checksum;
 use crate::codec::{Reader, StateError, VERSION, put_address, put_count, put_vlans};
-use crate::flow::Vlans;
-use crate::frame;
+use crate::flow::{Class, FlowKey, Vlans};
+use crate::frame::Frame;
 use crate::sequence::{Snapshot, Translator};
 
 /// Most addresses that are remembered.
@@ -43,6 +43,8 @@ type Mac = [u8; 6];
 pub struct AddressBook {
     macs: BTreeMap<(Vlans, Mac), u64>,
     addresses: BTreeMap<(Vlans, Mac, IpAddr), Known>,
+    /// What the last frame was sent from, if it said no more than that.
+    latest: Option<(Vlans, Mac, IpAddr)>,
     tick: u64,
 }
 
@@ -110,18 +112,23 @@ impl AddressBook {
     }
 
     /// Learns from a frame that the guest sends.
-    pub fn learn(&mut self, bytes: &[u8]) {
-        let Ok(packet) = SlicedPacket::from_ethernet(bytes) else {
+    pub(crate) fn learn(&mut self, parsed: &Frame, bytes: &[u8]) {
+        let FlowKey {
+            class, vlans, source, ..
+        } = parsed.key;
+        let Some(mac) = bytes.get(6..12).and_then(|mac| Mac::try_from(mac).ok()) else {
             return;
         };
-        let Some(LinkSlice::Ethernet2(link)) = &packet.link else {
-            return;
-        };
-        let mac = link.source();
-        if mac[0] & 1 != 0 || mac == [0; 6] {
+        let is_unreadable = class == Class::Malformed && source.address.is_unspecified();
+        if mac[0] & 1 != 0 || mac == [0; 6] || is_unreadable {
             return;
         }
-        let vlans = frame::parse(bytes).key.vlans;
+        let says_more = matches!(class, Class::Arp | Class::Icmpv6);
+        // What has been used again and again since anything else was used is the latest used without being told again.
+        if !says_more && self.latest == Some((vlans, mac, source.address)) {
+            return;
+        }
+        self.latest = None;
         self.tick += 1;
         remember(
             &mut self.macs,
@@ -131,13 +138,26 @@ impl AddressBook {
             |used| (true, *used),
             |used, tick| *used = tick,
         );
+        if says_more {
+            self.learn_claims(vlans, mac, bytes);
+        } else {
+            // Unspecified if there is none.
+            self.note(vlans, mac, source.address, false, false);
+            self.latest = Some((vlans, mac, source.address));
+        }
+    }
+
+    /// Learns from what a guest says of its own addresses.
+    fn learn_claims(&mut self, vlans: Vlans, mac: Mac, bytes: &[u8]) {
+        let Ok(packet) = SlicedPacket::from_ethernet(bytes) else {
+            return;
+        };
         match &packet.net {
             Some(NetSlice::Arp(arp)) => {
                 if let ([a, b, c, d], Ok(sender)) = (arp.sender_protocol_addr(), Mac::try_from(arp.sender_hw_addr())) {
                     self.note(vlans, sender, IpAddr::V4(Ipv4Addr::new(*a, *b, *c, *d)), true, false);
                 }
             }
-            Some(NetSlice::Ipv4(ip)) => self.note(vlans, mac, IpAddr::V4(ip.header().source_addr()), false, false),
             Some(NetSlice::Ipv6(ip)) => {
                 let source = IpAddr::V6(ip.header().source_addr());
                 let message = match &packet.transport {
@@ -154,6 +174,7 @@ impl AddressBook {
                     _ => self.note(vlans, mac, source, false, false),
                 }
             }
+            Some(NetSlice::Ipv4(ip)) => self.note(vlans, mac, IpAddr::V4(ip.header().source_addr()), false, false),
             None => {}
         }
     }

@@ -28,6 +28,7 @@ use crate::frame::{self, Body, Frame};
 use crate::hold::{HeldFrame, Hold};
 use crate::lag::{Lag, LagMeter};
 use crate::lane::{Lane, Unblocked};
+use crate::picture::Leaving;
 use crate::said::Said;
 use crate::service::Services;
 use crate::temper::FlowPatience;
@@ -171,48 +172,9 @@ impl Comparator {
     }
 
     /// Takes a frame that the primary's guest sent in the epoch now running.
-    pub fn primary_output(&mut self, now: Instant, frame: Bytes, verdicts: &mut Vec<Verdict>) {
-        self.catch_up_if_behind(now, verdicts);
-        let parsed = frame::parse(&frame);
-        if self.mode != Mode::Comparing {
-            self.follow(now, &parsed);
-            self.counters.released_at_once += 1;
-            verdicts.push(Verdict::Release(frame, Why::Unprotected));
-            return;
-        }
-        let flow = self.lane(&parsed);
-        let serial = self.hold.push(HeldFrame {
-            frame: frame.clone(),
-            arrived: now,
-            epoch: self.running,
-            flow,
-        });
-        if let Some(id) = flow {
-            let comparing = self.running_mode == EpochMode::Lockstep
-                && (self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs));
-            if let Some(lane) = self.flows.get_mut(id) {
-                lane.push(serial);
-            }
-            let buffered = self.is_buffered(id);
-            self.waits_for_commit |= comparing && buffered;
-            if comparing && !buffered {
-                self.touch(id);
-                self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
-                self.settle(now, id, verdicts);
-                self.note_opening(now, id, Role::Primary);
-            }
-        } else {
-            self.diverge(
-                now,
-                self.running,
-                Some(parsed.key),
-                Reason::Limit(Limit::Flows),
-                verdicts,
-            );
-        }
-        if self.hold.bytes() > self.limits.held_bytes || self.hold.slots() > self.limits.held_frames {
-            self.diverge(now, self.running, None, Reason::Limit(Limit::Held), verdicts);
-        }
+    pub fn primary_output(&mut self, now: Instant, frame: impl Into<Leaving>, verdicts: &mut Vec<Verdict>) {
+        let Leaving { wire, parsed } = frame.into();
+        self.take_primary(now, wire, &parsed, verdicts);
     }
 
     /// Takes a frame that the secondary's guest sent in `epoch`.
@@ -439,6 +401,49 @@ impl Comparator {
                 Body::Fragment(fragment) => lane.follow_fragment(now, fragment),
                 Body::Whole(_) => {}
             }
+        }
+    }
+
+    fn take_primary(&mut self, now: Instant, frame: Bytes, parsed: &Frame, verdicts: &mut Vec<Verdict>) {
+        self.catch_up_if_behind(now, verdicts);
+        if self.mode != Mode::Comparing {
+            self.follow(now, parsed);
+            self.counters.released_at_once += 1;
+            verdicts.push(Verdict::Release(frame, Why::Unprotected));
+            return;
+        }
+        let flow = self.lane(parsed);
+        let serial = self.hold.push(HeldFrame {
+            frame: frame.clone(),
+            arrived: now,
+            epoch: self.running,
+            flow,
+        });
+        if let Some(id) = flow {
+            let comparing = self.running_mode == EpochMode::Lockstep
+                && (self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs));
+            if let Some(lane) = self.flows.get_mut(id) {
+                lane.push(serial);
+            }
+            let buffered = self.is_buffered(id);
+            self.waits_for_commit |= comparing && buffered;
+            if comparing && !buffered {
+                self.touch(id);
+                self.compare_primary(now, id, serial, parsed, &frame, verdicts);
+                self.settle(now, id, verdicts);
+                self.note_opening(now, id, Role::Primary);
+            }
+        } else {
+            self.diverge(
+                now,
+                self.running,
+                Some(parsed.key),
+                Reason::Limit(Limit::Flows),
+                verdicts,
+            );
+        }
+        if self.hold.bytes() > self.limits.held_bytes || self.hold.slots() > self.limits.held_frames {
+            self.diverge(now, self.running, None, Reason::Limit(Limit::Held), verdicts);
         }
     }
 

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Epoch, Instant, Role};
 
@@ -19,6 +19,7 @@ use crate::fragment::Fragments;
 use crate::frame::{self, Body, Fragment, Frame, Segment};
 use crate::hold::Hold;
 use crate::order::{Next, Order, Place};
+use crate::picture::into_mut;
 use crate::said::Said;
 use crate::seq::Seq;
 use crate::service::ServiceKey;
@@ -594,12 +595,6 @@ fn has_left(stream: &mut Stream, segment: &Segment) {
     if !segment.rst {
         stream.has_left((!segment.syn).then(|| segment.end_seq()), segment.ack);
     }
-}
-
-fn into_mut(frame: Bytes) -> BytesMut {
-    frame
-        .try_into_mut()
-        .unwrap_or_else(|shared| BytesMut::from(&shared[..]))
 }
 
 /// Returns the frame with a lower acknowledgement, without SACK blocks and padding.

@@ -68,7 +68,7 @@ pub use comparator::{Comparator, ComparatorLimits, Mode};
 pub use counters::{Counters, FlowReport, Held, Pending};
 pub use flow::{Class, Endpoint, FlowKey, Vlans};
 pub use lag::Lag;
-pub use picture::NetworkPicture;
+pub use picture::{Leaving, NetworkPicture};
 pub use sequence::{Snapshot, Translator};
 pub use temper::FlowPatience;
 pub use verdict::{Difference, Divergence, Fact, Limit, Reason, Verdict, Why};

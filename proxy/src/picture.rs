@@ -6,12 +6,46 @@ use checkpoint::pair::Delivery;
 use crate::announce::NetworkState;
 use crate::codec::StateError;
 use crate::flow::Class;
-use crate::frame;
+use crate::frame::{self, Frame};
 use crate::sequence::Snapshot;
 
 /// The translator and the address book of one guest, driven by the protocols of both roles.
 #[derive(Clone, Debug, Default)]
 pub struct NetworkPicture(NetworkState);
+
+/// A frame of a guest as the clients shall see it, and what was read of it: each is read once.
+#[derive(Clone, Debug)]
+pub struct Leaving {
+    pub(crate) wire: Bytes,
+    pub(crate) parsed: Frame,
+}
+
+impl Leaving {
+    /// Returns the frame.
+    #[must_use]
+    pub fn wire(&self) -> &Bytes {
+        &self.wire
+    }
+
+    /// Tells whether it belongs to a TCP connection: its receiver knows a repetition for what it is.
+    #[must_use]
+    pub fn is_repeatable(&self) -> bool {
+        self.parsed.key.class == Class::Tcp
+    }
+
+    /// Returns the frame.
+    #[must_use]
+    pub fn into_wire(self) -> Bytes {
+        self.wire
+    }
+}
+
+impl From<Bytes> for Leaving {
+    fn from(wire: Bytes) -> Self {
+        let parsed = frame::parse(&wire);
+        Self { wire, parsed }
+    }
+}
 
 impl NetworkPicture {
     /// Makes a picture of a guest that has sent nothing yet.
@@ -29,7 +63,7 @@ impl NetworkPicture {
         frame[6..12].copy_from_slice(&mac);
         // An EtherType for local experiments: nothing but the source address is learned from the frame.
         frame[12..14].copy_from_slice(&[0x88, 0xb5]);
-        picture.0.addresses.learn(&frame);
+        picture.0.addresses.learn(&frame::parse(&frame), &frame);
         picture
     }
 
@@ -45,9 +79,15 @@ impl NetworkPicture {
 
     /// Takes a frame of the clients and makes what the guest shall see of it.
     pub fn arriving(&mut self, wire: Bytes) -> Delivery {
-        let mut guest = BytesMut::from(&wire[..]);
-        self.0.translator.inbound(&mut guest);
-        let guest = if guest == wire { wire.clone() } else { guest.freeze() };
+        let parsed = frame::parse(&wire);
+        let mut guest = wire.clone();
+        if self.0.translator.concerns(&parsed) {
+            let mut seen = BytesMut::from(&wire[..]);
+            self.0.translator.inbound(&parsed, &mut seen);
+            if seen != wire {
+                guest = seen.freeze();
+            }
+        }
         Delivery {
             number: None,
             wire,
@@ -56,28 +96,24 @@ impl NetworkPicture {
     }
 
     /// Takes a frame of the guest and makes what the clients shall see of it.
-    pub fn leaving(&mut self, frame: Bytes) -> Bytes {
-        self.0.addresses.learn(&frame);
-        let mut wire = frame
-            .try_into_mut()
-            .unwrap_or_else(|shared| BytesMut::from(&shared[..]));
-        self.0.translator.outbound(&mut wire);
-        wire.freeze()
+    pub fn leaving(&mut self, frame: Bytes) -> Leaving {
+        let mut leaving = Leaving::from(frame);
+        self.0.addresses.learn(&leaving.parsed, &leaving.wire);
+        let edits = self.0.translator.outbound(&leaving.parsed);
+        if !edits.is_empty() {
+            let mut wire = into_mut(leaving.wire);
+            edits.apply(&mut leaving.parsed, &mut wire);
+            leaving.wire = wire.freeze();
+        }
+        leaving
     }
 
     /// Takes a frame that left the guest before and was kept; returns what the clients shall see of it now, if anything.
     #[must_use]
     pub fn leaving_again(&self, frame: Bytes) -> Option<Bytes> {
-        let mut wire = frame
-            .try_into_mut()
-            .unwrap_or_else(|shared| BytesMut::from(&shared[..]));
-        self.0.translator.again(&mut wire).then(|| wire.freeze())
-    }
-
-    /// Tells whether a frame belongs to a TCP connection: its receiver knows a repetition for what it is.
-    #[must_use]
-    pub fn is_repeatable(frame: &[u8]) -> bool {
-        frame::parse(frame).key.class == Class::Tcp
+        let parsed = frame::parse(&frame);
+        let mut wire = into_mut(frame);
+        self.0.translator.again(&parsed, &mut wire).then(|| wire.freeze())
     }
 
     /// Returns the bytes for the checkpoint, and how many connections they leave out for want of room.
@@ -101,6 +137,13 @@ impl NetworkPicture {
     pub fn announcements(&self) -> Vec<Bytes> {
         self.0.addresses.announcements()
     }
+}
+
+/// Returns a frame to be changed: itself, or a copy if it is shared.
+pub(crate) fn into_mut(frame: Bytes) -> BytesMut {
+    frame
+        .try_into_mut()
+        .unwrap_or_else(|shared| BytesMut::from(&shared[..]))
 }
 
 #[cfg(test)]

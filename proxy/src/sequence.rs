@@ -28,8 +28,8 @@ use std::collections::{BTreeMap, VecDeque};
 use checkpoint::limits::FLOWS_MAX;
 use checkpoint::mutants::{self, Mutant};
 
-use crate::flow::FlowKey;
-use crate::frame::{self, Body, Segment};
+use crate::flow::{Class, FlowKey};
+use crate::frame::{Body, Frame, Segment};
 use crate::seq::Seq;
 
 pub use snapshot::Snapshot;
@@ -75,6 +75,34 @@ enum Offset {
     Awaited(Option<Seq>),
 }
 
+/// What is to be changed in a segment that the guest sends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Edits {
+    seq: Option<Seq>,
+    time: Option<Seq>,
+}
+
+impl Edits {
+    pub(crate) fn is_empty(self) -> bool {
+        self == Self::default()
+    }
+
+    /// Changes the frame, and what was read of it.
+    pub(crate) fn apply(self, parsed: &mut Frame, frame: &mut [u8]) {
+        let Body::Tcp(segment) = &mut parsed.body else { return };
+        if let Some(seq) = self.seq {
+            segment.set_seq(frame, seq);
+            segment.seq = seq;
+        }
+        if let Some(time) = self.time
+            && let Some(times) = &mut segment.options.timestamps
+        {
+            times.value = time;
+            segment.set_time(frame, time);
+        }
+    }
+}
+
 impl Default for Translator {
     fn default() -> Self {
         Self::new()
@@ -118,12 +146,12 @@ impl Translator {
         }
     }
 
-    /// Translates a frame that the guest sends.
-    pub fn outbound(&mut self, frame: &mut [u8]) {
-        let parsed = frame::parse(frame);
-        let Body::Tcp(segment) = parsed.body else { return };
+    /// Takes a frame that the guest sends and returns what is to be changed in it.
+    pub(crate) fn outbound(&mut self, parsed: &Frame) -> Edits {
+        let mut edits = Edits::default();
+        let Body::Tcp(segment) = parsed.body else { return edits };
         if segment.options.signed {
-            return;
+            return edits;
         }
         if segment.syn {
             self.own_syn(parsed.key, &segment);
@@ -132,16 +160,17 @@ impl Translator {
         }
         let tick = self.next_tick();
         let Some(connection) = self.connections.get_mut(&parsed.key) else {
-            return;
+            return edits;
         };
         connection.used = tick;
         if let Offset::Known(offset) = connection.offset
             && offset != 0
         {
-            segment.set_seq(frame, segment.seq.minus(offset));
+            edits.seq = Some(segment.seq.minus(offset));
         }
         if let Some(times) = segment.options.timestamps {
-            segment.set_time(frame, connection.clock.outbound(times.value));
+            let time = connection.clock.outbound(times.value);
+            edits.time = Some(time).filter(|time| *time != times.value);
         }
         connection.sent(&segment);
         let forget = connection.is_common(&segment) && !(self.following && connection.clock.sent.is_some());
@@ -150,11 +179,20 @@ impl Translator {
         } else if forget {
             self.connections.remove(&parsed.key);
         }
+        edits
+    }
+
+    /// Says whether anything may have to be changed in a frame that the guest is about to receive.
+    pub(crate) fn concerns(&self, parsed: &Frame) -> bool {
+        match parsed.body {
+            Body::Tcp(_) => self.connections.contains_key(&parsed.key.reversed()),
+            Body::Fragment(_) => false,
+            Body::Whole(_) => matches!(parsed.key.class, Class::Icmp | Class::Icmpv6),
+        }
     }
 
     /// Translates a frame that the guest is about to receive.
-    pub fn inbound(&mut self, frame: &mut [u8]) {
-        let parsed = frame::parse(frame);
+    pub(crate) fn inbound(&mut self, parsed: &Frame, frame: &mut [u8]) {
         let segment = match parsed.body {
             Body::Tcp(segment) if !segment.options.signed => segment,
             Body::Tcp(_) | Body::Fragment(_) => return,
@@ -186,8 +224,7 @@ impl Translator {
 
     /// Prepares a frame of the guest that was translated before for leaving now; says whether it is still of use. A SYN is
     /// not once the client has acknowledged one: it may have left with another number.
-    pub fn again(&self, frame: &mut [u8]) -> bool {
-        let parsed = frame::parse(frame);
+    pub(crate) fn again(&self, parsed: &Frame, frame: &mut [u8]) -> bool {
         let Body::Tcp(segment) = parsed.body else { return true };
         let Some(connection) = self.connections.get(&parsed.key) else {
             return true;

@@ -4,9 +4,11 @@ use bytes::Bytes;
 use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use std::net::IpAddr;
 
+use crate::announce::AddressBook;
 use crate::checksum;
 use crate::comparator::{Comparator, ComparatorLimits};
 use crate::frame::{self, Body, Segment};
+use crate::sequence::Translator;
 use crate::verdict::{Divergence, Verdict};
 
 pub(crate) const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -293,4 +295,29 @@ pub(crate) fn divergence(verdicts: &[Verdict]) -> Option<&Divergence> {
         Verdict::Diverged(divergence) => Some(divergence),
         _ => None,
     })
+}
+
+/// Passes a frame of the guest through a translator; what was read of it before must be what can be read of it then.
+pub(crate) fn outbound(translator: &mut Translator, frame: &mut [u8]) {
+    let mut parsed = frame::parse(frame);
+    translator.outbound(&parsed).apply(&mut parsed, frame);
+    assert_eq!(format!("{parsed:?}"), format!("{:?}", frame::parse(frame)));
+}
+
+/// Passes a frame for the guest through a translator, which leaves alone what does not concern it.
+pub(crate) fn inbound(translator: &mut Translator, frame: &mut [u8]) {
+    let parsed = frame::parse(frame);
+    let (before, concerns) = (frame.to_vec(), translator.concerns(&parsed));
+    translator.inbound(&parsed, frame);
+    assert!(concerns || frame == before);
+}
+
+/// Prepares a frame that was translated before.
+pub(crate) fn again(translator: &Translator, frame: &mut [u8]) -> bool {
+    translator.again(&frame::parse(frame), frame)
+}
+
+/// Shows a frame of the guest to its address book.
+pub(crate) fn learn(book: &mut AddressBook, frame: &[u8]) {
+    book.learn(&frame::parse(frame), frame);
 }

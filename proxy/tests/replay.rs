@@ -12,7 +12,7 @@ use bytes::Bytes;
 use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use etherparse::{SlicedPacket, TransportSlice};
 use proptest::prelude::*;
-use proxy::{Comparator, ComparatorLimits, Pending, Translator, Verdict};
+use proxy::{Comparator, ComparatorLimits, NetworkPicture, Pending, Verdict};
 
 const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const FIN: u8 = 1;
@@ -140,7 +140,7 @@ struct Stream {
 /// The secondary's guest, which says what the primary's does.
 struct Secondary {
     random: u64,
-    translator: Translator,
+    picture: NetworkPicture,
     streams: BTreeMap<Vec<u8>, Stream>,
     datagrams: BTreeMap<u16, Vec<u8>>,
     /// Which byte of all its payloads is another.
@@ -151,11 +151,11 @@ struct Secondary {
 
 impl Secondary {
     fn new(seed: u64, flip: Option<usize>) -> Self {
-        let mut translator = Translator::new();
-        translator.follow();
+        let mut picture = NetworkPicture::new();
+        picture.follow();
         Self {
             random: seed,
-            translator,
+            picture,
             streams: BTreeMap::new(),
             datagrams: BTreeMap::new(),
             flip,
@@ -174,7 +174,7 @@ impl Secondary {
 
     fn hears(&mut self, frame: &[u8]) {
         self.flush();
-        self.translator.inbound(&mut frame.to_vec());
+        self.picture.arriving(Bytes::copy_from_slice(frame));
     }
 
     fn says(&mut self, frame: &[u8]) {
@@ -224,9 +224,8 @@ impl Secondary {
     }
 
     fn send(&mut self, segment: Segment) {
-        let mut frame = segment.frame();
-        self.translator.outbound(&mut frame);
-        self.out.push(frame);
+        let left = self.picture.leaving(Bytes::from(segment.frame()));
+        self.out.push(left.into_wire().into());
     }
 
     fn says_datagram(&mut self, frame: &[u8]) {

@@ -162,7 +162,7 @@ fn takeover() -> bool {
     network.leaving(timed(1000, 500, 100, b"abcd"));
     network.arriving(answer(timed(500, 1004, 40, b""), 130));
     network.lead();
-    time(&network.leaving(timed(1004, 500, 110, b"abcd"))) < 130
+    time(network.leaving(timed(1004, 500, 110, b"abcd")).wire()) < 130
 }
 
 /// Its own time is in the last bytes of the header but four, that which it returns in the last four.

@@ -291,7 +291,7 @@ impl Hub {
             return;
         }
         let frame = segment::tag(frame, self.conditions.vlans);
-        let frame = self.pictures[side.index()].leaving(frame);
+        let frame = self.pictures[side.index()].leaving(frame).into_wire();
         match segment::is_reset(&frame) {
             Some((ends, true)) => drop(self.resets.insert(ends)),
             Some((ends, false)) => drop(self.resets.remove(&ends)),

@@ -14,7 +14,7 @@ impl Primary {
         let frame = self.network.leaving(frame);
         let epoch = self.epoch;
         self.seen
-            .see(now, &frame, Place::Primary, || format!("sent in epoch {epoch}"));
+            .see(now, frame.wire(), Place::Primary, || format!("sent in epoch {epoch}"));
         self.comparator.primary_output(now, frame, &mut self.verdicts);
         self.act_on_verdicts(now, actions);
         self.stand_if_full(actions);

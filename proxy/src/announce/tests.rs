@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::comparator::properties::garbage;
-use crate::testkit::{GUEST, GUEST_MAC, Tcp, arp as arp_frame, ends, ethernet as frame_of, ip, udp};
+use crate::testkit::{GUEST, GUEST_MAC, Tcp, arp as arp_frame, ends, ethernet as frame_of, ip, learn, outbound, udp};
 
 fn v6() -> Ipv6Addr {
     "fd00::1".parse().unwrap()
@@ -20,24 +20,24 @@ fn neighbour(kind: u8, flags: u8, target: Ipv6Addr) -> Bytes {
 #[test]
 fn what_the_guest_claims_is_announced_and_what_it_forwards_is_not() {
     let mut book = AddressBook::new();
-    book.learn(&udp(1, b"x"));
+    learn(&mut book, &udp(1, b"x"));
     assert_eq!(
         book.addresses().collect::<Vec<_>>(),
         vec![IpAddr::from(GUEST)],
         "for want of a better"
     );
-    book.learn(&arp_frame(2, [10, 0, 0, 5]));
+    learn(&mut book, &arp_frame(2, [10, 0, 0, 5]));
     assert_eq!(book.addresses().collect::<Vec<_>>(), vec![IpAddr::from([10, 0, 0, 5])]);
-    book.learn(&arp_frame(1, [0, 0, 0, 0]));
-    book.learn(&neighbour(NEIGHBOUR_ADVERTISEMENT, FLAG_ROUTER, v6()));
+    learn(&mut book, &arp_frame(1, [0, 0, 0, 0]));
+    learn(&mut book, &neighbour(NEIGHBOUR_ADVERTISEMENT, FLAG_ROUTER, v6()));
     assert_eq!(book.addresses().count(), 2, "an ARP probe claims nothing");
 }
 
 #[test]
 fn case_p16_announcements_are_right_for_each_address_family() {
     let mut book = AddressBook::new();
-    book.learn(&arp_frame(2, GUEST));
-    book.learn(&neighbour(NEIGHBOUR_ADVERTISEMENT, FLAG_ROUTER, v6()));
+    learn(&mut book, &arp_frame(2, GUEST));
+    learn(&mut book, &neighbour(NEIGHBOUR_ADVERTISEMENT, FLAG_ROUTER, v6()));
     let frames = book.announcements();
     assert_eq!(frames.len(), 4);
     let rarp = &frames[0];
@@ -87,7 +87,8 @@ fn case_p16_announcements_are_right_for_each_address_family() {
 fn case_p18_each_vlan_is_announced_with_its_tags() {
     let mut book = AddressBook::new();
     for vlans in [vec![(0x8100u16, 7u16)], vec![(0x88a8, 1), (0x8100, 2)]] {
-        book.learn(
+        learn(
+            &mut book,
             &Tcp {
                 vlans,
                 ..Tcp::ack(1, 1)
@@ -108,14 +109,14 @@ fn case_p18_each_vlan_is_announced_with_its_tags() {
 #[test]
 fn the_book_is_bounded_and_keeps_what_was_claimed() {
     let mut book = AddressBook::new();
-    book.learn(&arp_frame(2, GUEST));
+    learn(&mut book, &arp_frame(2, GUEST));
     for number in 0..2000u32 {
         let [_, b, c, d] = number.to_be_bytes();
         let (_, to) = ends(false, false);
-        book.learn(&ip(IpAddr::from([172, b, c, d]), to, 200, 64, &[], b"x"));
+        learn(&mut book, &ip(IpAddr::from([172, b, c, d]), to, 200, 64, &[], b"x"));
         let mut frame = frame_of(&[], 0x88cc, b"x").to_vec();
         frame[8..12].copy_from_slice(&number.to_be_bytes());
-        book.learn(&frame);
+        learn(&mut book, &frame);
     }
     assert_eq!((book.macs.len(), book.addresses.len()), (MACS_MAX, ADDRESSES_MAX));
     assert!(book.addresses().any(|address| address == IpAddr::from(GUEST)));
@@ -124,9 +125,9 @@ fn the_book_is_bounded_and_keeps_what_was_claimed() {
 #[test]
 fn the_state_goes_through_a_checkpoint_all_or_nothing() {
     let mut state = NetworkState::default();
-    state.addresses.learn(&arp_frame(2, GUEST));
-    state.addresses.learn(&neighbour(NEIGHBOUR_SOLICITATION, 0, v6()));
-    state.translator.outbound(&mut Tcp::new(1, 0, 2, b"").frame().to_vec());
+    learn(&mut state.addresses, &arp_frame(2, GUEST));
+    learn(&mut state.addresses, &neighbour(NEIGHBOUR_SOLICITATION, 0, v6()));
+    outbound(&mut state.translator, &mut Tcp::new(1, 0, 2, b"").frame().to_vec());
     let bytes = state.encode().encoded;
     let mut copy = NetworkState::default();
     copy.replace(&bytes).unwrap();
@@ -150,7 +151,7 @@ proptest! {
     fn garbage_teaches_nothing_that_breaks(frames in proptest::collection::vec(garbage(), 1..40)) {
         let mut book = AddressBook::new();
         for frame in frames {
-            book.learn(&frame);
+            learn(&mut book, &frame);
         }
         for frame in book.announcements() {
             prop_assert!(SlicedPacket::from_ethernet(&frame).is_ok());

@@ -558,7 +558,7 @@ proptest! {
         translator.follow();
         let mut secondary = |bench: &mut Bench, tcp: Tcp| {
             let mut frame = tcp.frame().to_vec();
-            translator.outbound(&mut frame);
+            outbound(&mut translator, &mut frame);
             bench.secondary(frame)
         };
         let syn = |isn: u32| if active { Tcp::new(isn, 0, SYN, b"") } else { Tcp::new(isn, client.wrapping_add(1), SYN | ACK, b"") };
@@ -568,12 +568,12 @@ proptest! {
         let seq = if active { client } else { client.wrapping_add(1) };
         let answer = Tcp { inbound: true, ..Tcp::new(seq, mine.wrapping_add(1), flags, b"") }.times(1, clocks.0);
         let mut answer = answer.frame().to_vec();
-        translator.inbound(&mut answer);
+        inbound(&mut translator, &mut answer);
         prop_assert_eq!(times(&answer), (1, clocks.1));
         prop_assert_eq!(segment(&answer).0.ack, Some(Seq(theirs.wrapping_add(1))));
         let mut secondary = |bench: &mut Bench, tcp: Tcp| {
             let mut frame = tcp.frame().to_vec();
-            translator.outbound(&mut frame);
+            outbound(&mut translator, &mut frame);
             bench.secondary(frame)
         };
         let (mut here, mut there) = (0, 0);

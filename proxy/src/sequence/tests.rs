@@ -14,7 +14,7 @@ pub(super) const CLIENT_ISN: u32 = 0xffff_ff00;
 pub(super) const OWN: u32 = 77;
 
 pub(super) fn out(translator: &mut Translator, tcp: &Tcp) -> Tcp {
-    through(tcp, |frame| translator.outbound(frame))
+    through(tcp, |frame| outbound(translator, frame))
 }
 
 pub(super) fn inward(translator: &mut Translator, tcp: &Tcp) -> Tcp {
@@ -23,7 +23,7 @@ pub(super) fn inward(translator: &mut Translator, tcp: &Tcp) -> Tcp {
             inbound: true,
             ..tcp.clone()
         },
-        |frame| translator.inbound(frame),
+        |frame| inbound(translator, frame),
     )
 }
 
@@ -385,8 +385,8 @@ fn what_is_not_a_whole_tcp_segment_passes_untouched() {
     fragment[20] = 0x20;
     for frame in [Bytes::from(fragment), udp(80, b"x"), arp(1, GUEST)] {
         let mut passed = frame.to_vec();
-        translator.outbound(&mut passed);
-        translator.inbound(&mut passed);
+        outbound(&mut translator, &mut passed);
+        inbound(&mut translator, &mut passed);
         assert_eq!(passed, frame);
     }
 }
@@ -404,12 +404,15 @@ fn a_snapshot_says_how_many_connections_it_has_no_room_for() {
             .frame()
             .to_vec()
         };
-        translator.outbound(&mut like(Tcp::new(OWN, plus(CLIENT_ISN, 1), SYN | ACK, b"")));
+        outbound(
+            &mut translator,
+            &mut like(Tcp::new(OWN, plus(CLIENT_ISN, 1), SYN | ACK, b"")),
+        );
         let ack = Tcp {
             inbound: true,
             ..Tcp::ack(plus(CLIENT_ISN, 1), plus(WIRE, 1))
         };
-        translator.inbound(&mut like(ack));
+        inbound(&mut translator, &mut like(ack));
     }
     let snapshot = translator.snapshot();
     let mut copy = Translator::new();
@@ -426,16 +429,16 @@ fn a_kept_syn_is_not_sent_again_once_the_client_has_acknowledged_one() {
     out(&mut translator, &answer);
     translator.lead();
     assert!(
-        translator.again(&mut answer.frame().to_vec()),
+        again(&translator, &mut answer.frame().to_vec()),
         "the client may wait for it"
     );
     inward(&mut translator, &Tcp::ack(plus(CLIENT_ISN, 1), plus(WIRE, 1)));
-    assert!(!translator.again(&mut answer.frame().to_vec()));
+    assert!(!again(&translator, &mut answer.frame().to_vec()));
     let data = Tcp::data(plus(WIRE, 1), 1, b"x").frame();
-    let mut again = data.to_vec();
-    assert!(translator.again(&mut again));
-    assert_eq!(again, data, "it was translated before");
-    assert!(translator.again(&mut udp(80, b"x").to_vec()));
+    let mut repeated = data.to_vec();
+    assert!(again(&translator, &mut repeated));
+    assert_eq!(repeated, data, "it was translated before");
+    assert!(again(&translator, &mut udp(80, b"x").to_vec()));
 }
 
 #[test]
@@ -468,7 +471,7 @@ fn a_snapshot_stays_below_its_bound_and_keeps_the_offsets() {
         }
         .frame()
         .to_vec();
-        translator.outbound(&mut frame);
+        outbound(&mut translator, &mut frame);
     }
     let snapshot = translator.snapshot();
     assert!(snapshot.encoded.len() <= snapshot::BYTES_MAX);
@@ -515,7 +518,7 @@ proptest! {
         for (outward, following, mut frame) in frames {
             let length = frame.len();
             if following { translator.follow() } else { translator.lead() }
-            if outward { translator.outbound(&mut frame) } else { translator.inbound(&mut frame) }
+            if outward { outbound(&mut translator, &mut frame) } else { inbound(&mut translator, &mut frame) }
             prop_assert_eq!(frame.len(), length);
             let mut copy = Translator::new();
             copy.replace(&translator.snapshot().encoded).unwrap();

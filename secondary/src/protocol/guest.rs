@@ -1,8 +1,8 @@
 //! What the own guest does: frames and inputs.
 
 use super::{
-    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, InputNumber, Message, Mutant, NetworkPicture, Output,
-    PENDING_OUTPUTS_MAX, RECENT_OUTPUTS_MAX, Secondary, Standing, mutants,
+    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, InputNumber, Message, Mutant, Output, PENDING_OUTPUTS_MAX,
+    RECENT_OUTPUTS_MAX, Secondary, Standing, mutants,
 };
 
 impl Secondary {
@@ -11,10 +11,14 @@ impl Secondary {
         if matches!(self.flight, Flight::Loading(..)) {
             return;
         }
-        let frame = self.network.leaving(frame);
+        let leaving = self.network.leaving(frame);
+        let is_repeatable = leaving.is_repeatable();
+        let frame = leaving.into_wire();
         match self.standing() {
             Standing::Following => {
-                self.remember(&frame);
+                if is_repeatable {
+                    self.remember(&frame);
+                }
                 self.unsent += frame.len();
                 actions.push(Action::Send(Message::Output(Output { tag: self.tag(), frame })));
                 self.hold_output(actions);
@@ -57,9 +61,6 @@ impl Secondary {
 
     /// Keeps a segment for the takeover: without it the client would wait for the guest's retransmission.
     fn remember(&mut self, frame: &Bytes) {
-        if !NetworkPicture::is_repeatable(frame) {
-            return;
-        }
         if self.recent.len() == RECENT_OUTPUTS_MAX {
             self.recent.pop_front();
         }

@@ -370,7 +370,7 @@ pub fn picture(data: &[u8]) {
             _ => {
                 let frame = Bytes::from(source.frame(false));
                 let left = picture.leaving(frame.clone());
-                translated(&frame, &left);
+                translated(&frame, left.wire());
                 if let Some(again) = picture.leaving_again(frame.clone()) {
                     translated(&frame, &again);
                 }
