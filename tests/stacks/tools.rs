@@ -156,6 +156,86 @@ fn redis() {
 }
 
 #[test]
+fn dns() {
+    let Some(stage) = stage(None) else { return };
+    let words = [
+        "dnsmasq",
+        "--keep-in-foreground",
+        "--conf-file=/dev/null",
+        "--pid-file=",
+        "--user=root",
+        "--no-resolv",
+        "--no-hosts",
+        "--host-record=pair.example,192.0.2.7,2001:db8::7",
+    ];
+    let _servers = Servers::start(&stage, 53, &words);
+    for (server, transport) in [
+        ("@10.77.0.2", "+notcp"),
+        ("@10.77.0.2", "+tcp"),
+        ("@fd77::2", "+notcp"),
+        ("@fd77::2", "+tcp"),
+    ] {
+        for (kind, address) in [("A", "192.0.2.7\n"), ("AAAA", "2001:db8::7\n")] {
+            let told = client(&stage, &["dig", "+short", transport, server, "pair.example", kind]);
+            assert_eq!(told, address, "{server} {transport} {kind}");
+        }
+    }
+    stage.agreed();
+}
+
+#[test]
+fn what_ssh_says_differs_from_the_key_exchange_on() {
+    let Some(stage) = stage(None) else { return };
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let path = |name: &str| folder.path().join(name).to_str().expect("a name of letters").to_owned();
+    let key = path("key");
+    let made = command(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", &key]).status();
+    assert!(made.expect("tools.sh installs it").success());
+    // Without it sshd does not start.
+    fs::create_dir_all("/run/sshd").expect("a folder can be made");
+    let keys = format!("AuthorizedKeysFile={key}.pub");
+    let words = [
+        "/usr/sbin/sshd",
+        "-D",
+        "-f",
+        "/dev/null",
+        "-p",
+        "22",
+        "-h",
+        &key,
+        "-o",
+        "PidFile=none",
+        "-o",
+        "StrictModes=no",
+        "-o",
+        "PermitRootLogin=yes",
+        "-o",
+        &keys,
+    ];
+    let _servers = Servers::start(&stage, 22, &words);
+    let told = client(
+        &stage,
+        &[
+            "ssh",
+            "-F",
+            "/dev/null",
+            "-i",
+            &key,
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "root@10.77.0.2",
+            "seq 1000 | cksum",
+        ],
+    );
+    // The session goes on, by the primary alone.
+    assert_eq!(told, "1830648734 3893\n");
+    let told = stage.switch.tell();
+    assert!(told.divergences[0].contains("10.77.0.2:22"), "{:?}", told.divergences);
+}
+
+#[test]
 fn what_differs_is_seen() {
     let Some(stage) = stage(None) else { return };
     let _servers = Servers::start(&stage, 5_201, &["iperf3", "-s"]);
