@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use checkpoint::pair::Delivery;
 use machine::devices::{self, block, net};
+use machine::offload::HEADER_BYTES;
 use tokio::io::unix::AsyncFd;
 
 /// Frames that may wait for the guest before the port counts as full.
@@ -86,8 +87,8 @@ impl<O: Observer> PortBackend<O> {
 }
 
 impl<O: Observer> net::Backend for PortBackend<O> {
-    fn transmit(&mut self, frame: &[u8]) {
-        self.observer.sent(Bytes::copy_from_slice(frame));
+    fn transmit(&mut self, frame: Bytes) {
+        self.observer.sent(frame.slice(HEADER_BYTES..));
     }
 
     fn may_transmit(&self) -> bool {
@@ -96,9 +97,17 @@ impl<O: Observer> net::Backend for PortBackend<O> {
 
     fn receive(&mut self) -> Option<Bytes> {
         let next = self.port.inbox().pop_front();
-        let frame = next.as_ref().map(|delivery| delivery.guest.clone());
+        let frame = next
+            .as_ref()
+            .map(|delivery| [&[0; HEADER_BYTES][..], &delivery.guest].concat().into());
         self.current = next;
         frame
+    }
+
+    fn put_back(&mut self, _frame: Bytes) {
+        if let Some(delivery) = self.current.take() {
+            self.port.inbox().push_front(delivery);
+        }
     }
 
     fn delivered(&mut self, _frame: Bytes) {

@@ -23,10 +23,11 @@ const ROUNDS: usize = 100;
 struct Nowhere;
 
 impl net::Backend for Nowhere {
-    fn transmit(&mut self, _: &[u8]) {}
+    fn transmit(&mut self, _: Bytes) {}
     fn receive(&mut self) -> Option<Bytes> {
         None
     }
+    fn put_back(&mut self, _: Bytes) {}
     fn delivered(&mut self, _: Bytes) {}
     fn readiness(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
@@ -64,6 +65,7 @@ fn machine(mib: u64, command_line: &str) -> KvmVm {
         memory_bytes: mib << 20,
         mapping: Mapping::Shared,
         mac: [2, 0, 0, 0, 0, 1],
+        offloads: false,
         console: Box::new(io::sink()),
         on_power: Arc::new(|event| panic!("the guest has ended: {event:?}")),
     };

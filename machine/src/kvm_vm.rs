@@ -41,6 +41,8 @@ pub struct MachineConfig {
     pub mapping: Mapping,
     /// The hardware address of the network card.
     pub mac: [u8; 6],
+    /// Whether the guest may leave checksums, and the cutting of long TCP segments, to the network.
+    pub offloads: bool,
     /// What the guest prints goes there.
     pub console: Box<dyn Write + Send>,
     /// Learns when the guest has ended.
@@ -123,7 +125,7 @@ impl KvmVm {
         let line = || Arc::clone(&doorbell) as Arc<dyn Interrupt>;
         let memory = || ram.memory().clone();
         let devices = Devices {
-            net: Net::new("net", config.mac, net, memory(), line())?,
+            net: Net::new("net", config.mac, config.offloads, net, memory(), line())?,
             block: Block::new("block", "tandem", block, memory(), line())?,
             console: Console::new("console", config.console, memory(), line())?,
             entropy: Entropy::new("entropy", EntropySource::Host, memory(), line())?,

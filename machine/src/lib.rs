@@ -31,6 +31,7 @@ mod kvm;
 mod kvm_vm;
 pub mod memory;
 pub mod netns;
+pub mod offload;
 pub mod pageset;
 pub mod sentinel;
 pub mod state;

@@ -1,8 +1,12 @@
 //! A TAP device of the host, through which the machine's frames reach the world.
 //!
 //! The device must exist before; whoever sets the host up decides which bridge it belongs to. Opening
-//! attaches to it, dropping detaches, and nothing else about it is changed. Frames are Ethernet
-//! frames without any header before them. Never blocks.
+//! attaches to it, dropping detaches, and nothing else about it is changed. Each frame has the header of
+//! [`crate::offload`] before it. With a plain TAP that is all zero: the kernel hands over complete frames, and takes no
+//! others. One that was opened with offloads takes frames of which something is left to do, and hands over such as it is
+//! told to. Never blocks.
+
+mod vnet;
 
 use std::fs;
 use std::io;
@@ -11,6 +15,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice};
 use thiserror::Error;
 use tun_tap::{Iface, Mode};
+
+use self::vnet::Vnet;
+use crate::offload::{HEADER_BYTES, Offloads};
 
 /// The longest name the kernel takes.
 pub const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
@@ -92,12 +99,43 @@ pub enum TapError {
 /// An open TAP device.
 #[derive(Debug)]
 pub struct Tap {
-    iface: Iface,
+    name: String,
+    way: Way,
+}
+
+/// How it was opened.
+#[derive(Debug)]
+enum Way {
+    Plain(Iface),
+    Vnet(Vnet),
 }
 
 impl Tap {
     /// Attaches to the TAP device `name` of the calling thread's network namespace.
     pub fn open(name: &str) -> Result<Self, TapError> {
+        Self::open_as(name, |name| {
+            let iface = Iface::without_packet_info(name, Mode::Tap)?;
+            iface.set_non_blocking()?;
+            let name = iface.name().to_owned();
+            Ok((name, Way::Plain(iface)))
+        })
+    }
+
+    /// The same, and takes frames of which something is left to do. It hands over complete ones until it is told
+    /// otherwise.
+    pub fn open_with_offloads(name: &str) -> Result<Self, TapError> {
+        Self::open_as(name, |name| {
+            let (name, vnet) = Vnet::open(name)?;
+            Ok((name, Way::Vnet(vnet)))
+        })
+    }
+
+    /// Says whether this host's TAP devices can be opened with offloads.
+    pub fn may_have_offloads() -> Result<bool, TapError> {
+        vnet::is_supported().map_err(|error| refused("", error))
+    }
+
+    fn open_as(name: &str, attach: impl FnOnce(&str) -> io::Result<(String, Way)>) -> Result<Self, TapError> {
         // The kernel cuts long names silently and treats `%` as a pattern for a new device.
         let printable = name
             .bytes()
@@ -116,16 +154,17 @@ impl Tap {
             rustix::io::Errno::NODEV => TapError::Missing { name: name.to_owned() },
             other => host(other.into()),
         })?;
-        let iface = Iface::without_packet_info(name, Mode::Tap).map_err(|error| refused(name, error))?;
-        if iface.name() != name {
+        let (attached, way) = attach(name).map_err(|error| refused(name, error))?;
+        if attached != name {
             return Err(TapError::Missing { name: name.to_owned() });
         }
-        iface.set_non_blocking().map_err(host)?;
-        let tap = Self { iface };
+        let tap = Self { name: attached, way };
         let flags = tap.flags().map_err(host)?;
-        if flags & libc::IFF_TAP == 0 || flags & (libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE) != 0 {
+        if flags & libc::IFF_TAP == 0 || flags & libc::IFF_MULTI_QUEUE != 0 {
             return Err(TapError::Kind { name: name.to_owned() });
         }
+        // Who had it before may have taken more.
+        vnet::set_offloads(&tap, Offloads::NONE).map_err(host)?;
         // One that was made just now, because the existing one went away in between, is not persistent.
         if flags & libc::IFF_PERSIST == 0 {
             return Err(TapError::Missing { name: name.to_owned() });
@@ -145,32 +184,70 @@ impl Tap {
     /// The device's name.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.iface.name()
+        &self.name
     }
 
-    /// Takes the next frame and returns its length; `None` if there is none now. A longer frame than
+    /// Has the kernel hand over frames of which this much is left to do, from the next one on that it gets.
+    ///
+    /// # Errors
+    /// Fails, besides, if it is a plain TAP and shall hand over others than complete frames.
+    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        if matches!(self.way, Way::Plain(_)) && offloads != Offloads::NONE {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        vnet::set_offloads(self, offloads)
+    }
+
+    /// Takes the next frame and returns its length, header and all; `None` if there is none now. A longer frame than
     /// `frame` is cut.
+    ///
+    /// # Panics
+    /// If `frame` has no room for a header.
     pub fn recv(&self, frame: &mut [u8]) -> io::Result<Option<usize>> {
-        loop {
-            match self.iface.recv(frame) {
-                Ok(bytes) => return Ok(Some(bytes)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+        let (header, bytes) = frame
+            .split_first_chunk_mut::<HEADER_BYTES>()
+            .expect("there is room for the header");
+        ready(|| match &self.way {
+            Way::Plain(iface) => {
+                *header = [0; HEADER_BYTES];
+                iface.recv(bytes).map(|length| HEADER_BYTES + length)
             }
+            Way::Vnet(vnet) => vnet.recv(header, bytes),
+        })
+    }
+
+    /// Sends a whole frame, with its header. The error is `WouldBlock` if the host can't take it now.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+        let (header, bytes) = frame
+            .split_first_chunk::<HEADER_BYTES>()
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        match &self.way {
+            Way::Plain(_) if header[..2] != [0, 0] => Err(io::ErrorKind::Unsupported.into()),
+            Way::Plain(iface) => whole(bytes.len(), || iface.send(bytes)),
+            Way::Vnet(vnet) => whole(frame.len(), || vnet.send(frame)),
         }
     }
 
-    /// Sends a whole frame. The error is `WouldBlock` if the host can't take it now.
-    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
-        loop {
-            match self.iface.send(frame) {
-                Ok(bytes) if bytes == frame.len() => return Ok(()),
-                Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+    /// Takes the next frame of a TAP without offloads, as it would be on a wire.
+    ///
+    /// # Errors
+    /// Fails, besides, if it has offloads.
+    pub fn recv_bare(&self, frame: &mut [u8]) -> io::Result<Option<usize>> {
+        let Way::Plain(iface) = &self.way else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        ready(|| iface.recv(frame))
+    }
+
+    /// Sends a frame of which nothing is left to do by a TAP without offloads.
+    ///
+    /// # Errors
+    /// Fails, besides, if it has offloads.
+    pub fn send_bare(&self, frame: &[u8]) -> io::Result<()> {
+        let Way::Plain(iface) = &self.way else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        whole(frame.len(), || iface.send(frame))
     }
 
     /// Throws away what has queued up and returns the number of frames.
@@ -189,7 +266,7 @@ impl Tap {
     fn flags(&self) -> io::Result<i32> {
         let mut request = request("");
         // SAFETY: TUNGETIFF writes one `ifreq`, which is here and lives until the call returns.
-        let result = unsafe { libc::ioctl(self.as_raw_fd(), TUNGETIFF, &raw mut request) };
+        let result = unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -201,19 +278,43 @@ impl Tap {
 
 impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor belongs to `self.iface`, which is open as long as `self` lives.
-        unsafe { BorrowedFd::borrow_raw(self.iface.as_raw_fd()) }
+        // SAFETY: the descriptor belongs to `self.way`, which is open as long as `self` lives.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
 }
 
 impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
-        self.iface.as_raw_fd()
+        match &self.way {
+            Way::Plain(iface) => iface.as_raw_fd(),
+            Way::Vnet(vnet) => vnet.as_raw_fd(),
+        }
     }
 }
 
-/// `_IOR('T', 210, unsigned int)`; the C library has no name for it.
-const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+/// Takes a frame if there is one now.
+fn ready(mut receive: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
+    loop {
+        match receive() {
+            Ok(length) => return Ok(Some(length)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Sends a frame of this length, all of it.
+fn whole(length: usize, mut send: impl FnMut() -> io::Result<usize>) -> io::Result<()> {
+    loop {
+        match send() {
+            Ok(sent) if sent == length => return Ok(()),
+            Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
 
 fn refused(name: &str, source: io::Error) -> TapError {
     let name = name.to_owned();
@@ -267,133 +368,4 @@ fn bridge(name: &str, index: u32) -> Option<Option<String>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::net::UdpSocket;
-    use std::process::Command;
-    use std::thread;
-    use std::time::{Duration, Instant};
-
-    /// Runs `test` on a thread with a network namespace of its own, which ends with it.
-    fn in_own_network(test: fn()) {
-        let thread = thread::spawn(move || {
-            // SAFETY: a new network namespace for this thread changes nothing that other threads rely on.
-            let result = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) };
-            let able = result.is_ok() && fs::metadata("/dev/net/tun").is_ok() && run("ip link set lo up");
-            if able {
-                test();
-                return;
-            }
-            assert!(
-                std::env::var_os("TANDEM_REQUIRE_KVM").is_none(),
-                "this test needs root, /dev/net/tun and the command ip"
-            );
-            println!("SKIPPED: this test needs root, /dev/net/tun and the command ip");
-        });
-        thread.join().unwrap();
-    }
-
-    fn run(command: &str) -> bool {
-        let mut words = command.split(' ');
-        Command::new(words.next().unwrap())
-            .args(words)
-            .status()
-            .is_ok_and(|status| status.success())
-    }
-
-    /// Sends from the host until the frame comes out at the TAP: its carrier comes up a moment after opening.
-    fn frame_of(tap: &Tap, text: &[u8], send: impl Fn()) -> Vec<u8> {
-        let start = Instant::now();
-        let mut frame = vec![0; 2048];
-        while start.elapsed() < Duration::from_secs(5) {
-            send();
-            match tap.recv(&mut frame).unwrap() {
-                Some(bytes) if frame[..bytes].ends_with(text) => return frame[..bytes].to_vec(),
-                Some(_) => {}
-                None => thread::sleep(Duration::from_millis(5)),
-            }
-        }
-        panic!("no such frame within 5 s");
-    }
-
-    #[test]
-    fn refuses_names_that_no_device_can_have() {
-        for name in ["", "sixteen-letters-", "tap%d", "a/b", "two words", "a:b", "..", "ü"] {
-            assert!(matches!(Tap::open(name), Err(TapError::Name { .. })), "{name:?}");
-        }
-    }
-
-    #[test]
-    fn refuses_what_is_not_there_or_not_a_tap_and_says_why() {
-        in_own_network(|| {
-            let error = Tap::open("absent0").unwrap_err();
-            assert!(matches!(error, TapError::Missing { .. }), "{error:?}");
-            assert!(error.to_string().contains("ip tuntap add dev absent0 mode tap"));
-            assert!(!run("ip link show absent0"), "a refused device is not created");
-            assert!(matches!(Tap::open("lo"), Err(TapError::Kind { .. })));
-            assert!(run("ip tuntap add dev tun0 mode tun"));
-            assert!(matches!(Tap::open("tun0"), Err(TapError::Kind { .. })));
-            assert!(run("ip tuntap add dev many0 mode tap multi_queue"));
-            assert!(matches!(Tap::open("many0"), Err(TapError::Kind { .. })));
-            assert!(run("ip tuntap add dev tap0 mode tap"));
-            assert!(matches!(Tap::open("tap0"), Err(TapError::Down { .. })));
-        });
-    }
-
-    #[test]
-    fn one_process_at_a_time() {
-        in_own_network(|| {
-            assert!(run("ip tuntap add dev tap0 mode tap") && run("ip link set tap0 up"));
-            let first = Tap::open("tap0").unwrap();
-            assert!(matches!(Tap::open("tap0"), Err(TapError::Busy { .. })));
-            drop(first);
-            // A child that another test is just starting may hold the descriptor until it executes.
-            let start = Instant::now();
-            let second = loop {
-                match Tap::open("tap0") {
-                    Err(TapError::Busy { .. }) if start.elapsed() < Duration::from_secs(5) => thread::yield_now(),
-                    other => break other.unwrap(),
-                }
-            };
-            assert_eq!(second.name(), "tap0");
-        });
-    }
-
-    #[test]
-    fn carries_frames_both_ways_and_drains() {
-        in_own_network(|| {
-            for command in [
-                "ip tuntap add dev tap0 mode tap",
-                "ip addr add 10.9.9.1/24 dev tap0",
-                "ip link set tap0 up",
-                "ip neigh add 10.9.9.2 lladdr 02:00:00:00:00:02 dev tap0",
-            ] {
-                assert!(run(command), "{command}");
-            }
-            let tap = Tap::open("tap0").unwrap();
-            let socket = UdpSocket::bind("10.9.9.1:4000").unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-            let mut frame = frame_of(&tap, b"out and back", || {
-                socket.send_to(b"out and back", "10.9.9.2:4000").unwrap();
-            });
-            // The answer: both ends swapped, which leaves every checksum right.
-            for (a, b, bytes) in [(0, 6, 6), (26, 30, 4), (34, 36, 2)] {
-                let (left, right) = frame.split_at_mut(b);
-                left[a..a + bytes].swap_with_slice(&mut right[..bytes]);
-            }
-            tap.send(&frame).unwrap();
-            let mut text = [0; 64];
-            let (bytes, from) = socket.recv_from(&mut text).unwrap();
-            assert_eq!(
-                (&text[..bytes], from.to_string().as_str()),
-                (&b"out and back"[..], "10.9.9.2:4000")
-            );
-
-            for _ in 0..10 {
-                socket.send_to(b"stale", "10.9.9.2:4000").unwrap();
-            }
-            assert!(tap.drain().unwrap() >= 10);
-            assert_eq!(tap.recv(&mut text).unwrap(), None);
-        });
-    }
-}
+mod tests;

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use bundled::guest_image;
 use bytes::Bytes;
 use machine::devices::{block, net};
+use machine::offload::HEADER_BYTES;
 use machine::{KvmVm, MachineConfig, Mapping, PAGE_BYTES, PowerEvent, Vm, host_check};
 
 const MEMORY: u64 = 64 << 20;
@@ -35,8 +36,8 @@ struct Cable {
 }
 
 impl net::Backend for Cable {
-    fn transmit(&mut self, frame: &[u8]) {
-        let _ = self.from_guest.send(frame.to_vec());
+    fn transmit(&mut self, frame: Bytes) {
+        let _ = self.from_guest.send(frame[HEADER_BYTES..].to_vec());
     }
 
     fn receive(&mut self) -> Option<Bytes> {
@@ -44,6 +45,10 @@ impl net::Backend for Cable {
             let _ = rustix::io::read(&*self.ready, &mut [0; 8]);
             self.to_guest.try_recv().ok()
         })
+    }
+
+    fn put_back(&mut self, _: Bytes) {
+        unreachable!("no frame needs more than one buffer");
     }
 
     fn delivered(&mut self, _: Bytes) {}
@@ -135,6 +140,7 @@ fn host(mapping: Mapping) -> Host {
         memory_bytes: MEMORY,
         mapping,
         mac: GUEST_MAC,
+        offloads: false,
         console: Box::new(paper.clone()),
         on_power: Arc::new(move |event| drop(report.send(event))),
     };
@@ -150,6 +156,7 @@ fn host(mapping: Mapping) -> Host {
 
 impl Host {
     fn send(&self, frame: Vec<u8>) {
+        let frame = [&[0; HEADER_BYTES][..], &frame].concat();
         self.peer.to_guest.send(frame.into()).unwrap();
         rustix::io::write(&*self.peer.ready, &1_u64.to_ne_bytes()).unwrap();
     }

@@ -53,7 +53,9 @@ impl Clients {
                 continue;
             }
             for frame in batch {
-                let Err(error) = self.tap.send(frame) else { continue };
+                let Err(error) = self.tap.send_bare(frame) else {
+                    continue;
+                };
                 self.lost.refused += 1;
                 if self.lost.refused.is_power_of_two() {
                     let (tap, frames) = (self.tap.name(), self.lost.refused);
@@ -68,7 +70,7 @@ impl Clients {
         // One byte more shows that a frame was cut.
         let mut frame = [0; FRAME_BYTES_MAX + 1];
         loop {
-            match self.tap.recv(&mut frame) {
+            match self.tap.recv_bare(&mut frame) {
                 Ok(Some(length)) if length > FRAME_BYTES_MAX => {
                     self.lost.too_long += 1;
                     if self.lost.too_long.is_power_of_two() {

@@ -397,6 +397,7 @@ impl Host {
             memory_bytes: self.settings.vm.memory,
             mapping,
             mac: self.settings.vm.mac.0,
+            offloads: false,
             console: Box::new(Console(Vec::new())),
             on_power: Arc::new(move |event| {
                 // A closed channel means that the role has ended.

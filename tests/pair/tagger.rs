@@ -62,11 +62,11 @@ fn pass([client, trunk]: &[Tap; 2], vlan: u16) -> io::Result<()> {
     let mut ready = [client, trunk].map(|tap| PollFd::new(tap, PollFlags::IN));
     poll(&mut ready, Some(&PATIENCE))?;
     let mut frame = [0; FRAME_BYTES];
-    while let Some(length) = client.recv(&mut frame)? {
+    while let Some(length) = client.recv_bare(&mut frame)? {
         let (addresses, rest) = frame[..length].split_at(ADDRESSES);
         send(trunk, &[addresses, &[0x81, 0], &vlan.to_be_bytes(), rest].concat())?;
     }
-    while let Some(length) = trunk.recv(&mut frame)? {
+    while let Some(length) = trunk.recv_bare(&mut frame)? {
         let (addresses, rest) = frame[..length].split_at(ADDRESSES);
         if rest.len() >= TAG && rest[..2] == [0x81, 0] && rest[2..TAG] == vlan.to_be_bytes() {
             send(client, &[addresses, &rest[TAG..]].concat())?;
@@ -77,7 +77,7 @@ fn pass([client, trunk]: &[Tap; 2], vlan: u16) -> io::Result<()> {
 
 /// Sends, or loses as a network does.
 fn send(tap: &Tap, frame: &[u8]) -> io::Result<()> {
-    match tap.send(frame) {
+    match tap.send_bare(frame) {
         Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
         _ => Ok(()),
     }

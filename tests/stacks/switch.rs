@@ -269,7 +269,7 @@ impl Hub {
         let mut more = false;
         for index in 0..self.taps.len() {
             for turn in 0..FRAMES_PER_TURN {
-                let Some(length) = self.taps[index].recv(&mut frame).expect("a TAP can be read") else {
+                let Some(length) = self.taps[index].recv_bare(&mut frame).expect("a TAP can be read") else {
                     break;
                 };
                 more |= turn + 1 == FRAMES_PER_TURN;
@@ -350,7 +350,7 @@ impl Hub {
 
     fn send(&mut self, tap: usize, frame: &[u8]) {
         let frame = segment::untag(frame, self.conditions.vlans);
-        self.taps[tap].send(&frame).expect("a kernel takes frames");
+        self.taps[tap].send_bare(&frame).expect("a kernel takes frames");
     }
 
     fn carry_out(&mut self, now: Instant, verdicts: Vec<Verdict>) {

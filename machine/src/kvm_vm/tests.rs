@@ -30,10 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Nowhere;
 
 impl net::Backend for Nowhere {
-    fn transmit(&mut self, _: &[u8]) {}
+    fn transmit(&mut self, _: Bytes) {}
     fn receive(&mut self) -> Option<Bytes> {
         None
     }
+    fn put_back(&mut self, _: Bytes) {}
     fn delivered(&mut self, _: Bytes) {}
     fn readiness(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
@@ -85,6 +86,7 @@ fn sized(mapping: Mapping, memory_bytes: u64) -> Machine {
         memory_bytes,
         mapping,
         mac: [2, 0, 0, 0, 0, 1],
+        offloads: false,
         console: Box::new(io::sink()),
         on_power: Arc::new(move |event| drop(report.send(event))),
     };

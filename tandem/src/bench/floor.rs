@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use checkpoint::limits::FRAME_BYTES_MAX;
+use machine::devices::net::FRAME_BYTES_MAX;
 use machine::devices::{block, net};
 use machine::floor::Stop;
 use machine::tap::Tap;
@@ -47,6 +47,7 @@ impl Floor {
             memory_bytes: memory.0,
             mapping: Mapping::Shared,
             mac: MAC,
+            offloads: false,
             console: Box::new(io::sink()),
             // A guest that has ended no longer answers, and that is told.
             on_power: Arc::new(|event| tracing::warn!(?event, "the floor's guest has ended")),
@@ -54,6 +55,7 @@ impl Floor {
         let network = Network {
             tap,
             frame: vec![0; FRAME_BYTES_MAX],
+            waiting: None,
         };
         let mut vm = KvmVm::new(config, Box::new(network), Box::new(Disk(vec![0; DISK_BYTES])))
             .context("can't make the floor's VM")?;
@@ -95,17 +97,26 @@ impl Floor {
 struct Network {
     tap: Tap,
     frame: Vec<u8>,
+    /// A frame that the guest had too few buffers for.
+    waiting: Option<Bytes>,
 }
 
 impl net::Backend for Network {
-    fn transmit(&mut self, frame: &[u8]) {
+    fn transmit(&mut self, frame: Bytes) {
         // A frame lost is sent again.
-        let _ = self.tap.send(frame);
+        let _ = self.tap.send(&frame);
     }
 
     fn receive(&mut self) -> Option<Bytes> {
+        if let Some(frame) = self.waiting.take() {
+            return Some(frame);
+        }
         let length = self.tap.recv(&mut self.frame).ok().flatten()?;
         Some(Bytes::copy_from_slice(&self.frame[..length]))
+    }
+
+    fn put_back(&mut self, frame: Bytes) {
+        self.waiting = Some(frame);
     }
 
     fn delivered(&mut self, _: Bytes) {}

@@ -229,7 +229,10 @@ impl<'a> Copy<'a> {
             for _ in 0..batch {
                 let length = next_frame(self.road, &mut frame)?;
                 let read = Instant::now();
-                self.road.far.send(&frame[..length]).context("the TAP takes no frame")?;
+                self.road
+                    .far
+                    .send_bare(&frame[..length])
+                    .context("the TAP takes no frame")?;
                 self.tally.latencies_us.push(read.elapsed().as_secs_f64() * 1e6);
             }
             self.tally.time += processor_time() - start;
@@ -368,7 +371,7 @@ impl<'a> Proxy<'a> {
             let Verdict::Release(frame, _) = verdict else {
                 anyhow::bail!("the two sides' frames are the same: {verdict:?}");
             };
-            self.road.far.send(&frame).context("the TAP takes no frame")?;
+            self.road.far.send_bare(&frame).context("the TAP takes no frame")?;
             let place = usize::try_from(number_of(&frame) - self.first).unwrap_or(usize::MAX);
             let read = self.read.get(place).context("an unknown frame came out")?;
             self.tally.latencies_us.push(read.elapsed().as_secs_f64() * 1e6);
@@ -381,19 +384,19 @@ impl<'a> Proxy<'a> {
 fn enter(road: &Road, traffic: &mut Traffic, buffer: &mut Vec<u8>, batch: usize) -> Result<()> {
     for _ in 0..batch {
         traffic.next(buffer);
-        road.entry.send(buffer).context("the TAP takes no frame")?;
+        road.entry.send_bare(buffer).context("the TAP takes no frame")?;
     }
     Ok(())
 }
 
 /// Reads a frame that has been sent, or is about to arrive.
 fn next_frame(road: &Road, frame: &mut [u8]) -> Result<usize> {
-    if let Some(length) = road.near.recv(frame).context("the TAP can't be read")? {
+    if let Some(length) = road.near.recv_bare(frame).context("the TAP can't be read")? {
         return Ok(length);
     }
     let start = Instant::now();
     while start.elapsed() < FRAME_LIMIT {
-        if let Some(length) = road.near.recv(frame).context("the TAP can't be read")? {
+        if let Some(length) = road.near.recv_bare(frame).context("the TAP can't be read")? {
             return Ok(length);
         }
     }

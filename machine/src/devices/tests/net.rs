@@ -10,11 +10,12 @@ use bytes::Bytes;
 use rustix::event::EventfdFlags;
 
 use super::driver::{
-    DriverQueue, PAGE, Piece, QUEUE_SIZE, bell, get, put, ram, read32, start, wait_for, written_pages,
+    DriverQueue, PAGE, Piece, QUEUE_SIZE, bell, get, put, ram, read32, start, start_with, wait_for, written_pages,
 };
 use crate::devices::Turns;
-use crate::devices::net::{Backend, Net};
+use crate::devices::net::{Backend, FRAME_BYTES_MAX, Net};
 use crate::memory::Memory;
+use crate::offload::{HEADER_BYTES, Offloads};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
@@ -26,6 +27,7 @@ struct Inner {
     sent: Mutex<Vec<Vec<u8>>>,
     waiting: Mutex<VecDeque<Bytes>>,
     delivered: Mutex<Vec<Bytes>>,
+    accepted: Mutex<Option<Offloads>>,
     full: AtomicBool,
     ready: OwnedFd,
 }
@@ -37,6 +39,7 @@ impl Wire {
             sent: Mutex::default(),
             waiting: Mutex::default(),
             delivered: Mutex::default(),
+            accepted: Mutex::default(),
             full: AtomicBool::new(false),
             ready,
         }))
@@ -57,7 +60,11 @@ impl Wire {
 }
 
 impl Backend for Wire {
-    fn transmit(&mut self, frame: &[u8]) {
+    fn accepts(&mut self, offloads: Offloads) {
+        *self.0.accepted.lock().unwrap() = Some(offloads);
+    }
+
+    fn transmit(&mut self, frame: Bytes) {
         self.0.sent.lock().unwrap().push(frame.to_vec());
     }
 
@@ -73,6 +80,10 @@ impl Backend for Wire {
         waiting.pop_front()
     }
 
+    fn put_back(&mut self, frame: Bytes) {
+        self.0.waiting.lock().unwrap().push_front(frame);
+    }
+
     fn delivered(&mut self, frame: Bytes) {
         self.0.delivered.lock().unwrap().push(frame);
     }
@@ -83,22 +94,18 @@ impl Backend for Wire {
 }
 
 fn card(ram: &Memory, wire: &Wire) -> Net {
-    Net::new("net", MAC, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
+    Net::new("net", MAC, false, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
 }
 
 fn frame(number: u32) -> Vec<u8> {
-    let mut frame = vec![0x5a; 60];
-    frame[14..18].copy_from_slice(&number.to_le_bytes());
+    let mut frame = vec![0x5a; HEADER_BYTES + 60];
+    frame[..HEADER_BYTES].fill(0);
+    frame[26..30].copy_from_slice(&number.to_le_bytes());
     frame
 }
 
 fn number_of(frame: &[u8]) -> u32 {
-    u32::from_le_bytes(frame[14..18].try_into().unwrap())
-}
-
-/// A header for transmission, and the frame behind it.
-fn with_header(frame: &[u8]) -> Vec<u8> {
-    [&[0; 12], frame].concat()
+    u32::from_le_bytes(frame[26..30].try_into().unwrap())
 }
 
 #[test]
@@ -119,7 +126,7 @@ fn transmits_from_several_pieces_and_drops_what_is_no_frame() {
     let net = card(&ram, &wire);
     let (receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
     start(net.mmio(), &[&receive, &transmit]);
-    put(&ram, 0x8000, &with_header(&frame(1)));
+    put(&ram, 0x8000, &frame(1));
     transmit.offer(&[
         Piece::Read(0x8000, 5),
         Piece::Read(0x8005, 7),
@@ -127,7 +134,7 @@ fn transmits_from_several_pieces_and_drops_what_is_no_frame() {
         Piece::Read(0x800c, 60),
     ]);
     transmit.offer(&[Piece::Read(0x8000, 12 + 13)]);
-    transmit.offer(&[Piece::Read(0x8000, 12 + 9023)]);
+    transmit.offer(&[Piece::Read(0x8000, 1 + u32::try_from(FRAME_BYTES_MAX).unwrap())]);
     transmit.offer(&[Piece::Read(0x8000, 12 + 60)]);
     transmit.notify(net.mmio());
     for _ in 0..4 {
@@ -153,7 +160,7 @@ fn frames_wait_outside_until_the_guest_has_a_buffer() {
         receive.notify(net.mmio());
         assert_eq!(receive.wait_used().1, 72);
         assert_eq!(get(&ram, 0x8000, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
-        assert_eq!(get(&ram, 0x9000, 60), frame(number));
+        assert_eq!(get(&ram, 0x9000, 60), frame(number)[HEADER_BYTES..]);
     }
     wait_for("the report", || (wire.delivered() == 3).then_some(()));
 }
@@ -167,10 +174,10 @@ fn a_frame_too_long_for_the_buffer_is_lost_and_the_buffer_is_not() {
     start(net.mmio(), &[&receive, &transmit]);
     let head = receive.offer(&[Piece::Write(0x8000, 12 + 60)]).unwrap();
     receive.notify(net.mmio());
-    wire.push(vec![1; 61]);
+    wire.push([&[0; HEADER_BYTES][..], &[1; 61]].concat());
     wire.push(frame(9));
     assert_eq!(receive.wait_used(), (head, 72));
-    assert_eq!(number_of(&get(&ram, 0x800c, 60)), 9);
+    assert_eq!(number_of(&get(&ram, 0x8000, 72)), 9);
     wait_for("the report", || (wire.delivered() == 1).then_some(()));
 }
 
@@ -184,7 +191,7 @@ fn a_full_network_leaves_frames_with_the_guest_and_goes_on_where_it_was() {
     let turns = net.mmio().turns();
     assert!(!turns.take());
     for number in 1..4 {
-        put(&ram, 0x8000 + u64::from(number) * 0x100, &with_header(&frame(number)));
+        put(&ram, 0x8000 + u64::from(number) * 0x100, &frame(number));
         transmit.offer(&[Piece::Read(0x8000 + u64::from(number) * 0x100, 72)]);
     }
     wire.0.full.store(true, Ordering::Relaxed);
@@ -216,6 +223,194 @@ fn a_full_network_leaves_frames_with_the_guest_and_goes_on_where_it_was() {
     assert!(is_due(&turns));
 }
 
+/// A card that offers all there is.
+fn offering(ram: &Memory, wire: &Wire) -> Net {
+    Net::new("net", MAC, true, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
+}
+
+/// A TCP segment of so many bytes that is to be cut; with what it says of its checksum.
+fn segments(length: usize) -> Vec<u8> {
+    let mut frame: Vec<u8> = (0..HEADER_BYTES + length).map(|at| at.to_le_bytes()[0]).collect();
+    frame[..HEADER_BYTES].copy_from_slice(&[1, 1, 54, 0, 0xb4, 5, 34, 0, 16, 0, 0, 0]);
+    frame
+}
+
+const CHECKSUMS: u64 = 1 << 0 | 1 << 1;
+const SEGMENTS: u64 = CHECKSUMS | 0x7f80 & !(1 << 10) & !(1 << 14);
+const MERGED: u64 = 1 << 15;
+const ADDRESS: u64 = 1 << 5 | 1 << 32;
+
+#[test]
+fn case_p10_offers_what_the_standard_has_for_tcp_and_tells_what_was_accepted() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = offering(&ram, &wire);
+    assert_eq!(u64::from(read32(net.mmio(), 0x10)), SEGMENTS | MERGED | 1 << 5);
+    let accepted = || *wire.0.accepted.lock().unwrap();
+    let queues = [DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1)];
+    start_with(net.mmio(), &[&queues[0], &queues[1]], ADDRESS | CHECKSUMS);
+    let checksum = Offloads {
+        checksum: true,
+        ..Offloads::NONE
+    };
+    assert_eq!(accepted(), Some(checksum));
+
+    // It goes with the card, and every network behind it is told.
+    net.mmio().freeze().unwrap();
+    let other = Wire::new();
+    let copy = offering(&ram, &other);
+    copy.mmio().freeze().unwrap();
+    copy.mmio().restore(&net.mmio().state()).unwrap();
+    assert_eq!(*other.0.accepted.lock().unwrap(), Some(checksum));
+    let third = Wire::new();
+    drop(copy.set_backend(Box::new(third.clone())));
+    assert_eq!(*third.0.accepted.lock().unwrap(), Some(checksum));
+    let plain = card(&ram, &Wire::new());
+    plain.mmio().freeze().unwrap();
+    assert!(
+        plain.mmio().check(&net.mmio().state()).is_err(),
+        "a card that offers less is another"
+    );
+
+    // A reset forgets it.
+    copy.mmio().reset();
+    assert_eq!(*third.0.accepted.lock().unwrap(), Some(Offloads::NONE));
+}
+
+#[test]
+fn case_p10_a_guest_sends_what_it_has_agreed_to_leave_and_nothing_else() {
+    let long = segments(FRAME_BYTES_MAX - HEADER_BYTES);
+    let mut partial = frame(7);
+    partial[..HEADER_BYTES].copy_from_slice(&[1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 0, 0]);
+    let mut verified = frame(8);
+    verified[..HEADER_BYTES].copy_from_slice(&[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 77, 7]);
+    for (mask, sent) in [
+        (ADDRESS | SEGMENTS, vec![long.clone(), partial.clone(), frame(8)]),
+        (ADDRESS | CHECKSUMS, vec![partial.clone(), frame(8)]),
+    ] {
+        let ram = ram();
+        let wire = Wire::new();
+        let net = offering(&ram, &wire);
+        let (receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+        start_with(net.mmio(), &[&receive, &transmit], mask);
+        for (place, frame) in [(0x8_0000, &long), (0xa_0000, &partial), (0xb_0000, &verified)] {
+            put(&ram, place, frame);
+            transmit.offer(&[Piece::Read(place, u32::try_from(frame.len()).unwrap())]);
+        }
+        transmit.notify(net.mmio());
+        for _ in 0..3 {
+            transmit.wait_used();
+        }
+        assert_eq!(wire.sent(), sent);
+    }
+    // Who has agreed to nothing need not write a header at all.
+    let ram = ram();
+    let wire = Wire::new();
+    let net = offering(&ram, &wire);
+    let (receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start_with(net.mmio(), &[&receive, &transmit], ADDRESS);
+    put(
+        &ram,
+        0x8000,
+        &[&[0xff; HEADER_BYTES][..], &frame(3)[HEADER_BYTES..]].concat(),
+    );
+    transmit.offer(&[Piece::Read(0x8000, 72)]);
+    transmit.notify(net.mmio());
+    transmit.wait_used();
+    assert_eq!(wire.sent(), [frame(3)]);
+}
+
+#[test]
+fn case_p10_a_long_frame_takes_as_many_buffers_as_it_needs_and_appears_at_once() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = offering(&ram, &wire);
+    let (mut receive, transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start_with(net.mmio(), &[&receive, &transmit], ADDRESS | SEGMENTS | MERGED);
+    let turns = net.mmio().turns();
+    let long = segments(10_000);
+    wire.push(long.clone());
+    wire.push(frame(5));
+    let offer = |receive: &mut DriverQueue<'_>, place: u64| {
+        receive
+            .offer(&[Piece::Write(place, 1_000), Piece::Write(place + 0x800, 1_500)])
+            .unwrap()
+    };
+    let mut heads: Vec<_> = [0x8000, 0x9000, 0xa000, 0xb000]
+        .map(|place| offer(&mut receive, place))
+        .into();
+    for _ in 0..3 {
+        assert!(!turns.take(), "a guest without room is nothing to do at once");
+        assert_eq!(
+            (receive.used_idx(), wire.delivered()),
+            (0, 0),
+            "no part of a frame is delivered"
+        );
+    }
+    // A stop in between keeps the frame outside and the buffers with the guest.
+    net.mmio().freeze().unwrap();
+    let section = net.mmio().state();
+    net.mmio().restore(&section).unwrap();
+    net.mmio().thaw();
+    assert!(!turns.take());
+    heads.push(offer(&mut receive, 0xc000));
+    receive.notify(net.mmio());
+    assert!(is_due(&turns), "the buffer that was missing makes a turn due");
+    assert!(!turns.take());
+    assert_eq!((receive.used_idx(), wire.delivered()), (5, 1));
+    let mut got = Vec::new();
+    for (place, head) in [0x8000, 0x9000, 0xa000, 0xb000, 0xc000].into_iter().zip(heads) {
+        let (used, written) = receive.take().unwrap();
+        assert_eq!(used, head);
+        let first = crate::index(written.into()).min(1_000);
+        got.extend(get(&ram, place, first));
+        got.extend(get(&ram, place + 0x800, crate::index(written.into()) - first));
+    }
+    let mut expected = long;
+    expected[10] = 5;
+    assert_eq!(got, expected);
+    offer(&mut receive, 0x8000);
+    assert!(!turns.take());
+    assert_eq!(receive.take().unwrap().1, 72, "and the next follows");
+    assert_eq!(get(&ram, 0x8000, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+}
+
+#[test]
+fn case_p10_a_frame_that_no_number_of_buffers_holds_is_lost_and_does_not_stop_the_next() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = offering(&ram, &wire);
+    let (mut receive, transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start_with(net.mmio(), &[&receive, &transmit], ADDRESS | SEGMENTS | MERGED);
+    for place in 0..u64::from(QUEUE_SIZE) {
+        receive.offer(&[Piece::Write(0x8000 + place * 0x100, 72)]);
+    }
+    wire.push(segments(72 * usize::from(QUEUE_SIZE)));
+    wire.push(frame(1));
+    receive.notify(net.mmio());
+    assert_eq!(receive.wait_used().1, 72);
+    assert_eq!(number_of(&get(&ram, 0x8000, 72)), 1);
+}
+
+#[test]
+fn case_p10_a_guest_gets_nothing_that_it_has_not_agreed_to_complete() {
+    let ram = ram();
+    let wire = Wire::new();
+    let net = offering(&ram, &wire);
+    let (mut receive, transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
+    start_with(net.mmio(), &[&receive, &transmit], ADDRESS | MERGED);
+    receive.offer(&[Piece::Write(0x8000, 2_000)]);
+    wire.push(segments(1_000));
+    let mut verified = frame(4);
+    verified[0] = 2;
+    wire.push(verified);
+    receive.notify(net.mmio());
+    assert_eq!(receive.wait_used().1, 72);
+    let mut expected = frame(4);
+    expected[10] = 1;
+    assert_eq!(get(&ram, 0x8000, 72), expected);
+}
+
 #[test]
 fn pages_that_only_the_device_wrote_are_marked() {
     let ram = ram();
@@ -224,7 +419,7 @@ fn pages_that_only_the_device_wrote_are_marked() {
     let (mut receive, mut transmit) = (DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1));
     start(net.mmio(), &[&receive, &transmit]);
     receive.offer(&[Piece::Write(0x20_000 - 20, 1526)]);
-    put(&ram, 0x30_000, &with_header(&frame(1)));
+    put(&ram, 0x30_000, &frame(1));
     transmit.offer(&[Piece::Read(0x30_000, 72)]);
     written_pages(&ram);
     wire.push(frame(2));
@@ -247,7 +442,7 @@ fn frozen_means_that_nothing_moves() {
     net.mmio().freeze().unwrap();
     written_pages(&ram);
     wire.push(frame(1));
-    put(&ram, 0x8000, &with_header(&frame(2)));
+    put(&ram, 0x8000, &frame(2));
     receive.offer(&[Piece::Write(0x9000, 1526)]);
     transmit.offer(&[Piece::Read(0x8000, 72)]);
     let before = get(&ram, 0, super::driver::RAM_BYTES);
@@ -275,7 +470,7 @@ fn another_network_behind_the_card_gets_its_frames() {
     old.push(frame(1));
     receive.wait_used();
     net.mmio().freeze().unwrap();
-    put(&ram, 0x8000, &with_header(&frame(3)));
+    put(&ram, 0x8000, &frame(3));
     transmit.offer(&[Piece::Read(0x8000, 72)]);
     transmit.notify(net.mmio());
     old.push(frame(2));
@@ -284,7 +479,7 @@ fn another_network_behind_the_card_gets_its_frames() {
     let _ = rustix::io::read(&old.0.ready, &mut [0; 8]);
     net.mmio().thaw();
     receive.wait_used();
-    assert_eq!(number_of(&get(&ram, 0x900c, 60)), 4);
+    assert_eq!(number_of(&get(&ram, 0x9000, 72)), 4);
     transmit.wait_used();
     assert_eq!((old.sent(), new.sent()), (vec![], vec![frame(3)]));
     // The new one's descriptor is watched too, not only looked at after the thaw.
@@ -364,7 +559,7 @@ fn computed(thread: &str) -> Duration {
 fn a_frame_that_nobody_can_take_costs_nothing() {
     let ram = ram();
     let wire = Wire::new();
-    let net = Net::new("waits", MAC, Box::new(wire.clone()), ram.clone(), bell()).unwrap();
+    let net = Net::new("waits", MAC, false, Box::new(wire.clone()), ram.clone(), bell()).unwrap();
     let queues = [DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1)];
     let rest = |when| {
         let before = computed("virtio-waits");
@@ -402,7 +597,7 @@ fn drive(ram: &Memory, cards: [&Net; 2], queues: [DriverQueue<'_>; 2]) {
         while offered < FRAMES
             && let Some(place) = send_spare.pop()
         {
-            put(ram, place, &with_header(&frame(offered)));
+            put(ram, place, &frame(offered));
             let head = transmit.offer(&[Piece::Read(place, 72)]).unwrap();
             send_places[usize::from(head)] = place;
             offered += 1;
@@ -415,11 +610,7 @@ fn drive(ram: &Memory, cards: [&Net; 2], queues: [DriverQueue<'_>; 2]) {
         while let Some((head, bytes)) = receive.take() {
             let place = places[usize::from(head)];
             assert_eq!(bytes, 72);
-            assert_eq!(
-                number_of(&get(ram, place + 12, 60)),
-                received,
-                "received in order, once"
-            );
+            assert_eq!(number_of(&get(ram, place, 72)), received, "received in order, once");
             received += 1;
             spare.push(place);
         }

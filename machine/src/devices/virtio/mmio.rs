@@ -278,6 +278,7 @@ impl VirtioMmio {
     fn reset_locked(&self, registers: &mut Registers) {
         let mut core = self.core();
         core.rings.clear();
+        core.device.activate(0);
         *registers = Registers::new(registers.queues.len());
         self.shared().set_broken(false);
         self.shared().set_interrupt_status(0);

@@ -77,7 +77,7 @@ pub(crate) trait Device: Any + Send {
     fn queues(&self) -> usize;
     /// The device's configuration space.
     fn config(&self) -> Vec<u8>;
-    /// Tells what the driver has accepted, before the first turn.
+    /// Tells what the driver has accepted, before the first turn; nothing, at a reset.
     fn activate(&mut self, _features: u64) {}
     /// Looks at all queues in their order and does a bounded part of what is there.
     fn turn(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<Turn, QueueError>;

@@ -13,6 +13,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions}
 
 use crate::memory::Memory;
 
+/// Where the used ring's entries begin, and how long one is.
+const USED_RING_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
+
 /// How a guest has broken the rules of its queue.
 #[derive(Debug, Error)]
 pub(crate) enum QueueError {
@@ -78,9 +82,11 @@ impl Ring {
         Chain::collect(chain, limit, ram).map(Some)
     }
 
-    /// Puts the chain that was taken last back.
-    pub(crate) fn unpop(&mut self) {
-        self.queue.go_to_previous_position();
+    /// Puts the chains that were taken last back, so many of them.
+    pub(crate) fn unpop(&mut self, chains: usize) {
+        for _ in 0..chains {
+            self.queue.go_to_previous_position();
+        }
     }
 
     /// Gives `chain` back to the driver with `written` bytes in its writable part.
@@ -88,21 +94,53 @@ impl Ring {
         self.queue.add_used(ram, chain.head, written).map_err(QueueError::Ring)
     }
 
+    /// Gives chains back that were taken one after the other, each with its number of bytes: the driver sees all of them
+    /// at once, or none.
+    pub(crate) fn complete_all(&mut self, ram: &Memory, chains: &[(Chain, u32)]) -> Result<(), QueueError> {
+        let Some(((last, written), before)) = chains.split_last() else {
+            return Ok(());
+        };
+        let (first, size) = (self.queue.next_used(), self.queue.size());
+        let mut next = first;
+        for (chain, written) in before {
+            let place = USED_RING_HEADER_BYTES + u64::from(next % size) * USED_ELEMENT_BYTES;
+            // Which chain, and how much of it.
+            let element = u64::from(*written) << 32 | u64::from(chain.head);
+            // The whole ring was found to lie in guest memory, so the sum can't overflow.
+            let address = GuestAddress(self.queue.used_ring() + place);
+            ram.write_obj(element.to_le(), address).map_err(QueueError::Memory)?;
+            next = next.wrapping_add(1);
+        }
+        // Its index moves with the last one.
+        self.queue.set_next_used(next);
+        self.complete(ram, last, *written)
+    }
+
     /// Asks the driver for notifications; `true` if there is something to take already.
     pub(crate) fn listen(&mut self, ram: &Memory) -> Result<bool, QueueError> {
+        self.listen_beyond(ram, 0)
+    }
+
+    /// Asks the driver for notifications; `true` if there are more than so many chains to take already.
+    pub(crate) fn listen_beyond(&mut self, ram: &Memory, chains: usize) -> Result<bool, QueueError> {
         if !self.queue.ready() {
             return Ok(false);
         }
         if self.listening != Some(true) {
             self.listening = Some(true);
-            return self.queue.enable_notification(ram).map_err(QueueError::Ring);
+            self.queue.enable_notification(ram).map_err(QueueError::Ring)?;
         }
         let offered = self
             .queue
             .avail_idx(ram, Ordering::Acquire)
             .map_err(QueueError::Ring)?
             .0;
-        Ok(offered != self.queue.next_avail())
+        Ok(usize::from(offered.wrapping_sub(self.queue.next_avail())) > chains)
+    }
+
+    /// Returns how many entries it has.
+    pub(crate) fn size(&self) -> usize {
+        self.queue.size().into()
     }
 }
 
