@@ -285,6 +285,7 @@ fn a_primary_whose_input_was_held_hears_its_clients_again_when_the_secondary_is_
     let mut world = protected();
     world.fault(Fault::Freeze(1, 5_000));
     let delivery = checkpoint::pair::Delivery {
+        nic: checkpoint::Nic::FIRST,
         number: None,
         wire: bytes::Bytes::from_static(b"a frame"),
         guest: bytes::Bytes::from_static(b"a frame"),
@@ -302,6 +303,7 @@ fn input_that_a_standing_guest_can_not_confirm_is_covered_by_a_checkpoint_before
     // A buffered one.
     let mut world = protected_in(World::new(2));
     let delivery = checkpoint::pair::Delivery {
+        nic: checkpoint::Nic::FIRST,
         number: None,
         wire: bytes::Bytes::from_static(b"a frame"),
         guest: bytes::Bytes::from_static(b"a frame"),

@@ -13,8 +13,8 @@
 
 use crate::epoch::{Epoch, Generation};
 use crate::limits::{
-    DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, STREAMS_MAX, TAKEOVER_LIMIT_MAX,
-    TAKEOVER_LIMIT_MIN, VCPUS_MAX,
+    DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, NICS_MAX, PAGE_BYTES, STREAMS_MAX,
+    TAKEOVER_LIMIT_MAX, TAKEOVER_LIMIT_MIN, VCPUS_MAX,
 };
 use crate::wire::{Held, Hello, MachineShape, Refusal, Session, Welcome};
 
@@ -210,6 +210,7 @@ fn check_shape(shape: &MachineShape) -> Result<(), LocalError> {
     check_range("a memory size", shape.memory_bytes, page, MEMORY_BYTES_MAX, page)?;
     check_range("a number of vCPUs", shape.vcpus.into(), 1, VCPUS_MAX.into(), 1)?;
     check_range("a disk size", shape.disk_bytes, 0, i64::MAX.unsigned_abs(), 512)?;
+    check_range("a number of network cards", nics(shape) as u64, 0, NICS_MAX as u64, 1)?;
     let describable = |name: &String| name.len() <= DEVICE_NAME_BYTES_MAX && !name.chars().any(char::is_control);
     if shape.devices.len() > DEVICES_MAX || !shape.devices.iter().all(describable) {
         return Err(LocalError::Devices);
@@ -258,6 +259,11 @@ fn compare_shapes(primary: &MachineShape, secondary: &MachineShape) -> Result<()
         primary.vcpus.to_string(),
         secondary.vcpus.to_string(),
     )?;
+    compare(
+        "the number of network cards (one --tap each)",
+        nics(primary).to_string(),
+        nics(secondary).to_string(),
+    )?;
     let none = || String::from("no such device");
     for slot in 0..primary.devices.len().max(secondary.devices.len()) {
         let device = |shape: &MachineShape| shape.devices.get(slot).cloned().unwrap_or_else(none);
@@ -266,6 +272,11 @@ fn compare_shapes(primary: &MachineShape, secondary: &MachineShape) -> Result<()
     compare("the disk size", bytes(primary.disk_bytes), bytes(secondary.disk_bytes))?;
     let digest = |cpu: u64| format!("features {cpu:016x}");
     compare("the guest's CPU", digest(primary.cpu), digest(secondary.cpu))
+}
+
+/// Returns how many network cards a shape has.
+fn nics(shape: &MachineShape) -> usize {
+    shape.devices.iter().filter(|device| device.starts_with("net=")).count()
 }
 
 #[cfg(test)]
@@ -359,6 +370,10 @@ mod tests {
             differs("device 2", "block", "no such device")
         );
         assert_eq!(
+            refusal(|p| p.shape.devices.push("net=52:54:00:00:00:02".into())),
+            differs("the number of network cards (one --tap each)", "2", "1")
+        );
+        assert_eq!(
             refusal(|p| p.shape.disk_bytes = 512),
             differs("the disk size", "512 bytes", "1048576 bytes")
         );
@@ -441,7 +456,7 @@ mod tests {
 
     #[test]
     fn values_out_of_range_are_refused_before_they_are_compared() {
-        let changes: [fn(&mut Local); 9] = [
+        let changes: [fn(&mut Local); 10] = [
             |p| p.pair = String::new(),
             |p| p.node = "x".repeat(NAME_BYTES_MAX + 1),
             |p| p.node = "a\u{1b}".into(),
@@ -450,6 +465,7 @@ mod tests {
             |p| p.shape.vcpus = VCPUS_MAX + 1,
             |p| p.shape.disk_bytes = 511,
             |p| p.shape.devices = vec![String::new(); DEVICES_MAX + 1],
+            |p| p.shape.devices = vec!["net=52:54:00:00:00:01".into(); NICS_MAX + 1],
             |p| p.takeover_limit_ms = 1,
         ];
         for (number, change) in changes.into_iter().enumerate() {

@@ -21,6 +21,7 @@ pub mod handshake;
 pub mod limits;
 pub mod liveness;
 pub mod mutants;
+pub mod nic;
 pub mod pages;
 pub mod pair;
 pub mod staging;
@@ -28,4 +29,5 @@ pub mod time;
 pub mod wire;
 
 pub use epoch::{Epoch, EpochMode, Generation, InputNumber, Role, Tag};
+pub use nic::Nic;
 pub use time::{Duration, Instant};

@@ -24,6 +24,8 @@ pub const SECTIONS_MAX: usize = 1024;
 pub const SECTION_NAME_BYTES_MAX: usize = 64;
 /// Page streams of a pairing.
 pub const STREAMS_MAX: usize = 8;
+/// Network cards of a machine.
+pub const NICS_MAX: usize = 8;
 /// Virtual CPUs of a machine.
 pub const VCPUS_MAX: u32 = 1024;
 /// Largest guest memory, in bytes.

@@ -52,6 +52,8 @@ mutants! {
     BeginTooMuch "begin-too-much"
     /// Blocks count as equal on both disks once their checkpoint is acknowledged, before it is durable.
     ClearChangedOnAcknowledgement "clear-changed-on-acknowledgement"
+    /// The commit of an epoch covers the output of the first network card only.
+    CommitFirstCardOnly "commit-first-card-only"
     /// A checkpoint commits the disk writes of the epoch after it, too.
     CommitNextWrites "commit-next-writes"
     /// A checkpoint makes the secondary's own speculative writes part of the disk.
@@ -104,6 +106,8 @@ mutants! {
     JoinFragments "join-fragments"
     /// What an earlier secondary has committed counts as committed by the next.
     KeepBaseOfAnother "keep-base-of-another"
+    /// A load takes over the translation offsets of the first network card only.
+    KeepFirstCardOnly "keep-first-card-only"
     /// A load does not take over the primary's translation offsets.
     KeepOwnNetwork "keep-own-network"
     /// What the guest sent in an execution that a checkpoint replaced is kept for the takeover.
@@ -138,6 +142,8 @@ mutants! {
     PassRepeated "pass-repeated"
     /// Reads don't see a commit whose disk writes are still under way.
     ReadOldBase "read-old-base"
+    /// What is released on any network card leaves by the first.
+    ReleaseOnFirstCard "release-on-first-card"
     /// Output leaves as covered by a checkpoint once that has been copied.
     ReleaseAtTheCopy "release-at-the-copy"
     /// Output leaves as covered by a checkpoint once that has been sent.

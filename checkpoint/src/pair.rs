@@ -3,11 +3,14 @@
 use bytes::Bytes;
 
 use crate::epoch::{Epoch, Generation, InputNumber, Role};
+use crate::nic::Nic;
 use crate::time::Instant;
 
 /// A frame on its way into the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Delivery {
+    /// The card that it is for.
+    pub nic: Nic,
     /// Its number, if the primary gave it one.
     pub number: Option<InputNumber>,
     /// As the clients sent it: what is forwarded to the peer.
@@ -32,6 +35,8 @@ pub enum Place {
 pub struct Sight {
     /// When.
     pub at: Instant,
+    /// On which card.
+    pub nic: Nic,
     /// Where.
     pub place: Place,
     /// What there is to say about it.

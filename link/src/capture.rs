@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use checkpoint::Instant;
 use checkpoint::pair::{Place, Sight};
+use checkpoint::{Instant, Nic};
 use tokio::io::{self, AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -28,8 +28,12 @@ const CLIENT_LIMIT: Duration = Duration::from_secs(5);
 const WRITE_BYTES: usize = 64 * 1024;
 
 /// All captures of a role.
-#[derive(Debug, Default)]
-pub struct Captures(Vec<Sink>);
+#[derive(Debug)]
+pub struct Captures {
+    sinks: Vec<Sink>,
+    /// Network cards of the VM.
+    cards: usize,
+}
 
 #[derive(Debug)]
 struct Sink {
@@ -47,11 +51,17 @@ pub struct Capture {
 #[derive(Debug, Default)]
 struct Counts {
     waiting_bytes: AtomicU64,
-    seen: [AtomicU64; PLACES.len()],
-    lost: [AtomicU64; PLACES.len()],
+    interfaces: Vec<Interface>,
 }
 
-/// The interfaces of a capture.
+/// What was seen on an interface of the capture: a place of a card.
+#[derive(Debug, Default)]
+struct Interface {
+    seen: AtomicU64,
+    lost: AtomicU64,
+}
+
+/// The interfaces that a capture has for each card.
 const PLACES: [Place; 3] = [Place::Primary, Place::Secondary, Place::Released];
 
 fn describe(place: Place) -> (&'static str, &'static str) {
@@ -62,19 +72,37 @@ fn describe(place: Place) -> (&'static str, &'static str) {
     }
 }
 
+/// Returns the number of an interface.
+fn interface(nic: Nic, place: Place) -> usize {
+    nic.index() * PLACES.len() + place as usize
+}
+
 impl Captures {
+    /// Makes none yet, of a VM that has so many network cards.
+    #[must_use]
+    pub fn new(cards: usize) -> Self {
+        Self {
+            sinks: Vec::new(),
+            cards,
+        }
+    }
+
     /// Begins one more.
     ///
     /// # Errors
     /// Says why not.
     pub fn begin(&mut self) -> Result<Capture, String> {
         self.forget_ended();
-        if self.0.len() >= CAPTURES_MAX {
+        if self.sinks.len() >= CAPTURES_MAX {
             return Err(format!("{CAPTURES_MAX} captures are running already: end one of them"));
         }
         let (packets, receiver) = mpsc::channel(PACKETS_WAITING_MAX);
-        let counts = Arc::<Counts>::default();
-        self.0.push(Sink {
+        let interfaces = (0..self.cards * PLACES.len()).map(|_| Interface::default());
+        let counts = Arc::new(Counts {
+            waiting_bytes: AtomicU64::new(0),
+            interfaces: interfaces.collect(),
+        });
+        self.sinks.push(Sink {
             packets,
             counts: Arc::clone(&counts),
         });
@@ -87,32 +115,33 @@ impl Captures {
     /// Tells whether nobody captures.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.sinks.is_empty()
     }
 
     /// Offers a packet to each. Never waits.
     pub fn offer(&mut self, packet: &Sight) {
-        for sink in &self.0 {
+        for sink in &self.sinks {
             sink.offer(packet);
         }
         self.forget_ended();
     }
 
     fn forget_ended(&mut self) {
-        self.0.retain(|sink| !sink.packets.is_closed());
+        self.sinks.retain(|sink| !sink.packets.is_closed());
     }
 }
 
 impl Sink {
     fn offer(&self, packet: &Sight) {
-        let (counts, place) = (&self.counts, packet.place as usize);
-        counts.seen[place].fetch_add(1, Ordering::Relaxed);
+        let counts = &self.counts;
+        let interface = &counts.interfaces[interface(packet.nic, packet.place)];
+        interface.seen.fetch_add(1, Ordering::Relaxed);
         let bytes = packet.frame.len() as u64;
         // Counted first: its reader may be done with it at once.
         let waiting = counts.waiting_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         if waiting > BYTES_WAITING_MAX || self.packets.try_send(packet.clone()).is_err() {
             counts.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-            counts.lost[place].fetch_add(1, Ordering::Relaxed);
+            interface.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
@@ -122,13 +151,22 @@ impl Capture {
     pub(crate) async fn write_to(mut self, stream: &mut UnixStream) -> io::Result<()> {
         let mut out = Vec::new();
         pcapng::section(&mut out, concat!("tandem ", env!("CARGO_PKG_VERSION")));
-        for place in PLACES {
-            let (name, description) = describe(place);
-            pcapng::interface(&mut out, name, description);
+        for number in 0..self.counts.interfaces.len() {
+            let (name, description) = describe(PLACES[number % PLACES.len()]);
+            if self.counts.interfaces.len() == PLACES.len() {
+                pcapng::interface(&mut out, name, description);
+            } else {
+                let card = number / PLACES.len();
+                let (name, description) = (
+                    format!("net{card} {name}"),
+                    format!("network card {card}: {description}"),
+                );
+                pcapng::interface(&mut out, &name, &description);
+            }
         }
         let (mut reader, mut writer) = stream.split();
         let epoch = Epoch::now();
-        let mut told = [0; PLACES.len()];
+        let mut told = vec![0; self.counts.interfaces.len()];
         let mut nothing = [0; 16];
         let why = loop {
             timeout(CLIENT_LIMIT, writer.write_all(&out)).await??;
@@ -157,14 +195,14 @@ impl Capture {
         timeout(CLIENT_LIMIT, writer.write_all(&out)).await?
     }
 
-    fn add(&self, out: &mut Vec<u8>, packet: &Sight, epoch: &Epoch, told: &mut [u64; PLACES.len()]) {
-        let place = packet.place as usize;
+    fn add(&self, out: &mut Vec<u8>, packet: &Sight, epoch: &Epoch, told: &mut [u64]) {
+        let number = interface(packet.nic, packet.place);
         let bytes = packet.frame.len() as u64;
         self.counts.waiting_bytes.fetch_sub(bytes, Ordering::Relaxed);
-        let lost = self.counts.lost[place].load(Ordering::Relaxed);
-        let before = std::mem::replace(&mut told[place], lost);
+        let lost = self.counts.interfaces[number].lost.load(Ordering::Relaxed);
+        let before = std::mem::replace(&mut told[number], lost);
         let packet = pcapng::Packet {
-            interface: packet.place as u32,
+            interface: wire_number(number),
             time: epoch.time(packet.at),
             frame: &packet.frame,
             comment: &packet.comment,
@@ -174,18 +212,21 @@ impl Capture {
     }
 
     fn add_statistics(&self, out: &mut Vec<u8>, epoch: &Epoch, why: &str) {
-        for place in PLACES {
-            let count = |counts: &[AtomicU64; PLACES.len()]| counts[place as usize].load(Ordering::Relaxed);
-            let (seen, lost) = (count(&self.counts.seen), count(&self.counts.lost));
+        for (number, interface) in self.counts.interfaces.iter().enumerate() {
+            let [seen, lost] = [&interface.seen, &interface.lost].map(|count| count.load(Ordering::Relaxed));
             let comment = if lost == 0 {
                 format!("{why}; no packet is missing")
             } else {
                 format!("{why}; {lost} of {seen} packets are missing: they came faster than they were read")
             };
             let at = epoch.time(clock::now());
-            pcapng::statistics(out, place as u32, at, seen, lost, &comment);
+            pcapng::statistics(out, wire_number(number), at, seen, lost, &comment);
         }
     }
+}
+
+fn wire_number(interface: usize) -> u32 {
+    u32::try_from(interface).expect("a few interfaces a card")
 }
 
 /// A moment by both clocks.
@@ -215,6 +256,7 @@ mod tests {
     fn packet(place: Place, bytes: usize) -> Sight {
         Sight {
             at: clock::now(),
+            nic: Nic::FIRST,
             place,
             comment: "why".to_owned(),
             frame: vec![7; bytes].into(),
@@ -240,7 +282,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_gets_what_was_offered_until_it_has_enough() {
-        let mut captures = Captures::default();
+        let mut captures = Captures::new(1);
         let capture = captures.begin().unwrap();
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         let task = tokio::spawn(async move { capture.write_to(&mut theirs).await });
@@ -259,7 +301,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_the_role_ends_a_capture_in_order() {
-        let mut captures = Captures::default();
+        let mut captures = Captures::new(1);
         let capture = captures.begin().unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let task = tokio::spawn(async move { capture.write_to(&mut theirs).await });
@@ -273,7 +315,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_is_too_slow_misses_packets_and_is_told_how_many() {
-        let mut captures = Captures::default();
+        let mut captures = Captures::new(1);
         let capture = captures.begin().unwrap();
         for _ in 0..1_200 {
             captures.offer(&packet(Place::Primary, 9_000));
@@ -289,9 +331,41 @@ mod tests {
         assert!(kept < 1_200 && String::from_utf8_lossy(&bytes).contains(&text));
     }
 
+    #[tokio::test]
+    async fn each_card_has_interfaces_of_its_own() {
+        let mut captures = Captures::new(2);
+        let capture = captures.begin().unwrap();
+        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+        let task = tokio::spawn(async move { capture.write_to(&mut theirs).await });
+        for nic in Nic::all(2) {
+            captures.offer(&Sight {
+                nic,
+                ..packet(Place::Released, 60)
+            });
+        }
+        ours.shutdown().await.unwrap();
+        let mut bytes = &read(ours).await[..];
+        task.await.unwrap().unwrap();
+        assert_eq!((count(bytes, 1), count(bytes, 6), count(bytes, 5)), (6, 2, 6));
+        let text = String::from_utf8_lossy(bytes).into_owned();
+        assert!(
+            text.contains("net0 primary") && text.contains("net1 released"),
+            "{text}"
+        );
+        let mut interfaces = Vec::new();
+        while !bytes.is_empty() {
+            let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+            if word(0) == pcapng::PACKET {
+                interfaces.push(word(8));
+            }
+            bytes = &bytes[word(4) as usize..];
+        }
+        assert_eq!(interfaces, [2, 5]);
+    }
+
     #[test]
     fn their_number_is_bounded() {
-        let mut captures = Captures::default();
+        let mut captures = Captures::new(1);
         let running: Vec<_> = (0..CAPTURES_MAX).map(|_| captures.begin().unwrap()).collect();
         assert!(captures.begin().unwrap_err().contains("end one"));
         drop(running);

@@ -384,7 +384,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use checkpoint::wire::{Output, encode_into};
-    use checkpoint::{Epoch, Generation, Tag};
+    use checkpoint::{Epoch, Generation, Nic, Tag};
     use proptest::prelude::*;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;
@@ -404,6 +404,7 @@ mod tests {
         };
         Message::Output(Output {
             tag,
+            nic: Nic::FIRST,
             frame: vec![epoch.to_le_bytes()[0]; bytes].into(),
         })
     }

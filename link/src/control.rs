@@ -456,7 +456,7 @@ mod tests {
 
     fn answer_all(mut requests: mpsc::Receiver<ControlRequest>) {
         tokio::spawn(async move {
-            let mut captures = crate::capture::Captures::default();
+            let mut captures = crate::capture::Captures::new(1);
             while let Some(request) = requests.recv().await {
                 let answer = match request.command {
                     Command::Status => Ok(Answer::Status(Box::new(Status {

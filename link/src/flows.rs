@@ -12,6 +12,9 @@ pub const FLOWS_MAX: u32 = 1_000;
 /// The traffic that the guest sends, as the primary sees it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flows {
+    /// Network cards of the VM.
+    #[serde(default)]
+    pub cards: u64,
     /// Whether output is protected now, and by what.
     pub protection: String,
     /// Sums over all flows since the VM started here.
@@ -74,6 +77,9 @@ pub struct Kind {
 /// One flow, directed as the guest sends.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
+    /// The network card, from 0 on.
+    #[serde(default)]
+    pub card: u64,
     /// Kind, VLAN tags, and both ends.
     pub flow: String,
     /// It is not compared, because it kept differing: its output waits for checkpoints.
@@ -95,6 +101,9 @@ pub struct Flow {
 pub struct FlowDivergence {
     /// Time since then.
     pub age_ms: u64,
+    /// The network card on which it happened.
+    #[serde(default)]
+    pub card: u64,
     /// The epoch in which it happened.
     pub epoch: u64,
     /// What differed, where, and the bytes of both sides from there.
@@ -105,11 +114,25 @@ impl Flows {
     /// Puts the flows in their order and leaves out those beyond `most`.
     pub fn keep(&mut self, most: u32) {
         let rank = |flow: &Flow| (flow.held, flow.mismatched, flow.waits, flow.matched);
-        self.flows
-            .sort_by(|one, other| rank(other).cmp(&rank(one)).then_with(|| one.flow.cmp(&other.flow)));
+        self.flows.sort_by(|one, other| {
+            rank(other)
+                .cmp(&rank(one))
+                .then_with(|| (one.card, &one.flow).cmp(&(other.card, &other.flow)))
+        });
         let most = most.min(FLOWS_MAX) as usize;
         self.left_out = self.flows.len().saturating_sub(most) as u64;
         self.flows.truncate(most);
+    }
+}
+
+impl Flows {
+    /// Says which card something is about, if there are several.
+    fn card(&self, card: u64) -> String {
+        if self.cards > 1 {
+            format!("net{card} ")
+        } else {
+            String::new()
+        }
     }
 }
 
@@ -162,12 +185,13 @@ impl Display for Flows {
         for flow in &self.flows {
             writeln!(
                 f,
-                "{:>10} {:>7} {:>8} {:>6} {:>7}  {}{}",
+                "{:>10} {:>7} {:>8} {:>6} {:>7}  {}{}{}",
                 flow.matched,
                 flow.mismatched,
                 flow.waits,
                 flow.held,
                 flow.pending,
+                self.card(flow.card),
                 printable(&flow.flow),
                 if flow.buffered { ", waits for checkpoints" } else { "" }
             )?;
@@ -183,8 +207,9 @@ impl Display for Flows {
         for divergence in &self.divergences {
             write!(
                 f,
-                "\n{} ago: {}",
+                "\n{} ago: {}{}",
                 crate::status::span_ms(divergence.age_ms),
+                self.card(divergence.card),
                 printable(&divergence.what)
             )?;
         }
@@ -224,10 +249,26 @@ mod tests {
     }
 
     #[test]
+    fn the_card_is_named_where_there_are_several() {
+        let mut flows = Flows {
+            cards: 2,
+            flows: vec![Flow {
+                card: 1,
+                ..flow("TCP", 0, 0, 1)
+            }],
+            ..Flows::default()
+        };
+        assert!(flows.to_string().contains("net1 TCP"), "{flows}");
+        flows.cards = 1;
+        assert!(!flows.to_string().contains("net"), "{flows}");
+    }
+
+    #[test]
     fn the_longest_answer_fits_into_a_reply_and_comes_back_as_it_was() {
         let mut flows = Flows {
             flows: (0..70_000)
                 .map(|number| Flow {
+                    card: 7,
                     flow: format!("TCP vlan 4094 vlan 4094 vlan 4094 [2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535 -> [2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:{number}"),
                     matched: u64::MAX,
                     mismatched: u64::MAX,

@@ -1,32 +1,51 @@
-//! The guest's network port: where frames wait for the guest, and where they come out of it.
+//! The guest's network ports, one a card: where frames wait for the guest, and where they come out of it.
 //!
-//! The role's loop puts frames in, and takes the network card's turns: each moves frames to the guest as it has
-//! room and tells the loop of those that reached the guest and of those that the guest sent. The port outlives
-//! a change of role: what waits in it at a takeover is delivered by the next role.
+//! The role's loop puts frames in, and takes the network cards' turns: each moves frames to the guest as it has
+//! room and tells the loop of those that reached the guest and of those that the guest sent. Ports outlive
+//! a change of role: what waits in them at a takeover is delivered by the next role.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
 use bytes::Bytes;
+use checkpoint::Nic;
 use checkpoint::pair::Delivery;
 use machine::devices::{self, block, net};
 use machine::offload::HEADER_BYTES;
 use tokio::io::unix::AsyncFd;
 
-/// Frames that may wait for the guest before the port counts as full.
+/// Frames that may wait for the guest, on all its cards, before a port counts as full.
 pub const INBOX_FRAMES_MAX: usize = 512;
 
-/// Frames on their way into one guest.
-#[derive(Debug, Default)]
+/// Frames on their way into one guest by one of its cards.
+#[derive(Debug)]
 pub struct Port {
+    nic: Nic,
     inbox: Mutex<VecDeque<Delivery>>,
+    /// Frames that may wait before it counts as full.
+    frames_max: usize,
     /// What the guest sends stays in its queue.
     output_held: AtomicBool,
 }
 
 impl Port {
+    /// Makes the ports of a guest that has so many cards.
+    #[must_use]
+    pub fn all(cards: usize) -> Vec<Arc<Self>> {
+        let port = |nic| {
+            Arc::new(Self {
+                nic,
+                inbox: Mutex::default(),
+                frames_max: INBOX_FRAMES_MAX / cards,
+                output_held: AtomicBool::default(),
+            })
+        };
+        Nic::all(cards).map(port).collect()
+    }
+
     /// Puts a frame behind those that wait; then a turn of the card is due.
     pub fn deliver(&self, delivery: Delivery) {
         self.inbox().push_back(delivery);
@@ -51,7 +70,7 @@ impl Port {
     /// Tells whether no more frames should be put in for now.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.waiting() >= INBOX_FRAMES_MAX
+        self.waiting() >= self.frames_max
     }
 
     fn inbox(&self) -> MutexGuard<'_, VecDeque<Delivery>> {
@@ -61,22 +80,21 @@ impl Port {
 
 /// What a port tells its role's loop, in the card's turn, which the loop itself takes. Must not block.
 pub trait Observer: Send {
-    /// The guest sent a frame.
-    fn sent(&mut self, frame: Bytes);
+    /// The guest sent a frame on that card.
+    fn sent(&mut self, nic: Nic, frame: Bytes);
     /// A frame is on the guest's receive ring.
     fn consumed(&mut self, delivery: Delivery);
 }
 
-/// The port as the network device's back end.
-pub struct PortBackend<O> {
+/// A port as its card's back end.
+struct PortBackend<O> {
     port: Arc<Port>,
     observer: O,
     current: Option<Delivery>,
 }
 
 impl<O: Observer> PortBackend<O> {
-    /// Makes the back end of one role, which takes what the guest sends until it is told otherwise.
-    pub fn new(port: Arc<Port>, observer: O) -> Self {
+    fn new(port: Arc<Port>, observer: O) -> Self {
         port.hold_output(false);
         Self {
             port,
@@ -88,7 +106,7 @@ impl<O: Observer> PortBackend<O> {
 
 impl<O: Observer> net::Backend for PortBackend<O> {
     fn transmit(&mut self, frame: Bytes) {
-        self.observer.sent(frame.slice(HEADER_BYTES..));
+        self.observer.sent(self.port.nic, frame.slice(HEADER_BYTES..));
     }
 
     fn may_transmit(&self) -> bool {
@@ -121,63 +139,96 @@ impl<O: Observer> net::Backend for PortBackend<O> {
     }
 }
 
-/// The network card's turns, taken by a role's loop.
-pub struct Turns {
-    card: AsyncFd<devices::Turns>,
+/// The network cards' turns, taken by a role's loop.
+pub struct Turns(Vec<Card>);
+
+struct Card {
+    turns: AsyncFd<devices::Turns>,
     due: bool,
 }
 
 impl Turns {
-    /// Makes the loop take the turns of `card` from now on. The first is due.
+    /// Makes the loop take the turns of these cards from now on. The first of each is due.
     ///
     /// # Errors
-    /// Fails if the runtime can't watch the card.
-    pub fn new(card: devices::Turns) -> std::io::Result<Self> {
-        #[expect(
-            deprecated,
-            reason = "its replacement is unsafe; the card keeps one descriptor open for as long as it lives"
-        )]
-        let card = AsyncFd::new(card)?;
-        Ok(Self { card, due: true })
+    /// Fails if the runtime can't watch a card.
+    pub fn new(cards: Vec<devices::Turns>) -> std::io::Result<Self> {
+        let watched = cards.into_iter().map(|turns| {
+            #[expect(
+                deprecated,
+                reason = "its replacement is unsafe; the card keeps one descriptor open for as long as it lives"
+            )]
+            let turns = AsyncFd::new(turns)?;
+            Ok(Card { turns, due: true })
+        });
+        watched.collect::<std::io::Result<_>>().map(Self)
     }
 
-    /// Makes a turn due: there is a frame for the guest.
-    pub fn make_due(&mut self) {
-        self.due = true;
+    /// Makes a turn of a card due: there is a frame for the guest.
+    pub fn make_due(&mut self, nic: Nic) {
+        self.0[nic.index()].due = true;
+    }
+
+    /// Makes a turn of each card due.
+    pub fn make_all_due(&mut self) {
+        for card in &mut self.0 {
+            card.due = true;
+        }
+    }
+
+    /// Returns how many cards there are.
+    #[must_use]
+    pub fn cards(&self) -> usize {
+        self.0.len()
     }
 
     /// Waits until a turn is due. Nothing is lost if the wait is given up.
     pub async fn due(&mut self) {
-        if !self.due {
-            // Fails only when the runtime ends, and its tasks with it.
-            if let Ok(mut kicked) = self.card.readable().await {
-                kicked.clear_ready();
+        std::future::poll_fn(|context| {
+            let mut any = false;
+            for card in &mut self.0 {
+                // It fails only when the runtime ends, and its tasks with it.
+                if !card.due
+                    && let Poll::Ready(Ok(mut kicked)) = card.turns.poll_read_ready(context)
+                {
+                    kicked.clear_ready();
+                    card.due = true;
+                }
+                any |= card.due;
             }
-            self.due = true;
-        }
+            if any { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
-    /// Takes a turn if one is due.
+    /// Takes a turn of each card that one is due of.
     pub fn take(&mut self) {
-        if self.due {
-            self.due = self.card.get_ref().take();
+        for card in self.0.iter_mut().filter(|card| card.due) {
+            card.due = card.turns.get_ref().take();
         }
     }
 }
 
 /// Nobody listens: the role has not begun.
+#[derive(Clone)]
 struct Nobody;
 
 impl Observer for Nobody {
-    fn sent(&mut self, _frame: Bytes) {}
+    fn sent(&mut self, _nic: Nic, _frame: Bytes) {}
 
     fn consumed(&mut self, _delivery: Delivery) {}
 }
 
-/// Makes the network back end of a machine that has no role yet and does not run.
+/// Makes the network back ends of one role, a card each, which take what the guest sends until they are told otherwise.
+pub fn backends(ports: &[Arc<Port>], observer: &(impl Observer + Clone + 'static)) -> Vec<Box<dyn net::Backend>> {
+    let backend = |port: &Arc<Port>| PortBackend::new(Arc::clone(port), observer.clone());
+    ports.iter().map(|port| Box::new(backend(port)) as _).collect()
+}
+
+/// Makes the network back ends of a machine that has no role yet and does not run.
 #[must_use]
-pub fn unattached(port: Arc<Port>) -> impl net::Backend {
-    PortBackend::new(port, Nobody)
+pub fn unattached(ports: &[Arc<Port>]) -> Vec<Box<dyn net::Backend>> {
+    backends(ports, &Nobody)
 }
 
 /// The block back end of a machine that has no role yet and does not run: a disk of that size that fails.

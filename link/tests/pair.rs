@@ -10,7 +10,7 @@ use checkpoint::wire::{
     Attach, DiskWrite, GoodbyeReason, Heartbeat, Held, Hello, Input, MachineShape, Message, PageBatch, Refusal,
     Session, Welcome, encode_into,
 };
-use checkpoint::{InputNumber, Instant, Tag};
+use checkpoint::{InputNumber, Instant, Nic, Tag};
 use link::{
     CloseCause, ConnectError, Established, Events, Link, LinkEvent, ListenError, Listener, Which, clock, connect,
 };
@@ -64,6 +64,7 @@ fn input(number: u64, bytes: usize) -> Message {
     Message::Input(Input {
         tag: Tag::default(),
         number: InputNumber(number),
+        nic: Nic::FIRST,
         frame: Bytes::from(vec![number.to_le_bytes()[0]; bytes]),
     })
 }

@@ -64,12 +64,12 @@ fn machine(mib: u64, command_line: &str) -> KvmVm {
     let config = MachineConfig {
         memory_bytes: mib << 20,
         mapping: Mapping::Shared,
-        mac: [2, 0, 0, 0, 0, 1],
+        macs: vec![[2, 0, 0, 0, 0, 1]],
         offloads: false,
         console: Box::new(io::sink()),
         on_power: Arc::new(|event| panic!("the guest has ended: {event:?}")),
     };
-    let mut vm = KvmVm::new(config, Box::new(Nowhere), Box::new(Blank(vec![0; 4 << 20]))).unwrap();
+    let mut vm = KvmVm::new(config, vec![Box::new(Nowhere)], Box::new(Blank(vec![0; 4 << 20]))).unwrap();
     vm.boot(bundled::guest_image(), command_line).unwrap();
     vm.resume().unwrap();
     vm

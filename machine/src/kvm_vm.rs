@@ -39,8 +39,8 @@ pub struct MachineConfig {
     pub memory_bytes: u64,
     /// Whose writes reach the committed memory image.
     pub mapping: Mapping,
-    /// The hardware address of the network card.
-    pub mac: [u8; 6],
+    /// The hardware addresses of the network cards, one each.
+    pub macs: Vec<[u8; 6]>,
     /// Whether the guest may leave checksums, and the cutting of long TCP segments, to the network.
     pub offloads: bool,
     /// What the guest prints goes there.
@@ -91,29 +91,46 @@ enum Life {
 }
 
 struct Devices {
-    net: Net,
+    nets: Vec<Net>,
     block: Block,
-    console: Console,
     entropy: Entropy,
+    /// All of them, in the order of their places on the bus.
+    all: Vec<Arc<VirtioMmio>>,
 }
 
 impl Devices {
-    /// Lists them in the order of their places on the bus.
-    fn all(&self) -> [&Arc<VirtioMmio>; 4] {
-        [
-            self.net.mmio(),
-            self.block.mmio(),
-            self.console.mmio(),
-            self.entropy.mmio(),
-        ]
+    fn new(nets: Vec<Net>, block: Block, console: &Console, entropy: Entropy) -> Self {
+        let mut all: Vec<_> = nets.iter().map(|net| Arc::clone(net.mmio())).collect();
+        all.extend([block.mmio(), console.mmio(), entropy.mmio()].map(Arc::clone));
+        Self {
+            nets,
+            block,
+            entropy,
+            all,
+        }
+    }
+
+    fn all(&self) -> &[Arc<VirtioMmio>] {
+        &self.all
+    }
+}
+
+/// The name of a network card's section; that of the first is what it was when there was no other.
+fn net_name(card: usize) -> String {
+    match card {
+        0 => "net".to_owned(),
+        card => format!("net{card}"),
     }
 }
 
 impl KvmVm {
-    /// Makes a machine, paused and empty.
+    /// Makes a machine, paused and empty, with one of these networks behind each of its cards.
+    ///
+    /// # Panics
+    /// If there is not one network for each hardware address.
     pub fn new(
         config: MachineConfig,
-        net: Box<dyn net::Backend>,
+        networks: Vec<Box<dyn net::Backend>>,
         block: Box<dyn block::Backend>,
     ) -> Result<Self, BuildError> {
         let host = Host::open()?;
@@ -124,12 +141,16 @@ impl KvmVm {
         let doorbell = Arc::new(Doorbell::default());
         let line = || Arc::clone(&doorbell) as Arc<dyn Interrupt>;
         let memory = || ram.memory().clone();
-        let devices = Devices {
-            net: Net::new("net", config.mac, config.offloads, net, memory(), line())?,
-            block: Block::new("block", "tandem", block, memory(), line())?,
-            console: Console::new("console", config.console, memory(), line())?,
-            entropy: Entropy::new("entropy", EntropySource::Host, memory(), line())?,
-        };
+        assert_eq!(config.macs.len(), networks.len(), "there is a network behind each card");
+        let cards = config.macs.iter().zip(networks).enumerate();
+        let nets = cards
+            .map(|(card, (mac, network))| Net::new(&net_name(card), *mac, config.offloads, network, memory(), line()));
+        let devices = Devices::new(
+            nets.collect::<Result<_, _>>()?,
+            Block::new("block", "tandem", block, memory(), line())?,
+            &Console::new("console", config.console, memory(), line())?,
+            Entropy::new("entropy", EntropySource::Host, memory(), line())?,
+        );
         let bus = connect(&vm, &devices)?;
         let fd = host.create_vcpu(&vm, &cpuid)?;
         let clock = GuestClock::new(&fd)?;
@@ -244,7 +265,7 @@ impl Vm for KvmVm {
         cpu.save(&self.msrs)?.encode(&mut writer);
         drop(cpu);
         let mut sections = vec![writer.finish(VCPU, VCPU_VERSION)];
-        sections.extend(self.devices.all().map(|device| device.state()));
+        sections.extend(self.devices.all().iter().map(|device| device.state()));
         Ok(MachineState(sections))
     }
 
@@ -293,15 +314,26 @@ impl Vm for KvmVm {
         self.ram.clone()
     }
 
-    fn set_backends(&mut self, net: Box<dyn net::Backend>, block: Box<dyn block::Backend>) -> Result<(), VmError> {
+    fn set_backends(
+        &mut self,
+        nets: Vec<Box<dyn net::Backend>>,
+        block: Box<dyn block::Backend>,
+    ) -> Result<(), VmError> {
         self.assert_paused();
         self.devices.block.set_backend(block)?;
-        self.devices.net.set_backend(net);
+        assert_eq!(
+            nets.len(),
+            self.devices.nets.len(),
+            "there is a network behind each card"
+        );
+        for (card, net) in self.devices.nets.iter().zip(nets) {
+            card.set_backend(net);
+        }
         Ok(())
     }
 
-    fn net_turns(&self) -> Turns {
-        self.devices.net.mmio().turns()
+    fn net_turns(&self) -> Vec<Turns> {
+        self.devices.nets.iter().map(|card| card.mmio().turns()).collect()
     }
 
     fn set_entropy_seed(&mut self, seed: Option<[u8; 32]>) {
@@ -319,7 +351,7 @@ fn connect(vm: &VmFd, devices: &Devices) -> Result<Bus, BuildError> {
     let mut bus = Bus::default();
     for (device, base) in devices
         .all()
-        .into_iter()
+        .iter()
         .zip((VIRTIO_BASE..).step_by(crate::index(VIRTIO_STRIDE)))
     {
         device.freeze()?;

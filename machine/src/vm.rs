@@ -60,17 +60,18 @@ pub trait Vm: Send {
     /// Returns a handle on the memory, for any thread.
     fn ram(&self) -> GuestRam;
 
-    /// Puts another network and another disk, of the same size, behind the devices.
+    /// Puts other networks, one for each card in their order, and another disk, of the same size, behind the devices.
     ///
     /// # Panics
-    /// If the machine is not paused.
-    fn set_backends(&mut self, net: Box<dyn net::Backend>, block: Box<dyn block::Backend>) -> Result<(), VmError>;
+    /// If the machine is not paused, or there is not one network for each card.
+    fn set_backends(&mut self, nets: Vec<Box<dyn net::Backend>>, block: Box<dyn block::Backend>)
+    -> Result<(), VmError>;
 
-    /// Lets the holder take the network card's turns, which a thread of the card's does else.
+    /// Lets the holder take the network cards' turns, in their order, which a thread of each card's does else.
     ///
     /// # Panics
     /// If someone has them already.
-    fn net_turns(&self) -> Turns;
+    fn net_turns(&self) -> Vec<Turns>;
 
     /// Draws the guest's random bytes from the start of this seed's stream from now on, or from the host.
     fn set_entropy_seed(&mut self, seed: Option<[u8; 32]>);

@@ -139,12 +139,12 @@ fn host(mapping: Mapping) -> Host {
     let config = MachineConfig {
         memory_bytes: MEMORY,
         mapping,
-        mac: GUEST_MAC,
+        macs: vec![GUEST_MAC],
         offloads: false,
         console: Box::new(paper.clone()),
         on_power: Arc::new(move |event| drop(report.send(event))),
     };
-    let vm = KvmVm::new(config, Box::new(cable), Box::new(MemoryDisk(vec![0; DISK]))).unwrap();
+    let vm = KvmVm::new(config, vec![Box::new(cable)], Box::new(MemoryDisk(vec![0; DISK]))).unwrap();
     Host {
         vm,
         peer,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use checkpoint::Nic;
 use checkpoint::pair::Delivery;
 use link::mailbox;
 use link::port::Observer;
@@ -39,12 +40,13 @@ pub(crate) fn give_back_image(ram: GuestRam) -> std::io::Result<()> {
     Ok(())
 }
 
-/// What happens in a turn of the network card, which the loop takes itself.
+/// What happens in a turn of a network card, which the loop takes itself.
+#[derive(Clone)]
 pub(crate) struct Events(pub(crate) mailbox::Sender<Event>);
 
 impl Observer for Events {
-    fn sent(&mut self, frame: Bytes) {
-        self.0.post(Event::GuestSent(frame));
+    fn sent(&mut self, nic: Nic, frame: Bytes) {
+        self.0.post(Event::GuestSent(nic, frame));
     }
 
     fn consumed(&mut self, delivery: Delivery) {

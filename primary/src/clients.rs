@@ -1,12 +1,20 @@
-//! The clients' side: frames to and from the TAP. Decides nothing; counts what is lost, and never logs a line for each frame.
+//! The clients' side: frames to and from the TAPs, one a card. Decides nothing; counts what is lost, and never logs a line for
+//! each frame.
 
+use std::future::poll_fn;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::task::Poll;
 
 use bytes::Bytes;
-use checkpoint::Instant;
 use checkpoint::limits::FRAME_BYTES_MAX;
+use checkpoint::{Instant, Nic};
 use link::clock;
+use link::port::Port;
 use machine::tap::Tap;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tracing::warn;
 
 /// Frames written in one go, after one look at the clock.
@@ -23,26 +31,68 @@ pub(crate) struct Lost {
     pub(crate) too_long: u64,
 }
 
-/// The TAP, and what was lost at it.
+/// The TAPs, and what was lost at them.
 pub(crate) struct Clients {
-    tap: Arc<Tap>,
+    taps: Vec<AsyncFd<TapFd>>,
+    /// The card that is looked at first.
+    next: usize,
     lost: Lost,
 }
 
+/// A TAP's descriptor, for the runtime to watch.
+struct TapFd(Arc<Tap>);
+
+impl AsRawFd for TapFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
 impl Clients {
-    pub(crate) fn new(tap: Arc<Tap>) -> Self {
-        Self {
-            tap,
+    /// Watches the TAPs of the guest's cards.
+    ///
+    /// # Errors
+    /// Fails if the runtime can't.
+    pub(crate) fn new(taps: &[Arc<Tap>]) -> io::Result<Self> {
+        let watched = taps.iter().map(|tap| {
+            #[expect(
+                deprecated,
+                reason = "its replacement is unsafe; TapFd keeps one descriptor open for as long as it lives"
+            )]
+            AsyncFd::new(TapFd(Arc::clone(tap)))
+        });
+        Ok(Self {
+            taps: watched.collect::<io::Result<_>>()?,
+            next: 0,
             lost: Lost::default(),
-        }
+        })
+    }
+
+    /// Waits for frames for a card whose port has room, the cards taking turns. Nothing is lost if the wait is given up.
+    pub(crate) async fn readable(&mut self, ports: &[Arc<Port>]) -> Nic {
+        let count = self.taps.len();
+        let nic = poll_fn(|context| {
+            let cards = Nic::all(count).cycle().skip(self.next).take(count);
+            for nic in cards.filter(|nic| !ports[nic.index()].is_full()) {
+                // It fails only when the runtime ends, and its tasks with it.
+                if let Poll::Ready(Ok(_)) = self.taps[nic.index()].poll_read_ready(context) {
+                    return Poll::Ready(nic);
+                }
+            }
+            Poll::Pending
+        })
+        .await;
+        self.next = (nic.index() + 1) % count;
+        nic
     }
 
     pub(crate) fn lost(&self) -> Lost {
         self.lost
     }
 
-    /// Writes frames. The clock is read right before: a process that was stopped in between drops them.
-    pub(crate) fn transmit(&mut self, frames: &[Bytes], not_after: Option<Instant>) {
+    /// Writes frames to the TAP of a card. The clock is read right before: a process that was stopped in between drops them.
+    pub(crate) fn transmit(&mut self, nic: Nic, frames: &[Bytes], not_after: Option<Instant>) {
+        let tap = &self.taps[nic.index()].get_ref().0;
         for batch in frames.chunks(FRAMES_PER_LOOK) {
             if not_after.is_some_and(|limit| clock::now() > limit) {
                 self.lost.late += batch.len() as u64;
@@ -53,28 +103,30 @@ impl Clients {
                 continue;
             }
             for frame in batch {
-                let Err(error) = self.tap.send_bare(frame) else {
-                    continue;
-                };
+                let Err(error) = tap.send_bare(frame) else { continue };
                 self.lost.refused += 1;
                 if self.lost.refused.is_power_of_two() {
-                    let (tap, frames) = (self.tap.name(), self.lost.refused);
+                    let (tap, frames) = (tap.name(), self.lost.refused);
                     warn!(%error, tap, frames, "the TAP refused a frame, and the client has to ask again: is the interface up?");
                 }
             }
         }
     }
 
-    /// Reads the next frame, if there is one.
-    pub(crate) fn read(&mut self) -> Option<Bytes> {
+    /// Reads the next frame for a card, if there is one.
+    pub(crate) fn read(&mut self, nic: Nic) -> Option<Bytes> {
+        let watched = &self.taps[nic.index()];
         // One byte more shows that a frame was cut.
         let mut frame = [0; FRAME_BYTES_MAX + 1];
         loop {
-            match self.tap.recv_bare(&mut frame) {
-                Ok(Some(length)) if length > FRAME_BYTES_MAX => {
+            let read = watched.try_io(Interest::READABLE, |tap| {
+                tap.0.recv_bare(&mut frame)?.ok_or_else(|| ErrorKind::WouldBlock.into())
+            });
+            match read {
+                Ok(length) if length > FRAME_BYTES_MAX => {
                     self.lost.too_long += 1;
                     if self.lost.too_long.is_power_of_two() {
-                        let (tap, frames) = (self.tap.name(), self.lost.too_long);
+                        let (tap, frames) = (watched.get_ref().0.name(), self.lost.too_long);
                         warn!(
                             tap,
                             frames,
@@ -82,8 +134,9 @@ impl Clients {
                         );
                     }
                 }
-                Ok(Some(length)) => return Some(Bytes::copy_from_slice(&frame[..length])),
-                Ok(None) => return None,
+                Ok(length) => return Some(Bytes::copy_from_slice(&frame[..length])),
+                // Nothing more, which the runtime knows now, too.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
                 Err(error) => {
                     warn!(%error, "the TAP can't be read");
                     return None;

@@ -5,7 +5,7 @@ use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, GoodbyeReason, Message, Welcome};
-use checkpoint::{Duration, Generation, Instant, Tag};
+use checkpoint::{Duration, Generation, Instant, Nic, Tag};
 
 /// Something happened.
 ///
@@ -32,10 +32,10 @@ pub enum Event {
     },
     /// The secondary's disk has been compared, or its difference read, and the blocks it lacks are queued.
     DiskSynced(Generation),
-    /// A frame came from the clients.
-    FrameArrived(Bytes),
-    /// The guest sent a frame.
-    GuestSent(Bytes),
+    /// A frame came from the clients, at the TAP of that card.
+    FrameArrived(Nic, Bytes),
+    /// The guest sent a frame on that card.
+    GuestSent(Nic, Bytes),
     /// The guest ended by itself; its VM is stopped.
     GuestStopped(GuestEnd),
     /// The guest wrote to its disk, and this host's image has it.
@@ -134,7 +134,7 @@ pub enum Action {
     CloseLink,
     /// Compare these blocks with the own image and send the differing ones; after the last one, `DiskSynced`.
     CompareBlocks(BlockHashes),
-    /// Put a frame in front of the guest's network device.
+    /// Put a frame in front of the guest's network card.
     Deliver(Delivery),
     /// The secondary has these pages alike: the answer to `Hashed`.
     Alike(PageMatches),
@@ -142,7 +142,7 @@ pub enum Action {
     Dial,
     /// The run is over; nothing follows.
     End(Outcome),
-    /// Stop (or go on) reading frames from the clients.
+    /// Stop (or go on) reading frames from the clients, on all cards.
     HoldInput(bool),
     /// The dirty pages of the abandoned sync or checkpoint, those shipped ahead included, belong to the next one.
     KeepDirty,
@@ -199,6 +199,8 @@ pub enum Action {
     },
     /// Let frames leave to the clients, unless `not_after` has passed when they are written.
     Transmit {
+        /// By the TAP of that card.
+        nic: Nic,
         /// The frames, in order.
         frames: Vec<Bytes>,
         /// Last moment at which this side is known to be entitled to let them leave.

@@ -9,11 +9,11 @@ use proxy::Class;
 use crate::protocol::Primary;
 
 pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
-    let comparator = protocol.comparator();
-    let (counters, held) = (comparator.counters(), comparator.held());
+    let comparators = protocol.comparators();
+    let (counters, held) = (comparators.counters(), comparators.held());
     let mut kinds: BTreeMap<&'static str, Kind> = BTreeMap::new();
     let mut all = Vec::with_capacity(counters.flows);
-    for report in comparator.flows() {
+    for (nic, report) in comparators.flows() {
         let (name, compared) = kind(report.key.class);
         let kind = kinds.entry(name).or_default();
         kind.kind = name.to_owned();
@@ -24,6 +24,7 @@ pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
         kind.mismatched += report.mismatched;
         kind.held += report.held as u64;
         all.push(Flow {
+            card: nic.number().into(),
             flow: report.key.to_string(),
             buffered: report.buffered,
             matched: report.matched,
@@ -34,6 +35,7 @@ pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
         });
     }
     let mut flows = Flows {
+        cards: comparators.count() as u64,
         protection: protection(protocol),
         totals: Totals {
             matched: counters.matched,
@@ -52,7 +54,8 @@ pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
         left_out: 0,
         divergences: protocol
             .divergences()
-            .map(|(when, divergence)| FlowDivergence {
+            .map(|(when, nic, divergence)| FlowDivergence {
+                card: nic.number().into(),
                 age_ms: now.since(*when).as_millis(),
                 epoch: divergence.epoch.0,
                 what: divergence.to_string(),

@@ -1,7 +1,6 @@
 //! The primary's loop: wait for an event, a deadline or a question; step; act. No decisions.
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration as StdDuration;
 
@@ -9,12 +8,12 @@ use checkpoint::handshake::{self, Local};
 use checkpoint::limits::{self, PAGE_BYTES};
 use checkpoint::pages::BASE_BYTES_DEFAULT;
 use checkpoint::wire::{Held, MachineShape, Message, Session};
-use checkpoint::{Epoch, Generation, Instant};
+use checkpoint::{Epoch, Generation, Instant, Nic};
 use link::capture::Captures;
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
 use link::mailbox::{self, mailbox};
-use link::port::{INBOX_FRAMES_MAX, Port, PortBackend, Turns};
+use link::port::{INBOX_FRAMES_MAX, Port, Turns};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
@@ -23,7 +22,6 @@ use machine::tap::Tap;
 use machine::{PowerEvent, Vm};
 use storage::FileImage;
 use storage::witness::DirectoryWitness;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
@@ -39,10 +37,10 @@ const EVENTS_MAX: usize = 4_096;
 /// Frames taken from the TAP in one go.
 const FRAMES_PER_TURN: usize = 64;
 const _: () = assert!(
-    ((INBOX_FRAMES_MAX + FRAMES_PER_TURN) * limits::FRAME_BYTES_MAX) as u64 <= limits::INPUT_BYTES_UNCONFIRMED_MAX,
+    (INBOX_FRAMES_MAX * limits::FRAME_BYTES_MAX) as u64 <= limits::INPUT_BYTES_UNCONFIRMED_MAX,
     "what was read before the network is held fits into what the secondary bears"
 );
-/// Events of the machine taken in one go; more than a turn of the network card makes.
+/// Events of the machine taken in one go for each network card; more than a turn of it makes.
 const EVENTS_PER_TURN: usize = 256;
 /// Messages of the peer taken in one go.
 const MESSAGES_PER_TURN: usize = 64;
@@ -69,10 +67,10 @@ pub struct Setup {
     pub shape: MachineShape,
     /// The machine, stopped.
     pub vm: Box<dyn Vm>,
-    /// The guest's network port.
-    pub port: Arc<Port>,
-    /// Where the clients are.
-    pub tap: Arc<Tap>,
+    /// The guest's network ports, one a card.
+    pub ports: Vec<Arc<Port>>,
+    /// Where the clients of each card are.
+    pub taps: Vec<Arc<Tap>>,
     /// The disk.
     pub image: Arc<FileImage>,
     /// Told when the image holds all that the guest was told is written; block device and disk thread wait for it.
@@ -107,17 +105,17 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
         let (open, ready) = std::sync::mpsc::channel();
         (Some((image_ready, open)), Some(ready))
     });
-    let net = PortBackend::new(Arc::clone(&setup.port), Events(events.clone()));
+    let nets = link::port::backends(&setup.ports, &Events(events.clone()));
     let disk = Disk::new(Arc::clone(&setup.image), ready, events.clone());
     setup
         .vm
-        .set_backends(Box::new(net), Box::new(disk))
+        .set_backends(nets, Box::new(disk))
         .map_err(std::io::Error::other)?;
     if let Start::TakenOver { .. } = setup.start {
         give_back_image(setup.vm.ram())?;
     }
     let traces = Traces::default();
-    let card = Turns::new(setup.vm.net_turns())?;
+    let cards = Turns::new(setup.vm.net_turns())?;
     // Of what the secondary has committed no more is remembered than the pages of a checkpoint may take there.
     let cache_bytes = usize::try_from(setup.options.room.pages)
         .unwrap_or(usize::MAX)
@@ -154,11 +152,10 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
             streams: setup.streams,
         },
         peer: setup.peer,
-        clients: Clients::new(Arc::clone(&setup.tap)),
-        captures: Captures::default(),
-        tap: setup.tap,
-        port: setup.port,
-        card,
+        clients: Clients::new(&setup.taps)?,
+        captures: Captures::new(setup.taps.len()),
+        ports: setup.ports,
+        cards,
         witness: setup.witness,
         sentinel: setup.sentinel,
         hold: false,
@@ -193,11 +190,10 @@ struct Role {
     dialler: Option<tokio::task::JoinHandle<()>>,
     local: Local,
     peer: Option<SocketAddr>,
-    tap: Arc<Tap>,
     clients: Clients,
     captures: Captures,
-    port: Arc<Port>,
-    card: Turns,
+    ports: Vec<Arc<Port>>,
+    cards: Turns,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
     hold: bool,
@@ -223,11 +219,6 @@ impl Role {
         mut power: mpsc::UnboundedReceiver<PowerEvent>,
         outside: &mut Outside,
     ) -> std::io::Result<Outcome> {
-        #[expect(
-            deprecated,
-            reason = "its replacement is unsafe; TapFd keeps one descriptor open for as long as it lives"
-        )]
-        let tap = AsyncFd::new(TapFd(Arc::clone(&self.tap)))?;
         self.act();
         let mut stopping = *outside.stop.borrow();
         if stopping {
@@ -237,7 +228,7 @@ impl Role {
             let deadline = clock::sleep_until(self.protocol.deadline());
             tokio::select! {
                 event = inbox.recv() => self.step(event),
-                () = self.card.due() => {}
+                () = self.cards.due() => {}
                 event = next_link_event(&mut self.link) => {
                     self.link_event(event);
                     for _ in 1..MESSAGES_PER_TURN {
@@ -246,12 +237,7 @@ impl Role {
                     }
                 }
                 Some(established) = answers.recv() => self.connected(established),
-                ready = tap.readable(), if !self.hold && !self.port.is_full() => {
-                    let mut ready = ready?;
-                    if !self.read_tap() {
-                        ready.clear_ready();
-                    }
-                }
+                nic = self.clients.readable(&self.ports), if !self.hold => self.read_tap(nic),
                 Some(event) = power.recv() => self.step(guest_stopped(event)),
                 Some(request) = outside.control.recv() => self.answer(request),
                 _ = outside.stop.changed(), if !stopping => {
@@ -260,8 +246,8 @@ impl Role {
                 }
                 () = deadline => self.step(Event::Timeout),
             }
-            self.card.take();
-            for _ in 0..EVENTS_PER_TURN {
+            self.cards.take();
+            for _ in 0..EVENTS_PER_TURN * self.cards.cards() {
                 let Some(event) = inbox.try_recv() else { break };
                 self.step(event);
             }
@@ -350,8 +336,9 @@ impl Role {
                 self.disk.send(DiskCommand::Compare { hashes, key, bulk });
             }
             Action::Deliver(delivery) => {
-                self.port.deliver(delivery);
-                self.card.make_due();
+                let nic = delivery.nic;
+                self.ports[nic.index()].deliver(delivery);
+                self.cards.make_due(nic);
             }
             Action::Dial => self.dial(),
             Action::End(outcome) => self.outcome = Some(outcome),
@@ -407,7 +394,7 @@ impl Role {
                     streams: link.page_senders(),
                 });
             }
-            Action::Transmit { frames, not_after } => self.clients.transmit(&frames, not_after),
+            Action::Transmit { nic, frames, not_after } => self.clients.transmit(nic, &frames, not_after),
         }
     }
 
@@ -493,13 +480,14 @@ impl Role {
         self.sentinel.release();
     }
 
-    /// Returns whether there may be more.
-    fn read_tap(&mut self) -> bool {
+    fn read_tap(&mut self, nic: Nic) {
         for _ in 0..FRAMES_PER_TURN {
-            let Some(frame) = self.clients.read() else { return false };
-            self.step(Event::FrameArrived(frame));
+            if self.ports[nic.index()].is_full() {
+                return;
+            }
+            let Some(frame) = self.clients.read(nic) else { return };
+            self.step(Event::FrameArrived(nic, frame));
         }
-        true
     }
 
     fn answer(&mut self, request: ControlRequest) {
@@ -607,14 +595,5 @@ fn guest_stopped(event: PowerEvent) -> Event {
         PowerEvent::Reset => Event::GuestStopped(GuestEnd::Reset),
         PowerEvent::Panic => Event::GuestStopped(GuestEnd::Crashed("it panicked; see its console".to_owned())),
         PowerEvent::Crashed { reason } => Event::VmFailed(reason),
-    }
-}
-
-/// The TAP's descriptor, for the runtime to watch.
-struct TapFd(Arc<Tap>);
-
-impl AsRawFd for TapFd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
     }
 }

@@ -27,8 +27,8 @@ pub(crate) struct Shell<'a> {
 pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Status {
     let counters = protocol.counters();
     let count = |trigger| counters.checkpoints.get(&trigger).copied().unwrap_or_default();
-    let held = protocol.comparator().held();
-    let pending = protocol.comparator().pending();
+    let held = protocol.comparators().held();
+    let pending = protocol.comparators().pending();
     let tag = protocol.tag();
     Status {
         pair: shell.pair.to_owned(),
@@ -50,8 +50,8 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             set: Some(protocol.mode().to_string()),
             why: protocol.mode_reason(),
             switches: counters.switches,
-            buffered_flows: protocol.comparator().buffered_flows() as u64,
-            buffered_services: protocol.comparator().buffered_services() as u64,
+            buffered_flows: protocol.comparators().buffered_flows() as u64,
+            buffered_services: protocol.comparators().buffered_services() as u64,
         }),
         lag: protocol.protected().then(|| lag(protocol)),
         last_checkpoint_age_ms: counters.last_checkpoint.map(|last| now.since(last).as_millis()),
@@ -113,7 +113,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
 
 /// Returns how far the secondary's output trails.
 pub(crate) fn lag(protocol: &Primary) -> Lag {
-    let lag = protocol.comparator().lag();
+    let lag = protocol.comparators().lag();
     Lag {
         most_us: lag.most.as_micros(),
         matches: lag.matches,

@@ -70,6 +70,20 @@ pub struct FlowReport {
 }
 
 impl Counters {
+    /// Adds those of another card.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.flows += other.flows;
+        self.matched += other.matched;
+        self.lowered += other.lowered;
+        self.released_by_commit += other.released_by_commit;
+        self.released_at_once += other.released_at_once;
+        self.unasked += other.unasked;
+        self.stale += other.stale;
+        self.mismatched += other.mismatched;
+        self.unmatched += other.unmatched;
+        self.limited += other.limited;
+    }
+
     pub(crate) fn count(&mut self, reason: &Reason) {
         match reason {
             Reason::Mismatch(_) => self.mismatched += 1,

@@ -34,6 +34,7 @@
 #![forbid(unsafe_code)]
 
 mod announce;
+mod cards;
 mod checksum;
 mod codec;
 mod comparator;
@@ -63,6 +64,7 @@ mod timing;
 mod verdict;
 
 pub use announce::{AddressBook, NetworkState};
+pub use cards::{Comparators, Pictures};
 pub use codec::StateError;
 pub use comparator::{Comparator, ComparatorLimits, Mode};
 pub use counters::{Counters, FlowReport, Held, Pending};

@@ -1,6 +1,7 @@
 //! One guest's network at its edge: every frame passes here once on its way in and once on its way out.
 
 use bytes::{Bytes, BytesMut};
+use checkpoint::Nic;
 use checkpoint::pair::Delivery;
 
 use crate::announce::NetworkState;
@@ -77,7 +78,7 @@ impl NetworkPicture {
         self.0.translator.lead();
     }
 
-    /// Takes a frame of the clients and makes what the guest shall see of it.
+    /// Takes a frame of the clients and makes what the guest shall see of it, as if at its only card.
     pub fn arriving(&mut self, wire: Bytes) -> Delivery {
         let parsed = frame::parse(&wire);
         let mut guest = wire.clone();
@@ -89,6 +90,7 @@ impl NetworkPicture {
             }
         }
         Delivery {
+            nic: Nic::FIRST,
             number: None,
             wire,
             guest,

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::wire::{Begin, DeviceState, DiskWrite, GoodbyeReason, Message, PageBatch};
-use checkpoint::{Epoch, Generation, Tag};
-use proxy::NetworkPicture;
+use checkpoint::{Epoch, Generation, Nic, Tag};
+use proxy::Pictures;
 
 /// Something happened.
 ///
@@ -27,8 +27,8 @@ pub enum Event {
     DataClosed(LinkEnd),
     /// The disk writes up to this epoch are durable in the base image.
     DiskCommitted(Epoch),
-    /// The guest sent a frame.
-    GuestSent(Bytes),
+    /// The guest sent a frame on that card.
+    GuestSent(Nic, Bytes),
     /// The guest ended by itself; its VM is stopped.
     GuestStopped(String),
     /// A frame is on the guest's receive ring.
@@ -106,7 +106,7 @@ pub enum Action {
     Compare(PageHashes),
     /// Count the pages that the guest has written; answered by `Counted`.
     CountOwn(Tag),
-    /// Put a frame in front of the guest's network device.
+    /// Put a frame in front of the guest's network card.
     Deliver(Delivery),
     /// Forget the frames that the guest has not yet received.
     DropDeliveries,
@@ -114,7 +114,7 @@ pub enum Action {
     DropStage,
     /// The run is over; nothing follows.
     End(Outcome),
-    /// Let the guest's network card take no more frames from it, or go on: what the guest has queued stays in its memory.
+    /// Let the guest's network cards take no more frames from it, or go on: what the guest has queued stays in its memory.
     HoldOutput(bool),
     /// Stop the VM if it runs, apply the staged checkpoint, restore the devices; answered by `Loaded`.
     Load(Tag),
@@ -173,9 +173,10 @@ pub struct TakenOver {
     /// The epoch that its guest ran in.
     pub last_epoch: Epoch,
     /// Translation offsets and learned addresses.
-    pub network: NetworkPicture,
+    pub network: Pictures,
     /// Frames that the guest has not yet received, in order, beside those that the shell still holds.
     pub inputs: Vec<Delivery>,
-    /// Frames to be sent first: the last TCP segments of the epoch, and what the guest sent since the peer was lost.
-    pub outputs: Vec<Bytes>,
+    /// Frames to be sent first, and by which card: the last TCP segments of the epoch, and what the guest sent since the peer
+    /// was lost.
+    pub outputs: Vec<(Nic, Bytes)>,
 }

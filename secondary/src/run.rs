@@ -6,12 +6,12 @@ use std::time::Duration as StdDuration;
 use bytes::Bytes;
 use checkpoint::pair::Delivery;
 use checkpoint::wire::{Begin, Message, Session};
-use checkpoint::{Generation, Instant};
+use checkpoint::{Generation, Instant, Nic};
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
 use link::mailbox::{self, mailbox};
 use link::pages::Held;
-use link::port::{Observer, Port, PortBackend, Turns};
+use link::port::{Observer, Port, Turns};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
@@ -30,7 +30,7 @@ use crate::vm::{self, Command, VmThread};
 
 /// Events of the machine that may wait for the loop; its threads block when there are more.
 const EVENTS_MAX: usize = 4_096;
-/// Events of the machine taken in one go; more than a turn of the network card makes.
+/// Events of the machine taken in one go for each network card; more than a turn of it makes.
 const EVENTS_PER_TURN: usize = 256;
 /// Messages of the peer taken in one go.
 const MESSAGES_PER_TURN: usize = 64;
@@ -49,8 +49,8 @@ pub struct Setup {
     pub established: Established,
     /// The machine, stopped; its memory is private over the committed image.
     pub vm: Box<dyn Vm>,
-    /// The guest's network port.
-    pub port: Arc<Port>,
+    /// The guest's network ports, one a card.
+    pub ports: Vec<Arc<Port>>,
     /// The disk's image.
     pub image: Arc<FileImage>,
     /// The disk's layers.
@@ -88,13 +88,13 @@ pub async fn run(
 ) -> std::io::Result<Finished> {
     let (events, inbox) = mailbox(EVENTS_MAX);
     let disk = Disk::new(Arc::clone(&setup.image), setup.replica);
-    let net = PortBackend::new(Arc::clone(&setup.port), Events(events.clone()));
+    let nets = link::port::backends(&setup.ports, &Events(events.clone()));
     let block = Follower::new(disk.clone(), events.clone());
     setup
         .vm
-        .set_backends(Box::new(net), Box::new(block))
+        .set_backends(nets, Box::new(block))
         .map_err(std::io::Error::other)?;
-    let card = Turns::new(setup.vm.net_turns())?;
+    let cards = Turns::new(setup.vm.net_turns())?;
     let stagers = Stagers::spawn(setup.options.streams, &setup.vm.ram(), &events)?;
     let vm = vm::spawn(setup.vm, stagers.orders(), events.clone())?;
     let thread = disk::spawn(disk.clone(), setup.record, events.clone(), vm.orders())?;
@@ -117,8 +117,8 @@ pub async fn run(
         closed: false,
         pair: setup.pair,
         node: setup.node,
-        port: setup.port,
-        card,
+        ports: setup.ports,
+        cards,
         witness: setup.witness,
         sentinel: setup.sentinel,
         alarms: Alarms::default(),
@@ -132,12 +132,13 @@ pub async fn run(
         .await
 }
 
-/// What happens in a turn of the network card, which the loop takes itself.
+/// What happens in a turn of a network card, which the loop takes itself.
+#[derive(Clone)]
 struct Events(mailbox::Sender<Event>);
 
 impl Observer for Events {
-    fn sent(&mut self, frame: Bytes) {
-        self.0.post(Event::GuestSent(frame));
+    fn sent(&mut self, nic: Nic, frame: Bytes) {
+        self.0.post(Event::GuestSent(nic, frame));
     }
 
     fn consumed(&mut self, delivery: Delivery) {
@@ -165,8 +166,8 @@ struct Role {
     closed: bool,
     pair: String,
     node: String,
-    port: Arc<Port>,
-    card: Turns,
+    ports: Vec<Arc<Port>>,
+    cards: Turns,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
     alarms: Alarms,
@@ -195,7 +196,7 @@ impl Role {
             let deadline = clock::sleep_until(self.protocol.deadline());
             tokio::select! {
                 event = inbox.recv() => self.step(event),
-                () = self.card.due() => {}
+                () = self.cards.due() => {}
                 () = self.link.drained(), if self.protocol.awaits_drain() => {}
                 Some(event) = peer.recv(self.protocol.takes_pages()) => {
                     self.link_event(event);
@@ -212,8 +213,8 @@ impl Role {
                 }
                 () = deadline => self.step(Event::Timeout),
             }
-            self.card.take();
-            for _ in 0..EVENTS_PER_TURN {
+            self.cards.take();
+            for _ in 0..EVENTS_PER_TURN * self.cards.cards() {
                 let Some(event) = inbox.try_recv() else { break };
                 self.step(event);
             }
@@ -323,18 +324,19 @@ impl Role {
             }
             Action::CountOwn(tag) => self.vm.send(Command::Count(tag)),
             Action::Deliver(delivery) => {
-                self.port.deliver(delivery);
-                self.card.make_due();
+                let nic = delivery.nic;
+                self.ports[nic.index()].deliver(delivery);
+                self.cards.make_due(nic);
             }
-            Action::DropDeliveries => self.port.clear(),
+            Action::DropDeliveries => self.ports.iter().for_each(|port| port.clear()),
             Action::DropStage => {
                 self.stagers.drop_staged();
                 self.vm.send(Command::DropStage);
             }
             Action::End(outcome) => self.outcome = Some(outcome),
             Action::HoldOutput(hold) => {
-                self.port.hold_output(hold);
-                self.card.make_due();
+                self.ports.iter().for_each(|port| port.hold_output(hold));
+                self.cards.make_all_due();
             }
             Action::Load(tag) => self.vm.send(Command::Load(tag)),
             Action::PauseVm => self.vm.send(Command::Pause),

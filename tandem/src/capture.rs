@@ -20,7 +20,7 @@ use crate::operator::{OperatorError, find};
 /// No block is longer: a jumbo frame and a comment.
 const BLOCK_BYTES_MAX: usize = 1024 * 1024;
 /// What the end of a capture takes in the file.
-const END_BYTES: u64 = 4 * 1024;
+const END_BYTES: u64 = 8 * 1024;
 /// How long the primary may take to send the end of a capture.
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// As good as never.

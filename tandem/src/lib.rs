@@ -15,6 +15,7 @@ pub mod args;
 pub mod bench;
 pub mod bundle;
 pub mod capture;
+pub mod cards;
 pub mod cli;
 pub mod clients;
 pub mod demo;

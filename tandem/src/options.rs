@@ -18,8 +18,10 @@ use std::str::FromStr;
 
 use clap::Args;
 use primary::protocol::{Mode, Resume};
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::cards::CardOption;
 use crate::settings::{Mac, Witness};
 use crate::units::{ByteSize, Span};
 
@@ -51,10 +53,11 @@ pub struct VmOptions {
     /// The VM's memory, a multiple of 2M [default: 256M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<ByteSize>,
-    /// The TAP device, made beforehand, that connects the VM to the clients
-    #[arg(long, value_name = "IFACE")]
-    pub tap: Option<String>,
-    /// The VM's MAC address [default: derived from the pair's name]
+    /// The TAP device, made beforehand, that connects the VM to the clients. May be given up to eight times, on both hosts alike: each
+    /// is a network card of the VM, with a MAC address of its own [default: derived from the pair's name]
+    #[arg(long, value_name = "IFACE[,mac=MAC]")]
+    pub tap: Vec<CardOption>,
+    /// The MAC address of the VM's first network card [default: derived from the pair's name]
     #[arg(long, value_name = "MAC")]
     pub mac: Option<Mac>,
     /// Settings of the bundled guest, such as "ip=192.168.1.5/24 gw=192.168.1.1"
@@ -254,7 +257,7 @@ impl PairOptions {
             "resume-after" => self.resume_after = Some(parsed(value)?),
             "streams" => self.streams = Some(parsed(value).map_err(|_| "write a whole number")?),
             "takeover-limit" => self.takeover_limit = Some(parsed(value)?),
-            "tap" => self.vm.tap = Some(value.to_owned()),
+            "tap" => self.vm.tap.push(parsed(value)?),
             "unmatched-limit" => self.unmatched_limit = Some(parsed(value)?),
             "witness" => self.witness = Some(parsed(value)?),
             _ => unreachable!("the keys are checked before"),
@@ -285,7 +288,7 @@ impl VmOptions {
             name: self.name.or(file.name),
             image: self.image.or(file.image),
             memory: self.memory.or(file.memory),
-            tap: self.tap.or(file.tap),
+            tap: if self.tap.is_empty() { file.tap } else { self.tap },
             mac: self.mac.or(file.mac),
             cmdline: self.cmdline.or(file.cmdline),
             control: self.control.or(file.control),
@@ -333,13 +336,20 @@ fn parse(path: &Path, text: &str) -> Result<PairOptions, ConfigError> {
             key: key.to_owned(),
             reason,
         };
-        let value = match value.get_ref() {
-            DeValue::String(text) => text.to_string(),
-            DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_owned(),
-            DeValue::Boolean(flag) => flag.to_string(),
-            _ => return Err(wrong("write one value in quotes".to_owned())),
+        // One network card may be said without brackets, as if there could not be others.
+        let values = match value.get_ref() {
+            DeValue::Array(list) if key == "tap" => list.iter().map(Spanned::get_ref).collect(),
+            value => vec![value],
         };
-        options.set(key, &value).map_err(wrong)?;
+        for value in values {
+            let value = match value {
+                DeValue::String(text) => text.to_string(),
+                DeValue::Integer(number) if number.radix() == 10 => number.as_str().to_owned(),
+                DeValue::Boolean(flag) => flag.to_string(),
+                _ => return Err(wrong("write one value in quotes".to_owned())),
+            };
+            options.set(key, &value).map_err(wrong)?;
+        }
     }
     Ok(options)
 }
@@ -392,6 +402,14 @@ mod tests {
         assert_eq!(options.mode, Some(Mode::Buffered));
         assert_eq!(options.checkpoint_every, Some(Span::ms(10)));
         assert!(options.vm.logging.log_json);
+        let cards = parse_text("tap = ['tap0', 'tap1,mac=02:00:00:00:00:02']")
+            .unwrap()
+            .vm
+            .tap;
+        assert_eq!(
+            cards.iter().map(|card| card.tap.as_str()).collect::<Vec<_>>(),
+            ["tap0", "tap1"]
+        );
         assert_eq!(
             parse_text("memory = 268435456").unwrap().vm.memory,
             Some(ByteSize::mib(256))
@@ -442,6 +460,11 @@ mod tests {
             ("log-json = \"yes\"", "pair.toml:1: log-json: write true or false"),
             ("streams = \"many\"", "pair.toml:1: streams: write a whole number"),
             ("memory = [1]", "pair.toml:1: memory: write one value in quotes"),
+            ("tap = [['a']]", "pair.toml:1: tap: write one value in quotes"),
+            (
+                "tap = ['a', 'b,c']",
+                "pair.toml:1: tap: 'c' says nothing about a TAP device",
+            ),
         ] {
             let error = parse_text(text).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{error}");

@@ -110,13 +110,13 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let (_server, control) = Server::start(&host.settings.vm.control)?;
     let (generation, last_epoch) = host.contest()?;
     let mut outside = Outside { control, stop };
-    let port = Arc::new(Port::default());
-    let (mut vm, power) = host.machine(Mapping::Shared, &port)?;
+    let ports = host.ports();
+    let (mut vm, power) = host.machine(Mapping::Shared, &ports)?;
     vm.boot(GUEST_IMAGE, &host.settings.vm.cmdline)
         .context("the guest can't be booted")?;
     info!(node = host.settings.node, generation = generation.0, "running");
     let start = Start::Boot { generation, last_epoch };
-    host.be_primary(Box::new(vm), port, power, start, (met, None), &mut outside)
+    host.be_primary(Box::new(vm), ports, power, start, (met, None), &mut outside)
         .await
 }
 
@@ -199,7 +199,8 @@ struct Host {
     image: Arc<FileImage>,
     journal: Arc<FileImage>,
     record_path: PathBuf,
-    tap: Arc<Tap>,
+    /// One a network card.
+    taps: Vec<Arc<Tap>>,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
     cpu: u64,
@@ -224,7 +225,8 @@ impl Host {
                 record.pair
             );
         }
-        let tap = Arc::new(Tap::open(&settings.vm.tap)?);
+        let taps = settings.vm.cards.iter().map(|card| Tap::open(&card.tap).map(Arc::new));
+        let taps = taps.collect::<Result<_, _>>()?;
         let known = record.as_ref().and_then(|record| record.witness.as_deref());
         let witness = match (&settings.witness, &settings.pair) {
             (Some(Witness::Directory(path)), Some(pair)) => {
@@ -240,7 +242,7 @@ impl Host {
             image,
             journal,
             record_path,
-            tap,
+            taps,
             witness,
             sentinel,
             cpu,
@@ -290,23 +292,13 @@ impl Host {
     }
 
     fn shape(&self) -> MachineShape {
-        let mac: Vec<String> = self
-            .settings
-            .vm
-            .mac
-            .0
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let cards = self.settings.vm.cards.iter();
+        let mut devices: Vec<String> = cards.map(|card| format!("net={}", card.mac)).collect();
+        devices.extend(["block", "console", "entropy"].map(str::to_owned));
         MachineShape {
             memory_bytes: self.settings.vm.memory,
             vcpus: 1,
-            devices: vec![
-                format!("net={}", mac.join(":")),
-                "block".to_owned(),
-                "console".to_owned(),
-                "entropy".to_owned(),
-            ],
+            devices,
             disk_bytes: self.image.size(),
             cpu: self.cpu,
         }
@@ -391,12 +383,21 @@ impl Host {
         Ok((term, last_epoch))
     }
 
-    fn machine(&self, mapping: Mapping, port: &Arc<Port>) -> Result<(KvmVm, mpsc::UnboundedReceiver<PowerEvent>)> {
+    /// Makes the network ports of a machine.
+    fn ports(&self) -> Vec<Arc<Port>> {
+        Port::all(self.settings.vm.cards.len())
+    }
+
+    fn macs(&self) -> Vec<[u8; 6]> {
+        self.settings.vm.cards.iter().map(|card| card.mac.0).collect()
+    }
+
+    fn machine(&self, mapping: Mapping, ports: &[Arc<Port>]) -> Result<(KvmVm, mpsc::UnboundedReceiver<PowerEvent>)> {
         let (sender, power) = mpsc::unbounded_channel();
         let config = MachineConfig {
             memory_bytes: self.settings.vm.memory,
             mapping,
-            mac: self.settings.vm.mac.0,
+            macs: self.macs(),
             offloads: false,
             console: Box::new(Console(Vec::new())),
             on_power: Arc::new(move |event| {
@@ -404,23 +405,20 @@ impl Host {
                 let _ = sender.send(event);
             }),
         };
-        let (net, disk) = self.unattached(port);
-        let vm = KvmVm::new(config, Box::new(net), Box::new(disk)).context("the machine can't be built")?;
+        let (nets, disk) = self.unattached(ports);
+        let vm = KvmVm::new(config, nets, Box::new(disk)).context("the machine can't be built")?;
         Ok((vm, power))
     }
 
     /// What is behind the devices of a machine without a role.
-    fn unattached(&self, port: &Arc<Port>) -> (impl net::Backend + 'static, UnattachedDisk) {
-        (
-            link::port::unattached(Arc::clone(port)),
-            UnattachedDisk(self.image.size()),
-        )
+    fn unattached(&self, ports: &[Arc<Port>]) -> (Vec<Box<dyn net::Backend>>, UnattachedDisk) {
+        (link::port::unattached(ports), UnattachedDisk(self.image.size()))
     }
 
     async fn be_primary(
         &self,
         vm: Box<dyn Vm>,
-        port: Arc<Port>,
+        ports: Vec<Arc<Port>>,
         power: mpsc::UnboundedReceiver<PowerEvent>,
         start: Start,
         (met, image_ready): (Option<Established>, Option<ImageReady>),
@@ -445,7 +443,7 @@ impl Host {
                 },
                 memory_bytes: self.settings.vm.memory,
                 disk_bytes: self.image.size(),
-                mac: self.settings.vm.mac.0,
+                macs: self.macs(),
             },
             start,
             pair: self.pair().to_owned(),
@@ -454,8 +452,8 @@ impl Host {
             streams: self.settings.streams,
             shape: self.shape(),
             vm,
-            port,
-            tap: Arc::clone(&self.tap),
+            ports,
+            taps: self.taps.clone(),
             image: Arc::clone(&self.image),
             image_ready,
             record: self.place(),

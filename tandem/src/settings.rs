@@ -15,6 +15,7 @@ use guest::settings::Settings as GuestSettings;
 use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Resume};
 
+use crate::cards::{Card, cards};
 use crate::options::{ConfigError, LogOptions, PairOptions, VmOptions};
 use crate::units::{ByteSize, Span};
 
@@ -39,7 +40,6 @@ const PAUSE_BUDGET: RangeInclusive<Span> = Span(Duration::from_micros(100))..=Sp
 const STREAMS_DEFAULT: usize = 2;
 const STREAMS: RangeInclusive<usize> = 1..=checkpoint::limits::STREAMS_MAX;
 const NAME_BYTES_MAX: usize = 32;
-const INTERFACE_BYTES_MAX: usize = 15;
 
 /// What a host of a pair runs with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,10 +85,8 @@ pub struct VmSettings {
     pub image: PathBuf,
     /// Bytes of memory, a multiple of 2 MiB.
     pub memory: u64,
-    /// The TAP device.
-    pub tap: String,
-    /// The VM's MAC address.
-    pub mac: Mac,
+    /// Its network cards.
+    pub cards: Vec<Card>,
     /// The bundled guest's settings, checked.
     pub cmdline: String,
     /// The control socket.
@@ -229,19 +227,7 @@ impl VmSettings {
         let image = options
             .image
             .ok_or_else(|| missing("image", "give the path of the VM's raw image file"))?;
-        let tap = options.tap.ok_or_else(|| {
-            missing(
-                "tap",
-                "name the host's TAP device (`ip tuntap add dev tap0 mode tap` makes one)",
-            )
-        })?;
-        if tap.is_empty() || tap.len() > INTERFACE_BYTES_MAX || tap.contains(['/', ' ', '%', '\0']) {
-            return Err(wrong(
-                "tap",
-                tap,
-                "an interface's name has 1 to 15 characters, no / and no space",
-            ));
-        }
+        let cards = cards(options.tap, options.mac, pair)?;
         let cmdline = options.cmdline.unwrap_or_default();
         GuestSettings::parse(&cmdline).map_err(|error| wrong("cmdline", &cmdline, error.to_string()))?;
         if cmdline.len() > guest::abi::COMMAND_LINE_MAX {
@@ -257,8 +243,7 @@ impl VmSettings {
         Ok(Self {
             image,
             memory: memory(options.memory.unwrap_or(MEMORY_DEFAULT))?,
-            tap,
-            mac: options.mac.unwrap_or_else(|| Mac::derived(pair)),
+            cards,
             cmdline,
             control,
             logging: options.logging,
@@ -432,11 +417,11 @@ fn resolve(peer: &str) -> Result<SocketAddr, SettingsError> {
         .ok_or_else(|| wrong("peer", peer, "the name has no address"))
 }
 
-fn missing(option: &'static str, cure: &'static str) -> SettingsError {
+pub(crate) fn missing(option: &'static str, cure: &'static str) -> SettingsError {
     SettingsError::Missing { option, cure }
 }
 
-fn wrong(option: &'static str, value: impl ToString, reason: impl Into<String>) -> SettingsError {
+pub(crate) fn wrong(option: &'static str, value: impl ToString, reason: impl Into<String>) -> SettingsError {
     SettingsError::Value {
         option,
         value: value.to_string(),
@@ -455,7 +440,7 @@ mod tests {
             vm: VmOptions {
                 name: Some("a".into()),
                 image: Some("shop.img".into()),
-                tap: Some("tap0".into()),
+                tap: vec!["tap0".parse().unwrap()],
                 ..VmOptions::default()
             },
             ..PairOptions::default()
@@ -490,7 +475,7 @@ mod tests {
         assert!(refused(|o| o.pair = None).starts_with("--pair is missing: give the pair a name"));
         assert!(refused(|o| o.peer = None).starts_with("--peer is missing"));
         assert!(refused(|o| o.vm.image = None).starts_with("--image is missing"));
-        assert!(refused(|o| o.vm.tap = None).contains("ip tuntap add"));
+        assert!(refused(|o| o.vm.tap.clear()).contains("ip tuntap add"));
     }
 
     type Change = fn(&mut PairOptions);
@@ -529,7 +514,7 @@ mod tests {
                 "--name : a name has 1 to 32 letters",
             ),
             (
-                |o| o.vm.tap = Some("a-name-of-seventeen".into()),
+                |o| o.vm.tap = vec!["a-name-of-seventeen".parse().unwrap()],
                 "--tap a-name-of-seventeen: an interface's name has",
             ),
             (

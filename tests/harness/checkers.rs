@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use checkpoint::{Epoch, EpochMode, Generation, Tag, limits};
+use checkpoint::{Epoch, EpochMode, Generation, Nic, Tag, limits};
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
 
+use crate::packet;
 use crate::streams::Streams;
 use crate::toy_vm::Registers;
 
@@ -140,14 +141,24 @@ impl Checkers {
     }
 
     /// A secondary took over in this epoch and generation, and lets out what its guest had sent meanwhile.
-    pub fn taken_over(&mut self, generation: Generation, epoch: Epoch, outputs: &[Bytes]) {
+    pub fn taken_over(&mut self, generation: Generation, epoch: Epoch, outputs: &[(Nic, Bytes)]) {
         self.streams.taken_over(generation, epoch);
-        for frame in outputs {
+        for (_, frame) in outputs {
             assert!(
                 self.streams.allows(generation, frame),
                 "rule 1: a frame of an execution that was replaced is let out at the takeover in epoch {epoch}: {}",
                 self.streams.describe(frame)
             );
+        }
+    }
+
+    /// A frame leaves by the card behind which its receiver is: there the guest has sent it.
+    ///
+    /// # Panics
+    /// If it is another.
+    pub fn leaves_by(nic: Nic, cards: usize, frame: &[u8]) {
+        if let Some([_, sent_by]) = packet::cards_of(frame, cards) {
+            assert_eq!(nic, sent_by, "rule 1: what the guest sent on {sent_by} leaves by {nic}");
         }
     }
 
@@ -189,7 +200,7 @@ impl Checkers {
     /// Notes what a primary has done of what it decides by itself.
     pub fn watch(&mut self, primary: &Primary) {
         self.switched |= primary.counters().switches > 1;
-        self.buffered_flow |= primary.comparator().counters().unasked > 0;
+        self.buffered_flow |= primary.comparators().counters().unasked > 0;
     }
 
     /// No queue of a secondary's is longer than its bound.
@@ -242,8 +253,8 @@ impl Checkers {
     /// # Panics
     /// If one is, or it has not.
     pub fn bounded(primary: &Primary) {
-        let (comparator, room) = (primary.comparator(), primary.options().room);
-        let (held, pending) = (comparator.held(), comparator.pending());
+        let (comparators, room) = (primary.comparators(), primary.options().room);
+        let (held, pending) = (comparators.held(), comparators.pending());
         let mirrors = matches!(primary.state_name(), "protected" | "checkpointing");
         let has_inputs =
             primary.inputs_unconfirmed() >= room.inputs || primary.input_bytes_unconfirmed() >= room.input_bytes;

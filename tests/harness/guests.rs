@@ -2,12 +2,14 @@
 
 use bytes::Bytes;
 use checkpoint::EpochMode;
+use checkpoint::pair::Delivery;
 use primary::event::Event as PrimaryEvent;
 use secondary::event::Event as SecondaryEvent;
 
 use crate::checkers::Checkers;
 use crate::node::{Node, Role};
 use crate::ops::KEYS;
+use crate::packet;
 use crate::toy_vm::{Effect, ToyVm, value_on_disk};
 use crate::world::{Happening, MILLISECOND, World};
 
@@ -56,7 +58,7 @@ impl World {
         }
         // The device's turn: what is in the ring when the guest stops is in its memory.
         while self.nodes[node].vm.has_room()
-            && let Some(delivery) = self.nodes[node].inbox.pop_front()
+            && let Some(delivery) = self.next_delivery(node)
         {
             self.nodes[node].vm.receive(&delivery.guest);
             match self.nodes[node].role {
@@ -69,6 +71,15 @@ impl World {
             self.guest_acts(node, ToyVm::turn);
         }
         self.wake(node);
+    }
+
+    /// Returns what a card puts into the ring next: mostly in the order in which it came, but the cards do not wait for each other.
+    fn next_delivery(&mut self, node: usize) -> Option<Delivery> {
+        let hurries = self.cards > 1 && self.random.one_in(8);
+        let inbox = &mut self.nodes[node].inbox;
+        let first = inbox.front()?.nic;
+        let other = inbox.iter().position(|delivery| hurries && delivery.nic != first);
+        inbox.remove(other.unwrap_or(0))
     }
 
     pub(crate) fn guest_timer(&mut self, node: usize, time: u64) {
@@ -131,12 +142,13 @@ impl World {
         if self.nodes[node].output_held {
             return self.nodes[node].ring.push_back((frame, first));
         }
+        let [_, nic] = packet::cards_of(&frame, self.cards).expect("the guest speaks IPv4");
         match &self.nodes[node].role {
             Role::Primary(primary) => {
                 let tag = primary.tag();
                 let held = matches!(primary.state_name(), "protected" | "checkpointing" | "contending");
                 self.checkers.streams.primary_sent(tag, held, &frame, first);
-                self.step_primary(node, PrimaryEvent::GuestSent(frame));
+                self.step_primary(node, PrimaryEvent::GuestSent(nic, frame));
                 if let Role::Primary(primary) = &self.nodes[node].role {
                     Checkers::bounded(primary);
                     self.checkers.watch(primary);
@@ -144,7 +156,7 @@ impl World {
             }
             Role::Secondary(secondary) => {
                 self.checkers.streams.secondary_sent(secondary.tag(), &frame, first);
-                self.step_secondary(node, SecondaryEvent::GuestSent(frame));
+                self.step_secondary(node, SecondaryEvent::GuestSent(nic, frame));
                 if let Role::Secondary(secondary) = &self.nodes[node].role {
                     Checkers::bounded_secondary(secondary);
                 }

@@ -14,6 +14,7 @@ use storage::witness::Claim;
 
 use crate::faults::{Damage, Damaged};
 use crate::node::Role;
+use crate::packet;
 use crate::trace::Line;
 use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, World};
 
@@ -157,10 +158,13 @@ impl World {
     // The switch.
 
     pub(crate) fn frame_at_switch(&mut self, frame: &Bytes) {
+        let Some([nic, _]) = packet::cards_of(frame, self.cards) else {
+            return;
+        };
         for node in 0..2 {
             if matches!(self.nodes[node].role, Role::Primary(_)) && !self.nodes[node].input_held {
                 let life = self.nodes[node].life;
-                let event = PrimaryEvent::FrameArrived(frame.clone());
+                let event = PrimaryEvent::FrameArrived(nic, frame.clone());
                 self.later(10_000, Happening::PrimaryEvent(node, life, event));
             }
         }
@@ -192,6 +196,7 @@ impl World {
             takeover_limit: TAKEOVER_LIMIT,
             generation,
             held: self.nodes[other].held(),
+            cards: self.cards,
             streams: self.streams,
             room: self.room.pages.saturating_mul(2),
             unsent_bytes: self.unsent_bytes,

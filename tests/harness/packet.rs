@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use checkpoint::Nic;
 use etherparse::checksum::Sum16BitWords;
 
 /// The guest's address.
@@ -29,6 +30,20 @@ const IP: usize = 14;
 pub const TRANSPORT: usize = IP + 20;
 const TCP_PROTOCOL: u8 = 6;
 const UDP_PROTOCOL: u8 = 17;
+
+/// Returns the card by which the guest reaches that address: it has a network behind each of its cards.
+#[must_use]
+pub fn card_to(address: u8, cards: usize) -> Nic {
+    let number = (usize::from(address) + 1) % cards;
+    Nic::all(cards).nth(number).expect("one of so many")
+}
+
+/// Returns the card at which a client's frame arrives, and by which the guest's leaves; nothing for what is not IPv4.
+#[must_use]
+pub fn cards_of(frame: &[u8], cards: usize) -> Option<[Nic; 2]> {
+    let ip = frame.get(IP..TRANSPORT).filter(|_| frame[12..14] == [8, 0])?;
+    Some([ip[15], ip[19]].map(|address| card_to(address, cards)))
+}
 
 /// One end of a flow: the last byte of its address, and its port.
 pub type End = (u8, u16);

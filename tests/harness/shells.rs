@@ -4,7 +4,7 @@ use bytes::Bytes;
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pair::{Delivery, Report};
 use checkpoint::wire::{Begin, Message};
-use checkpoint::{Duration, Instant, Role as PairRole};
+use checkpoint::{Duration, Instant, Nic, Role as PairRole};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, Outcome as PrimaryOutcome};
 use primary::protocol::pace::Budget;
 use primary::protocol::{Options as PrimaryOptions, Patience, Primary, Start};
@@ -18,6 +18,9 @@ use crate::node::Role;
 use crate::toy_vm::{DISK_BYTES, PAGES};
 use crate::trace::{Line, brief};
 use crate::world::{Happening, MILLISECOND, TAKEOVER_LIMIT, VmOrder, World};
+
+/// The hardware addresses of the VM's network cards.
+const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 1, 1]];
 
 impl World {
     // The primary's shell.
@@ -55,7 +58,7 @@ impl World {
             room: self.room,
             memory_bytes: PAGES * PAGE_BYTES as u64,
             disk_bytes: DISK_BYTES,
-            mac: [2, 0, 0, 0, 0, 1],
+            macs: MACS[..self.cards].to_vec(),
         };
         self.nodes[node].output_held = false;
         let mut actions = Vec::new();
@@ -119,13 +122,13 @@ impl World {
                 PrimaryAction::SendControl(message) => self.send(node, Channel::Control, message),
                 PrimaryAction::StoreRecord(record) => self.disk_order(node, DiskOrder::Store(record)),
                 PrimaryAction::SyncMemory { totals, difference } => self.order(node, VmOrder::Sync(totals, difference)),
-                PrimaryAction::Transmit { frames, not_after } => self.transmit(node, &frames, not_after),
+                PrimaryAction::Transmit { nic, frames, not_after } => self.transmit(node, nic, &frames, not_after),
             }
         }
         self.primary_actions = actions;
     }
 
-    fn transmit(&mut self, node: usize, frames: &[Bytes], not_after: Option<Instant>) {
+    fn transmit(&mut self, node: usize, nic: Nic, frames: &[Bytes], not_after: Option<Instant>) {
         if not_after.is_some_and(|limit| self.nodes[node].clock(self.now) > limit) {
             self.checkers.late += frames.len() as u64;
             return self.note(Line::Note(format!(
@@ -143,6 +146,7 @@ impl World {
             .filter(|record| record.role == PairRole::Primary);
         let recorded = record.map(|record| record.generation);
         for frame in frames {
+            Checkers::leaves_by(nic, self.cards, frame);
             self.checkers.released(node, generation, recorded, paired, frame);
             self.frame_leaves(frame.clone());
         }

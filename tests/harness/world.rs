@@ -114,6 +114,8 @@ pub struct World {
     pub(crate) nodes: [Node; 2],
     pub(crate) links: Vec<Link>,
     pub(crate) resume: Resume,
+    /// Network cards of the VM.
+    pub(crate) cards: usize,
     /// Page streams of each pairing.
     pub(crate) streams: usize,
     pub(crate) pause_budget: Option<Duration>,
@@ -198,6 +200,7 @@ impl World {
             nodes,
             links: Vec::new(),
             resume,
+            cards: usize::try_from(1 + seed / 4 % 2).expect("few"),
             streams: usize::try_from(1 + seed % 4).expect("few"),
             // Near what a toy's stop takes.
             room: match seed % 4 {

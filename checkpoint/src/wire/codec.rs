@@ -23,6 +23,7 @@ use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX,
     SECTIONS_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
 };
+use crate::nic::Nic;
 use crate::pages::PageError;
 use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
@@ -164,7 +165,12 @@ pub fn encode(message: &Message) -> Encoded {
         Message::Begin(begin) => (Kind::Begin, 0, 0, archive(&begin.base)),
         Message::BlockHashes(hashes) => (Kind::BlockHashes, hashes.first, 0, Bytes::from(hashes.hashes.concat())),
         Message::SyncBlock(write) => (Kind::SyncBlock, write.offset, 0, write.data.clone()),
-        Message::Input(input) => (Kind::Input, input.number.0, 0, input.frame.clone()),
+        Message::Input(input) => (
+            Kind::Input,
+            input.number.0,
+            input.nic.number().into(),
+            input.frame.clone(),
+        ),
         Message::Write(write) => (Kind::Write, write.offset, 0, write.data.clone()),
         Message::Pages(batch) => (Kind::Pages, 0, batch.count, batch.encoded.clone()),
         Message::DeviceState(state) => {
@@ -173,7 +179,7 @@ pub fn encode(message: &Message) -> Encoded {
         }
         Message::NetworkState(state) => (Kind::NetworkState, 0, 0, state.encoded.clone()),
         Message::End(mark) => (Kind::End, 0, 0, archive(&EndBody::of(mark))),
-        Message::Output(output) => (Kind::Output, 0, 0, output.frame.clone()),
+        Message::Output(output) => (Kind::Output, 0, output.nic.number().into(), output.frame.clone()),
         Message::Confirm(_, number) => (Kind::Confirm, number.0, 0, Bytes::new()),
         Message::Want(_) => (Kind::Want, 0, 0, Bytes::new()),
         Message::Acknowledge(_) => (Kind::Acknowledge, 0, 0, Bytes::new()),
@@ -259,6 +265,7 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
         Kind::Input => Message::Input(Input {
             tag,
             number: InputNumber(header.number),
+            nic: decode_nic(header)?,
             frame: body,
         }),
         Kind::Pages => Message::Pages(decode_pages(header, body)?),
@@ -269,7 +276,11 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
         }
         Kind::NetworkState => Message::NetworkState(NetworkState { tag, encoded: body }),
         Kind::End => Message::End(Box::new(unarchive::<EndBody>(kind, &body)?.mark(tag)?)),
-        Kind::Output => Message::Output(Output { tag, frame: body }),
+        Kind::Output => Message::Output(Output {
+            tag,
+            nic: decode_nic(header)?,
+            frame: body,
+        }),
         Kind::Confirm => Message::Confirm(tag, InputNumber(header.number)),
         Kind::Want => Message::Want(tag),
         Kind::Acknowledge => Message::Acknowledge(tag),
@@ -336,6 +347,13 @@ fn decode_attach(header: &Header, body: &[u8]) -> Result<Attach, WireError> {
     Ok(Attach {
         session: Session(u128::from_le_bytes(fixed(header.kind, body)?)),
         stream: place.checked_sub(1),
+    })
+}
+
+fn decode_nic(header: &Header) -> Result<Nic, WireError> {
+    Nic::new(header.count).ok_or(WireError::Field {
+        kind: header.kind.name(),
+        what: "a network card",
     })
 }
 

@@ -282,15 +282,16 @@ impl Kind {
             | Self::DeviceState
             | Self::NetworkState
             | Self::End
-            | Self::Output
             | Self::Want
             | Self::Acknowledge
             | Self::Loaded
             | Self::Committed
             | Self::Halt
             | Self::Halted => (true, false, false),
-            Self::BlockHashes | Self::SyncBlock | Self::Input | Self::Write | Self::Confirm => (true, true, false),
-            Self::Pages | Self::PageHashes | Self::PageMatches => (true, false, true),
+            Self::BlockHashes | Self::SyncBlock | Self::Write | Self::Confirm => (true, true, false),
+            // The count is the card's number.
+            Self::Input => (true, true, true),
+            Self::Output | Self::Pages | Self::PageHashes | Self::PageMatches => (true, false, true),
         };
         Uses { tag, number, count }
     }
@@ -318,12 +319,12 @@ mod tests {
     fn bytes_on_the_wire_are_fixed() {
         #[rustfmt::skip]
         let golden = [
-            b'T', b'N', b'D', b'M', 5, 0, 21, 0,
+            b'T', b'N', b'D', b'M', 6, 0, 21, 0,
             8, 7, 6, 5, 4, 3, 2, 1,
             0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11,
             0, 0, 0, 0, 0, 0, 0, 0,
             0x33, 0x32, 3, 0, 0x24, 0x23, 0x22, 0x21,
-            0x44, 0x43, 0x42, 0x41, 0x21, 0xb7, 0x61, 0x02,
+            0x44, 0x43, 0x42, 0x41, 0xa9, 0x07, 0xdd, 0x28,
         ];
         assert_eq!(sample().to_bytes(), golden);
         assert_eq!(Header::parse(&golden), Ok(sample()));

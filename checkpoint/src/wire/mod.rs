@@ -7,7 +7,8 @@
 //! Protocol versions: 1 — the first; 2 — `Welcome` tells what the secondary still holds, `Begin` what the sync builds on;
 //! 3 — `End` tells whether the secondary's guest runs in the next epoch; `Halt`, `Halted`, `PageHashes` and `PageMatches`
 //! compare pages before they are sent; 4 — pages travel on streams of their own: `Hello` and `Welcome` agree on their number,
-//! `Attach` says which connection it is, `End` has the sums of each.
+//! `Attach` says which connection it is, `End` has the sums of each; 5 — the network's state has clocks of TCP connections;
+//! 6 — `Input`, `Output` and the network's state name the network card.
 
 pub mod codec;
 pub mod decoder;
@@ -25,13 +26,14 @@ pub use reasons::{GoodbyeReason, Refusal};
 pub use sums::{PageBatch, PageSum, PageSums};
 
 use crate::epoch::{Epoch, EpochMode, Generation, InputNumber, Tag};
+use crate::nic::Nic;
 #[cfg(test)]
 use crate::pages::identical::PageHash;
 use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -211,8 +213,10 @@ pub struct DiskWrite {
 pub struct Input {
     /// Epoch in which the primary's device consumed it.
     pub tag: Tag,
-    /// Its number.
+    /// Its number, counted over all cards.
     pub number: InputNumber,
+    /// The card that consumed it.
+    pub nic: Nic,
     /// The Ethernet frame.
     pub frame: Bytes,
 }
@@ -222,6 +226,8 @@ pub struct Input {
 pub struct Output {
     /// Epoch in which the secondary's guest sent it.
     pub tag: Tag,
+    /// The card that sent it.
+    pub nic: Nic,
     /// The Ethernet frame, in the clients' sequence space.
     pub frame: Bytes,
 }
@@ -414,6 +420,7 @@ pub(crate) fn wire_samples() -> Vec<Message> {
         Message::Input(Input {
             tag,
             number: InputNumber(10),
+            nic: Nic::FIRST,
             frame: bytes.clone(),
         }),
         Message::Write(write),
@@ -427,7 +434,11 @@ pub(crate) fn wire_samples() -> Vec<Message> {
             encoded: bytes.clone(),
         }),
         Message::End(Box::new(mark)),
-        Message::Output(Output { tag, frame: bytes }),
+        Message::Output(Output {
+            tag,
+            nic: Nic::new(1).expect("a second card"),
+            frame: bytes,
+        }),
         Message::Confirm(tag, InputNumber(10)),
         Message::Want(tag),
         Message::Acknowledge(tag),

@@ -85,13 +85,13 @@ fn sized(mapping: Mapping, memory_bytes: u64) -> Machine {
     let config = MachineConfig {
         memory_bytes,
         mapping,
-        mac: [2, 0, 0, 0, 0, 1],
+        macs: vec![[2, 0, 0, 0, 0, 1]],
         offloads: false,
         console: Box::new(io::sink()),
         on_power: Arc::new(move |event| drop(report.send(event))),
     };
     Machine {
-        vm: KvmVm::new(config, Box::new(Nowhere), Box::new(Blank(1 << 20))).unwrap(),
+        vm: KvmVm::new(config, vec![Box::new(Nowhere)], Box::new(Blank(1 << 20))).unwrap(),
         ends,
     }
 }

@@ -36,7 +36,7 @@ impl Primary {
             return self.misbehaved(now, "it loaded a checkpoint that it had not acknowledged", actions);
         }
         self.peer_loaded = true;
-        self.comparator.loaded(now, tag.epoch);
+        self.comparators.loaded(now, tag.epoch);
         self.begin_ahead(now);
         if let Some((asked, difference)) = self.loading.take() {
             self.policy.checkpointed(now.since(asked), difference);
@@ -75,10 +75,10 @@ impl Primary {
             && matches!(trigger, Trigger::Mismatch | Trigger::Unmatched | Trigger::Period);
         let next = self.next_mode(now, trigger, actions);
         if trigger != Trigger::Sync {
-            let stopped = self.comparator.stop(next);
+            let stopped = self.comparators.stop(next);
             assert_eq!(
                 stopped, tag.epoch,
-                "the comparator and the protocol are in the same epoch"
+                "the comparators and the protocol are in the same epoch"
             );
         }
         self.keep_network(actions);
@@ -142,7 +142,7 @@ impl Primary {
         }
         self.state = State::Sending(taken);
         if mutants::on(Mutant::ReleaseAtTheCopy) && taken.trigger != Trigger::Sync {
-            self.comparator.commit(now, tag.epoch, &mut self.verdicts);
+            self.comparators.commit(now, tag.epoch);
             self.act_on_verdicts(now, actions);
         }
     }
@@ -187,7 +187,7 @@ impl Primary {
         self.counters.page_bytes += shipment.bytes;
         self.state = State::Awaiting(taken);
         if mutants::on(Mutant::ReleaseBeforeAcknowledgement) {
-            self.comparator.commit(now, tag.epoch, &mut self.verdicts);
+            self.comparators.commit(now, tag.epoch);
             self.act_on_verdicts(now, actions);
         }
     }
@@ -226,10 +226,10 @@ impl Primary {
             self.stop_when_loaded(now, Trigger::Admin, actions);
         }
         if taken.trigger == Trigger::Sync {
-            self.comparator.protect(self.epoch, self.epoch_mode);
+            self.comparators.protect(self.epoch, self.epoch_mode);
             self.report_sync(actions);
         } else {
-            self.comparator.commit(now, tag.epoch, &mut self.verdicts);
+            self.comparators.commit(now, tag.epoch);
         }
         self.act_on_verdicts(now, actions);
         self.report_state(actions);

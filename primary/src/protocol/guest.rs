@@ -2,20 +2,21 @@
 
 use super::{
     ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, EpochMode, GoodbyeReason, GuestEnd, Input, Instant, Liveness,
-    Message, Mutant, Outcome, Place, Primary, Reason, Report, State, Trigger, Verdict, mutants, proxy,
+    Message, Mutant, Nic, Outcome, Place, Primary, Reason, Report, State, Trigger, Verdict, mutants, proxy,
 };
 
 /// Divergences that the operator can look back at.
 const DIVERGENCES_KEPT: usize = 32;
 
 impl Primary {
-    pub(super) fn guest_sent(&mut self, now: Instant, frame: Bytes, actions: &mut Vec<Action>) {
+    pub(super) fn guest_sent(&mut self, now: Instant, nic: Nic, frame: Bytes, actions: &mut Vec<Action>) {
         self.counters.outputs += 1;
-        let frame = self.network.leaving(frame);
+        let frame = self.network.leaving(nic, frame);
         let epoch = self.epoch;
-        self.seen
-            .see(now, frame.wire(), Place::Primary, || format!("sent in epoch {epoch}"));
-        self.comparator.primary_output(now, frame, &mut self.verdicts);
+        self.seen.see(now, nic, frame.wire(), Place::Primary, || {
+            format!("sent in epoch {epoch}")
+        });
+        self.comparators.primary_output(now, nic, frame);
         self.act_on_verdicts(now, actions);
         self.stand_if_full(actions);
     }
@@ -30,6 +31,7 @@ impl Primary {
         let input = Input {
             tag: self.tag(),
             number: self.input,
+            nic: delivery.nic,
             frame: delivery.wire,
         };
         actions.push(Action::Send(Message::Input(input)));
@@ -80,13 +82,22 @@ impl Primary {
     }
 
     pub(super) fn act_on_verdicts(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        for nic in Nic::all(self.comparators.count()) {
+            if !self.comparators.verdicts(nic).is_empty() {
+                self.act_on_verdicts_of(now, nic, actions);
+            }
+        }
+    }
+
+    fn act_on_verdicts_of(&mut self, now: Instant, nic: Nic, actions: &mut Vec<Action>) {
         let mut frames = Vec::new();
         let mut trigger = None;
         let mut violation = None;
-        for verdict in self.verdicts.drain(..) {
+        let cards = self.comparators.count();
+        for verdict in self.comparators.verdicts(nic).drain(..) {
             match verdict {
                 Verdict::Release(frame, why) => {
-                    self.seen.see(now, &frame, Place::Released, || why.to_string());
+                    self.seen.see(now, nic, &frame, Place::Released, || why.to_string());
                     frames.push(frame);
                 }
                 Verdict::Diverged(divergence) => {
@@ -98,16 +109,25 @@ impl Primary {
                         Reason::Unmatched { .. } => Trigger::Unmatched,
                         Reason::Limit(_) => Trigger::Limit,
                     });
-                    let note = divergence.to_string();
+                    let note = if cards == 1 {
+                        divergence.to_string()
+                    } else {
+                        format!("{nic}: {divergence}")
+                    };
                     self.seen.note(&note);
                     actions.push(Action::Report(Report::Note(note)));
                     self.divergences.truncate(DIVERGENCES_KEPT - 1);
-                    self.divergences.push_front((now, divergence));
+                    self.divergences.push_front((now, nic, divergence));
                 }
                 Verdict::Violation(what) => violation = Some(what),
             }
         }
-        self.transmit(frames, self.lease(), actions);
+        let by = if mutants::on(Mutant::ReleaseOnFirstCard) {
+            Nic::FIRST
+        } else {
+            nic
+        };
+        self.transmit(by, frames, self.lease(), actions);
         if let Some(what) = violation {
             self.misbehaved(now, &what, actions);
         }
@@ -116,9 +136,9 @@ impl Primary {
         }
     }
 
-    pub(super) fn transmit(&self, frames: Vec<Bytes>, not_after: Option<Instant>, actions: &mut Vec<Action>) {
+    pub(super) fn transmit(&self, nic: Nic, frames: Vec<Bytes>, not_after: Option<Instant>, actions: &mut Vec<Action>) {
         if !frames.is_empty() {
-            actions.push(Action::Transmit { frames, not_after });
+            actions.push(Action::Transmit { nic, frames, not_after });
         }
     }
 
@@ -128,15 +148,16 @@ impl Primary {
             return;
         }
         // While contending nothing leaves; the next repetition may.
-        if mutants::on(Mutant::AnnounceBeforeWinning) {
-            self.transmit(self.network.announcements(), None, actions);
-        } else if !matches!(self.state, State::Contending) {
-            let announcements = self.network.announcements();
-            for frame in &announcements {
-                let why = || "announces where the VM is".to_owned();
-                self.seen.see(now, frame, Place::Released, why);
+        let early = mutants::on(Mutant::AnnounceBeforeWinning);
+        if early || !matches!(self.state, State::Contending) {
+            let lease = if early { None } else { self.lease() };
+            for (nic, announcements) in self.network.announcements() {
+                for frame in &announcements {
+                    let why = || "announces where the VM is".to_owned();
+                    self.seen.see(now, nic, frame, Place::Released, why);
+                }
+                self.transmit(nic, announcements, lease, actions);
             }
-            self.transmit(announcements, self.lease(), actions);
         }
         self.announce = (next + 1 < ANNOUNCE_AFTER.len()).then_some((start, next + 1));
     }
@@ -163,7 +184,7 @@ impl Primary {
 
     /// Output is compared: the secondary has a VM that follows.
     pub(crate) fn protected(&self) -> bool {
-        self.comparator.mode() == proxy::Mode::Comparing
+        self.comparators.mode() == proxy::Mode::Comparing
             && matches!(
                 self.state,
                 State::Protected { .. }

@@ -71,8 +71,8 @@ impl Primary {
                 if mutants::on(Mutant::ReuseEpoch) {
                     self.epoch = taken.tag.epoch;
                 }
-                if self.comparator.mode() == proxy::Mode::Comparing {
-                    self.comparator.abandon();
+                if self.comparators.mode() == proxy::Mode::Comparing {
+                    self.comparators.abandon();
                 }
                 self.changed.reopen();
                 if !mutants::on(Mutant::ForgetAbandonedPages) {
@@ -97,7 +97,7 @@ impl Primary {
 
     fn go_alone(&mut self, now: Instant, actions: &mut Vec<Action>) {
         self.state = State::Alone;
-        self.comparator.release_all(&mut self.verdicts);
+        self.comparators.release_all();
         self.act_on_verdicts(now, actions);
         actions.push(Action::SeedEntropy(None));
         if self.ending.is_some() {

@@ -44,9 +44,9 @@ use checkpoint::mutants::{self, Mutant};
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, Place, RecordUpdate, Report, Sight, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Welcome};
-use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Role, Tag};
-use proxy::{self, Comparator, ComparatorLimits, Divergence, NetworkPicture, Reason, Verdict};
+use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Output, Welcome};
+use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Nic, Role, Tag};
+use proxy::{self, ComparatorLimits, Comparators, Divergence, Pictures, Reason, Verdict};
 use storage::ChangedBlocks;
 
 use crate::event::{Action, AheadShipment, Event, GuestEnd, Look, Outcome, Shipment};
@@ -133,8 +133,8 @@ pub struct Options {
     pub memory_bytes: u64,
     /// Size of the disk in bytes.
     pub disk_bytes: u64,
-    /// The guest's hardware address, announced when it boots.
-    pub mac: [u8; 6],
+    /// The hardware addresses of the guest's network cards, one each, announced when it boots.
+    pub macs: Vec<[u8; 6]>,
 }
 
 /// How this side came to run.
@@ -154,11 +154,11 @@ pub enum Start {
         /// Last epoch number ever used.
         last_epoch: Epoch,
         /// Translation offsets and learned addresses, as the secondary held them.
-        network: NetworkPicture,
+        network: Pictures,
         /// Frames that the guest has not yet received, in order.
         inputs: Vec<Delivery>,
         /// Frames that the guest sent since the peer was lost.
-        outputs: Vec<Bytes>,
+        outputs: Vec<(Nic, Bytes)>,
     },
 }
 
@@ -271,8 +271,8 @@ pub struct Primary {
     committed: Epoch,
     liveness: Option<Liveness>,
     peer: Option<String>,
-    comparator: Comparator,
-    network: NetworkPicture,
+    comparators: Comparators,
+    network: Pictures,
     /// As it was at the stop for the checkpoint in flight.
     network_at_stop: Bytes,
     /// Translated connections that it has no room for.
@@ -315,11 +315,10 @@ pub struct Primary {
     budget_told: bool,
     ending: Option<Ending>,
     counters: Counters,
-    verdicts: Vec<Verdict>,
     /// What somebody captures.
     seen: Seen,
     /// What made checkpoints necessary lately, the newest first.
-    divergences: VecDeque<(Instant, Divergence)>,
+    divergences: VecDeque<(Instant, Nic, Divergence)>,
 }
 
 impl Primary {
@@ -331,7 +330,7 @@ impl Primary {
                 generation,
                 last_epoch,
                 // The network may still send the guest's frames to where it ran before.
-                NetworkPicture::of(options.mac),
+                Pictures::of(&options.macs),
                 Vec::new(),
                 Vec::new(),
                 false,
@@ -354,7 +353,8 @@ impl Primary {
             committed: last_epoch,
             liveness: None,
             peer: None,
-            comparator: Comparator::new(
+            comparators: Comparators::new(
+                options.macs.len(),
                 ComparatorLimits {
                     held_bytes: options.room.held_bytes,
                     unmatched: options.unmatched_max,
@@ -404,11 +404,15 @@ impl Primary {
             budget_told: false,
             ending: None,
             counters: Counters::default(),
-            verdicts: Vec::new(),
             seen: Seen::default(),
             divergences: VecDeque::new(),
             options,
         };
+        assert_eq!(
+            primary.network.count(),
+            primary.comparators.count(),
+            "each network card has a picture and a comparator"
+        );
         primary.network.lead();
         if taken_over {
             actions.push(Action::Reseed);
@@ -416,7 +420,11 @@ impl Primary {
         actions.push(Action::SeedEntropy(None));
         primary.announce(now, actions);
         actions.extend(inputs.into_iter().map(Action::Deliver));
-        primary.transmit(outputs, None, actions);
+        for nic in Nic::all(primary.comparators.count()) {
+            let sent = outputs.iter().filter(|(by, _)| *by == nic);
+            let frames = sent.map(|(_, frame)| frame.clone()).collect();
+            primary.transmit(nic, frames, None, actions);
+        }
         actions.push(Action::ResumeVm);
         primary.report_state(actions);
         actions.push(Action::Dial);
@@ -443,8 +451,8 @@ impl Primary {
                 self.synced(now, Some(shipment), actions)
             }
             Event::DiskSynced(_) | Event::MemorySynced(_) => {}
-            Event::FrameArrived(frame) => actions.push(Action::Deliver(self.network.arriving(frame))),
-            Event::GuestSent(frame) => self.guest_sent(now, frame, actions),
+            Event::FrameArrived(nic, frame) => actions.push(Action::Deliver(self.network.arriving(nic, frame))),
+            Event::GuestSent(nic, frame) => self.guest_sent(now, nic, frame, actions),
             Event::GuestStopped(end) => self.guest_stopped(now, end, actions),
             Event::GuestWrote { offset, data } => self.guest_wrote(now, offset, data, actions),
             Event::Hashed(hashes) => self.hashed(hashes, actions),
@@ -473,7 +481,7 @@ impl Primary {
             _ => self.contest.deadline(),
         };
         let comparator = (matches!(self.state, State::Protected { .. }) && self.peer_loaded && self.ending.is_none())
-            .then(|| self.comparator.deadline())
+            .then(|| self.comparators.deadline())
             .flatten();
         let announce = self.announce.map(|(start, next)| start + ANNOUNCE_AFTER[next]);
         let ending = self.ending.as_ref().map(|ending| ending.by);
@@ -565,10 +573,10 @@ impl Primary {
         &self.counters
     }
 
-    /// Returns the comparator, for its queues' lengths.
+    /// Returns the comparators, for their queues' lengths.
     #[must_use]
-    pub fn comparator(&self) -> &Comparator {
-        &self.comparator
+    pub fn comparators(&self) -> &Comparators {
+        &self.comparators
     }
 
     /// Returns the epoch whose commit covers all that the guest has done until now.
@@ -586,8 +594,8 @@ impl Primary {
         &self.options
     }
 
-    /// Returns what made checkpoints necessary lately, the newest first.
-    pub fn divergences(&self) -> impl Iterator<Item = &(Instant, Divergence)> {
+    /// Returns what made checkpoints necessary lately and on which card, the newest first.
+    pub fn divergences(&self) -> impl Iterator<Item = &(Instant, Nic, Divergence)> {
         self.divergences.iter()
     }
 
@@ -647,8 +655,8 @@ impl Primary {
                 && due <= now
             {
                 self.trigger(now, trigger, actions);
-            } else if self.comparator.deadline().is_some_and(|deadline| deadline <= now) {
-                self.comparator.timeout(now, &mut self.verdicts);
+            } else if self.comparators.deadline().is_some_and(|deadline| deadline <= now) {
+                self.comparators.timeout(now);
                 self.act_on_verdicts(now, actions);
             }
         }

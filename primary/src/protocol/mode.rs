@@ -76,7 +76,7 @@ impl Primary {
             Mode::Buffered => return EpochMode::Buffered,
             Mode::Auto => {}
         }
-        let counters = self.comparator.counters();
+        let counters = self.comparators.counters();
         let left = Left {
             equal: counters.matched,
             committed: counters.released_by_commit,
@@ -102,7 +102,7 @@ impl Primary {
         let period = match self.epoch_mode {
             EpochMode::Buffered => self.options.checkpoint_every,
             // Frames behind them in the hold may wait for equals.
-            EpochMode::Lockstep if self.comparator.waits_for_commit() => {
+            EpochMode::Lockstep if self.comparators.waits_for_commit() => {
                 self.options.checkpoint_every.min(self.options.unmatched_max)
             }
             EpochMode::Lockstep => return age,

@@ -1,6 +1,6 @@
 //! The secondary: pairing with it, and its messages.
 
-use super::{Action, Instant, Liveness, Message, Place, Primary, Report, State, Trigger, Welcome, failover};
+use super::{Action, Instant, Liveness, Message, Output, Place, Primary, Report, State, Trigger, Welcome, failover};
 
 impl Primary {
     pub(super) fn connected(&mut self, now: Instant, welcome: Welcome, actions: &mut Vec<Action>) {
@@ -38,11 +38,14 @@ impl Primary {
             }
             Message::BlockHashes(hashes) => self.hashes_arrived(now, hashes, actions),
             Message::Output(output) if self.protected() => {
-                let epoch = output.tag.epoch;
-                let comment = || format!("sent in epoch {epoch}");
-                self.seen.see(now, &output.frame, Place::Secondary, comment);
-                self.comparator
-                    .secondary_output(now, output.tag.epoch, output.frame, &mut self.verdicts);
+                let Output { tag, nic, frame } = output;
+                if nic.index() >= self.comparators.count() {
+                    let what = format!("it sent output on {nic}, a network card that the VM does not have");
+                    return self.misbehaved(now, &what, actions);
+                }
+                let comment = || format!("sent in epoch {}", tag.epoch);
+                self.seen.see(now, nic, &frame, Place::Secondary, comment);
+                self.comparators.secondary_output(now, nic, tag.epoch, frame);
                 self.act_on_verdicts(now, actions);
             }
             Message::Confirm(_, number) if number <= self.input && number >= self.confirmed => {

@@ -56,7 +56,7 @@ impl Primary {
     /// Tells whether the running epoch has as much output and writes as it may have.
     #[must_use]
     pub fn has_no_room(&self) -> bool {
-        self.options.room.has_no_more_for(self.write_bytes) || self.comparator.is_full()
+        self.options.room.has_no_more_for(self.write_bytes) || self.comparators.is_full()
     }
 
     /// Tells whether the secondary has to confirm this share of the inputs that may be on their way.

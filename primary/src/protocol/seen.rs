@@ -3,8 +3,8 @@
 //! Filled in the course of a step, taken by the shell after it, and so never longer than one step makes it.
 
 use bytes::Bytes;
-use checkpoint::Instant;
 use checkpoint::pair::{Place, Sight};
+use checkpoint::{Instant, Nic};
 
 /// What was seen and has not been taken.
 #[derive(Debug, Default)]
@@ -21,7 +21,7 @@ impl Seen {
     }
 
     /// Notes a frame. Costs nothing while nobody captures.
-    pub(super) fn see(&mut self, at: Instant, frame: &Bytes, place: Place, comment: impl FnOnce() -> String) {
+    pub(super) fn see(&mut self, at: Instant, nic: Nic, frame: &Bytes, place: Place, comment: impl FnOnce() -> String) {
         if !self.on {
             return;
         }
@@ -31,6 +31,7 @@ impl Seen {
         }
         self.sights.push(Sight {
             at,
+            nic,
             place,
             comment,
             frame: frame.clone(),
@@ -59,13 +60,17 @@ mod tests {
     use super::*;
 
     fn see(seen: &mut Seen, place: Place) {
-        seen.see(Instant(1), &Bytes::from_static(b"frame"), place, || "sent".to_owned());
+        seen.see(Instant(1), Nic::FIRST, &Bytes::from_static(b"frame"), place, || {
+            "sent".to_owned()
+        });
     }
 
     #[test]
     fn nothing_is_kept_while_nobody_captures() {
         let mut seen = Seen::default();
-        seen.see(Instant(1), &Bytes::new(), Place::Primary, || panic!("nobody reads it"));
+        seen.see(Instant(1), Nic::FIRST, &Bytes::new(), Place::Primary, || {
+            panic!("nobody reads it")
+        });
         seen.note("x");
         assert_eq!(seen.take(), []);
     }

@@ -102,6 +102,7 @@ mod tests {
                 takeover_limit: Duration::from_millis(300),
                 generation: Generation(7),
                 held: Held::default(),
+                cards: 1,
                 streams: 1,
                 unsent_bytes: checkpoint::limits::UNSENT_BYTES_MAX,
                 room: u64::MAX,

@@ -1,32 +1,33 @@
 //! What the own guest does: frames and inputs.
 
 use super::{
-    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, InputNumber, Message, Mutant, Output, PENDING_OUTPUTS_MAX,
+    Action, Bytes, CONFIRM_EVERY, Delivery, Flight, InputNumber, Message, Mutant, Nic, Output, PENDING_OUTPUTS_MAX,
     RECENT_OUTPUTS_MAX, Secondary, Standing, mutants,
 };
 
 impl Secondary {
-    pub(super) fn guest_sent(&mut self, frame: Bytes, actions: &mut Vec<Action>) {
+    pub(super) fn guest_sent(&mut self, nic: Nic, frame: Bytes, actions: &mut Vec<Action>) {
         self.counters.outputs += 1;
         if matches!(self.flight, Flight::Loading(..)) {
             return;
         }
-        let leaving = self.network.leaving(frame);
+        let leaving = self.network.leaving(nic, frame);
         let is_repeatable = leaving.is_repeatable();
         let frame = leaving.into_wire();
         match self.standing() {
             Standing::Following => {
                 if is_repeatable {
-                    self.remember(&frame);
+                    self.remember(nic, &frame);
                 }
                 self.unsent += frame.len();
-                actions.push(Action::Send(Message::Output(Output { tag: self.tag(), frame })));
+                let tag = self.tag();
+                actions.push(Action::Send(Message::Output(Output { tag, nic, frame })));
                 self.hold_output(actions);
             }
             Standing::Draining { .. } | Standing::Severed { .. } | Standing::Contending(_) | Standing::Alone
                 if self.outputs.len() < PENDING_OUTPUTS_MAX =>
             {
-                self.outputs.push(frame);
+                self.outputs.push((nic, frame));
             }
             _ => {}
         }
@@ -60,11 +61,11 @@ impl Secondary {
     }
 
     /// Keeps a segment for the takeover: without it the client would wait for the guest's retransmission.
-    fn remember(&mut self, frame: &Bytes) {
+    fn remember(&mut self, nic: Nic, frame: &Bytes) {
         if self.recent.len() == RECENT_OUTPUTS_MAX {
             self.recent.pop_front();
         }
-        self.recent.push_back(frame.clone());
+        self.recent.push_back((nic, frame.clone()));
     }
 
     pub(super) fn input_consumed(&mut self, delivery: &Delivery, actions: &mut Vec<Action>) {
@@ -73,6 +74,7 @@ impl Secondary {
         if self.standing() != Standing::Following || matches!(self.flight, Flight::Loading(..)) {
             return;
         }
+        let number = self.inputs.consumed(delivery.nic, number);
         self.consume(number);
         if self.consumed.0 - self.confirmed.0 >= CONFIRM_EVERY {
             self.confirm(actions);

@@ -98,6 +98,7 @@ impl Secondary {
         }
         self.network.follow();
         self.consume(mark.input);
+        self.inputs.loaded(mark.input);
         self.counters.checkpoints += 1;
         self.counters.last_checkpoint = Some(now);
         self.counters.last_pause = now.since(since);

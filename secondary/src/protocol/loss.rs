@@ -3,8 +3,8 @@
 //! The decisions are in [`checkpoint::failover::Contest`]; a takeover also waits for the VM.
 
 use super::{
-    Action, Connection, Flight, GoodbyeReason, Instant, LinkEnd, Mutant, Order, Outcome, RecordUpdate, Report, Role,
-    Secondary, Standing, Tag, TakenOver, failover, mutants,
+    Action, Connection, Flight, GoodbyeReason, Instant, LinkEnd, Mutant, Order, Outcome, Pictures, RecordUpdate,
+    Report, Role, Secondary, Standing, Tag, TakenOver, failover, mutants,
 };
 
 impl Secondary {
@@ -125,7 +125,8 @@ impl Secondary {
         self.network.lead();
         let kept = core::mem::take(&mut self.recent).into_iter();
         let kept = kept.chain(core::mem::take(&mut self.outputs));
-        let outputs = kept.filter_map(|frame| self.network.leaving_again(frame)).collect();
+        let leaving = |(nic, frame)| Some((nic, self.network.leaving_again(nic, frame)?));
+        let outputs = kept.filter_map(leaving).collect();
         let taken = TakenOver {
             generation: self.contest.generation(),
             last_epoch: if mutants::on(Mutant::ReuseEpochAtTakeover) {
@@ -133,7 +134,7 @@ impl Secondary {
             } else {
                 self.running
             },
-            network: core::mem::take(&mut self.network),
+            network: core::mem::replace(&mut self.network, Pictures::new(0)),
             inputs: Vec::new(),
             outputs,
         };

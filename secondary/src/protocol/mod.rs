@@ -27,6 +27,7 @@
 mod alike;
 mod end;
 mod guest;
+mod inputs;
 mod load;
 mod loss;
 mod peer;
@@ -44,11 +45,12 @@ use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report};
 use checkpoint::staging::{Arrival, StagingError, Totals};
 use checkpoint::wire::{Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch};
-use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Role, Tag};
-use proxy::NetworkPicture;
+use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Nic, Role, Tag};
+use proxy::Pictures;
 
 use crate::event::{Action, Event, LinkEnd, Outcome, TakenOver};
 
+use inputs::Inputs;
 use room::Own;
 
 /// Inputs consumed by the guest between two confirmations.
@@ -69,6 +71,8 @@ pub struct Options {
     pub generation: Generation,
     /// What the primary was told that this side still has.
     pub held: Held,
+    /// Network cards of the VM.
+    pub cards: usize,
     /// Page streams of the pairing.
     pub streams: usize,
     /// Pages that the guest's own and those of a checkpoint that arrives may be together before the epoch is to end.
@@ -151,22 +155,25 @@ pub struct Secondary {
     own: Own,
     totals: Totals,
     /// The network's state of the checkpoint in flight.
-    staged_network: Option<NetworkPicture>,
-    network: NetworkPicture,
+    staged_network: Option<Pictures>,
+    network: Pictures,
     received: InputNumber,
+    /// All up to this one.
     consumed: InputNumber,
     /// Received and not consumed.
     unconsumed: Backlog,
+    /// In front of the guest.
+    inputs: Inputs,
     confirmed: InputNumber,
     /// Inputs of the epoch after the one being loaded.
     later: Vec<Input>,
     /// What the guest sent since the peer was lost.
-    outputs: Vec<Bytes>,
+    outputs: Vec<(Nic, Bytes)>,
     /// Bytes of output sent since all of it was on its way, at the least.
     unsent: usize,
     output_held: bool,
     /// The last TCP segments that the guest sent in this epoch: the primary may have died before it released them.
-    recent: VecDeque<Bytes>,
+    recent: VecDeque<(Nic, Bytes)>,
     quiet: bool,
     leaving: Option<GoodbyeReason>,
     /// Why this side is fenced.
@@ -191,10 +198,11 @@ impl Secondary {
             own: Own::default(),
             totals: Totals::new(Tag::default(), None, options.streams),
             staged_network: None,
-            network: NetworkPicture::new(),
+            network: Pictures::new(options.cards),
             received: InputNumber(0),
             consumed: InputNumber(0),
             unconsumed: Backlog::default(),
+            inputs: Inputs::new(options.cards),
             confirmed: InputNumber(0),
             later: Vec::new(),
             outputs: Vec::new(),
@@ -222,7 +230,7 @@ impl Secondary {
             Event::Counted(tag, pages) => self.counted(now, tag, pages, actions),
             Event::DataClosed(end) => self.closed(now, Connection::Data, &end, actions),
             Event::DiskCommitted(epoch) => self.disk_committed(epoch, actions),
-            Event::GuestSent(frame) => self.guest_sent(frame, actions),
+            Event::GuestSent(nic, frame) => self.guest_sent(nic, frame, actions),
             Event::GuestStopped(reason) => {
                 actions.push(Action::Report(Report::Note(format!(
                     "the guest stopped here: {reason}"

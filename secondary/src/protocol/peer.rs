@@ -1,8 +1,8 @@
 //! The primary's messages: the pairing's begin, inputs, and the parts of a checkpoint.
 
 use super::{
-    Action, Begin, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, Mutant, NetworkPicture, PageBatch,
-    PartError, Report, Secondary, Standing, Totals, failover, limits, mutants,
+    Action, Begin, DiskWrite, Epoch, Flight, Heartbeat, Input, Instant, Message, Mutant, PageBatch, PartError,
+    Pictures, Report, Secondary, Standing, Totals, failover, limits, mutants,
 };
 
 impl Secondary {
@@ -41,8 +41,8 @@ impl Secondary {
                 if let Err(error) = self.in_flight().and_then(|totals| Ok(totals.network_state(&state)?)) {
                     return self.misbehaved(now, &error.to_string(), actions);
                 }
-                match NetworkPicture::decode(&state.encoded) {
-                    Ok(picture) => self.staged_network = Some(picture),
+                match Pictures::decode(&state.encoded, self.options.cards) {
+                    Ok(pictures) => self.staged_network = Some(pictures),
                     Err(error) => self.misbehaved(now, &format!("its network state is broken: {error}"), actions),
                 }
             }
@@ -133,6 +133,11 @@ impl Secondary {
         if !begun || input.number != self.received.next() {
             return self.misbehaved(now, "its inputs are out of order", actions);
         }
+        if input.nic.index() >= self.options.cards {
+            let nic = input.nic;
+            let what = format!("it sent an input for {nic}, a network card that the VM does not have");
+            return self.misbehaved(now, &what, actions);
+        }
         // Once the primary has stopped for a checkpoint its guest may run on in the next epoch, before this side knows.
         let next = !self.later.is_empty() || matches!(self.flight, Flight::Loading(..));
         let in_order = input.tag.epoch == self.running.next() || (input.tag.epoch == self.running && !next);
@@ -153,8 +158,9 @@ impl Secondary {
     }
 
     pub(super) fn deliver(&mut self, input: Input, actions: &mut Vec<Action>) {
-        let mut delivery = self.network.arriving(input.frame);
+        let mut delivery = self.network.arriving(input.nic, input.frame);
         delivery.number = Some(input.number);
+        self.inputs.delivered(input.nic, input.number);
         actions.push(Action::Deliver(delivery));
     }
 

@@ -46,7 +46,7 @@ impl Floor {
         let config = MachineConfig {
             memory_bytes: memory.0,
             mapping: Mapping::Shared,
-            mac: MAC,
+            macs: vec![MAC],
             offloads: false,
             console: Box::new(io::sink()),
             // A guest that has ended no longer answers, and that is told.
@@ -57,7 +57,7 @@ impl Floor {
             frame: vec![0; FRAME_BYTES_MAX],
             waiting: None,
         };
-        let mut vm = KvmVm::new(config, Box::new(network), Box::new(Disk(vec![0; DISK_BYTES])))
+        let mut vm = KvmVm::new(config, vec![Box::new(network)], Box::new(Disk(vec![0; DISK_BYTES])))
             .context("can't make the floor's VM")?;
         vm.boot(GUEST_IMAGE, "").context("can't boot the floor's VM")?;
         vm.resume().context("the floor's VM does not run")?;

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use checkpoint::wire::{Decoder, Message, Output, encode_into};
-use checkpoint::{Epoch, EpochMode, Generation, Tag, limits};
+use checkpoint::{Epoch, EpochMode, Generation, Nic, Tag, limits};
 use link::clock;
 use proxy::{Comparator, ComparatorLimits, NetworkPicture, Verdict};
 use rustix::net::sockopt;
@@ -323,7 +323,8 @@ impl<'a> Proxy<'a> {
         for _ in 0..batch {
             self.mirror.next(&mut self.buffer);
             let frame = Bytes::copy_from_slice(&self.buffer);
-            encode_into(&Message::Output(Output { tag, frame }), &mut self.encoded);
+            let nic = Nic::FIRST;
+            encode_into(&Message::Output(Output { tag, nic, frame }), &mut self.encoded);
         }
         self.link.0.write_all(&self.encoded).context("the socket is too small")
     }

@@ -29,7 +29,7 @@ use super::{Ending, Host, ImageReady};
 /// A machine without a role, stopped.
 struct Machine {
     vm: Box<dyn Vm>,
-    port: Arc<Port>,
+    ports: Vec<Arc<Port>>,
     power: mpsc::UnboundedReceiver<PowerEvent>,
 }
 
@@ -73,7 +73,7 @@ pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result
             Some((machine, _)) => machine,
             None => Machine::new(&host)?,
         };
-        let port = Arc::clone(&machine.port);
+        let ports = machine.ports.clone();
         let setup = setup(&host, record.as_ref(), held, established, machine);
         let Finished {
             outcome,
@@ -82,7 +82,7 @@ pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result
             image_ready,
         } = secondary::run(setup, &mut outside.control, &mut outside.stop).await?;
         let vm = vm.ok_or_else(|| anyhow!("the machine was lost with its thread"))?;
-        let machine = Machine { vm, port, power };
+        let machine = Machine { vm, ports, power };
         match outcome {
             Outcome::Ended(reason) => {
                 info!("ended: {reason}");
@@ -149,6 +149,7 @@ fn setup(
             takeover_limit: host.settings.takeover_limit,
             generation: record.map_or(Generation(0), |record| record.tag.generation),
             held,
+            cards: host.settings.vm.cards.len(),
             // Judged in the handshake.
             streams: established.welcome.streams as usize,
             room: host.settings.checkpoint_memory / limits::PAGE_BYTES as u64,
@@ -158,7 +159,7 @@ fn setup(
         node: host.settings.node.clone(),
         established,
         vm: machine.vm,
-        port: machine.port,
+        ports: machine.ports,
         image: Arc::clone(&host.image),
         replica: host.replica(record),
         record: host.place(),
@@ -184,7 +185,10 @@ async fn go_on(
         outputs,
     } = taken;
     info!(generation = generation.0, "took over");
-    let stale = host.tap.drain().context("the TAP can't be read")?;
+    let mut stale = 0;
+    for tap in &host.taps {
+        stale += tap.drain().context("a TAP can't be read")?;
+    }
     tracing::debug!(stale, "frames that the primary's guest already had");
     let start = Start::TakenOver {
         generation,
@@ -193,18 +197,18 @@ async fn go_on(
         inputs,
         outputs,
     };
-    let Machine { vm, port, power } = machine;
-    host.be_primary(vm, port, power, start, (None, image_ready), &mut outside)
+    let Machine { vm, ports, power } = machine;
+    host.be_primary(vm, ports, power, start, (None, image_ready), &mut outside)
         .await
 }
 
 impl Machine {
     fn new(host: &Host) -> Result<Self> {
-        let port = Arc::new(Port::default());
-        let (vm, power) = host.machine(Mapping::Private, &port)?;
+        let ports = host.ports();
+        let (vm, power) = host.machine(Mapping::Private, &ports)?;
         Ok(Self {
             vm: Box::new(vm),
-            port,
+            ports,
             power,
         })
     }
@@ -212,9 +216,9 @@ impl Machine {
     /// Takes the machine out of its role: nothing reaches its devices any more, and what its guest wrote to the disk is
     /// forgotten.
     fn stand_down(mut self, host: &Host) -> Result<Self> {
-        self.port.clear();
-        let (net, disk) = host.unattached(&self.port);
-        self.vm.set_backends(Box::new(net), Box::new(disk))?;
+        self.ports.iter().for_each(|port| port.clear());
+        let (nets, disk) = host.unattached(&self.ports);
+        self.vm.set_backends(nets, Box::new(disk))?;
         Ok(self)
     }
 }

@@ -129,7 +129,7 @@ fn held(host: &Host) -> Option<String> {
     Some(format!(
         "{} holds {} frames",
         host.name,
-        primary.comparator().held().frames
+        primary.comparators().held().frames
     ))
 }
 

@@ -1,7 +1,7 @@
 //! The language of scenarios. `docs/TESTING.md` describes it; each command is one arm here.
 
-use checkpoint::Duration;
 use checkpoint::wire::Message;
+use checkpoint::{Duration, Nic};
 use primary::event::{Event as PrimaryEvent, GuestEnd};
 use secondary::event::Event as SecondaryEvent;
 
@@ -85,11 +85,11 @@ impl Pair {
 
     fn client_sends(&mut self, names: &[&str]) -> Done {
         for name in names {
-            let frame = self.frames.named(name)?;
+            let (nic, frame) = self.frames.at_card(name)?;
             for host in 0..2 {
                 let at = &self.hosts[host];
                 if matches!(at.role, Role::Primary(_)) && !at.frozen && !at.holds_input {
-                    self.step(host, Event::Primary(PrimaryEvent::FrameArrived(frame.clone())));
+                    self.step(host, Event::Primary(PrimaryEvent::FrameArrived(nic, frame.clone())));
                 }
             }
         }
@@ -146,20 +146,22 @@ impl Pair {
         match *what {
             ["sends", ref names @ ..] => {
                 for name in names {
-                    let frame = self.frames.named(name)?;
+                    let (nic, frame) = self.frames.at_card(name)?;
                     self.hosts[host].cpu += 1;
                     self.step(
                         host,
                         if leads {
-                            Event::Primary(PrimaryEvent::GuestSent(frame))
+                            Event::Primary(PrimaryEvent::GuestSent(nic, frame))
                         } else {
-                            Event::Secondary(SecondaryEvent::GuestSent(frame))
+                            Event::Secondary(SecondaryEvent::GuestSent(nic, frame))
                         },
                     );
                 }
             }
-            ["reads"] => {
-                let Some(delivery) = at.inbox.pop_front() else {
+            ["reads", ref card @ ..] => {
+                let is_meant = |nic: Nic| card.first().is_none_or(|card| **card == nic.to_string());
+                let place = at.inbox.iter().position(|delivery| is_meant(delivery.nic));
+                let Some(delivery) = place.and_then(|place| at.inbox.remove(place)) else {
                     return Err("nothing is there to be read".to_owned());
                 };
                 at.cpu += 1;

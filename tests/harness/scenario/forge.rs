@@ -35,15 +35,23 @@ pub(super) fn message(frames: &mut Frames, words: &[&str]) -> Result<Message, St
         ["Loaded", at] => Message::Loaded(tag(at)?),
         ["Committed", at] => Message::Committed(tag(at)?),
         ["Confirm", at, number] => Message::Confirm(tag(at)?, input(number)?),
-        ["Input", at, number, name] => Message::Input(Input {
-            tag: tag(at)?,
-            number: input(number)?,
-            frame: frames.named(name)?,
-        }),
-        ["Output", at, name] => Message::Output(Output {
-            tag: tag(at)?,
-            frame: frames.named(name)?,
-        }),
+        ["Input", at, number, name] => {
+            let (nic, frame) = frames.at_card(name)?;
+            Message::Input(Input {
+                tag: tag(at)?,
+                number: input(number)?,
+                nic,
+                frame,
+            })
+        }
+        ["Output", at, name] => {
+            let (nic, frame) = frames.at_card(name)?;
+            Message::Output(Output {
+                tag: tag(at)?,
+                nic,
+                frame,
+            })
+        }
         ["Pages", at, text] => Message::Pages(PageBatch::new(tag(at)?, 1, Bytes::copy_from_slice(text.as_bytes()))),
         ["Write", at, text] => Message::Write(DiskWrite {
             tag: tag(at)?,

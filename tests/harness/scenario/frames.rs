@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use bytes::Bytes;
+use checkpoint::Nic;
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TcpOptionElement, TransportSlice};
 
 const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -22,6 +23,28 @@ pub(super) struct Frames {
 }
 
 impl Frames {
+    /// Returns the frame of that name and the card that it passes: the first, or the one that `NAME@1` says.
+    pub(super) fn at_card(&mut self, name: &str) -> Result<(Nic, Bytes), String> {
+        let (name, nic) = match name.split_once('@') {
+            Some((name, number)) => {
+                let nic = number.parse().ok().and_then(Nic::new);
+                (name, nic.ok_or_else(|| format!("'{number}' is no network card"))?)
+            }
+            None => (name, Nic::FIRST),
+        };
+        Ok((nic, self.named(name)?))
+    }
+
+    /// Shows a frame and the card that it passes.
+    pub(super) fn show_at(&self, nic: Nic, frame: &Bytes) -> String {
+        let name = self.show(frame);
+        if nic == Nic::FIRST {
+            name
+        } else {
+            format!("{name}@{}", nic.number())
+        }
+    }
+
     /// Returns the frame of that name, making a datagram if the name is new.
     pub(super) fn named(&mut self, name: &str) -> Result<Bytes, String> {
         if let Some(frame) = self.by_name.get(name) {

@@ -12,7 +12,7 @@ use checkpoint::pages::{Page, stream_of};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, PageSum, PageSums, Section};
-use checkpoint::{Duration, Epoch, Generation, Instant, Tag};
+use checkpoint::{Duration, Epoch, Generation, Instant, Nic, Tag};
 use primary::event::{AheadShipment, Look, Shipment};
 use primary::protocol::Primary;
 use secondary::protocol::Secondary;
@@ -83,7 +83,7 @@ pub(super) enum Order {
     StagePages(PageBatch),
     Store(RecordUpdate),
     Sync(Totals, bool),
-    Transmit(Vec<Bytes>, Option<Instant>),
+    Transmit(Nic, Vec<Bytes>, Option<Instant>),
 }
 
 impl Order {

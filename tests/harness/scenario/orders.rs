@@ -95,7 +95,7 @@ impl Pair {
                 let hashes = BlockHashes { tag, first: 0, hashes };
                 self.send(host, Connection::Data, Message::BlockHashes(hashes));
             }
-            Order::Transmit(frames, not_after) => self.transmit(host, &frames, not_after),
+            Order::Transmit(nic, frames, not_after) => self.transmit(host, nic, &frames, not_after),
             Order::Check(tag) => {
                 let first = matches!(&at.role, Role::Secondary(secondary) if secondary.is_first());
                 let result = at.prepare(tag, first);

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use checkpoint::wire::{Begin, Message};
-use checkpoint::{Duration, Epoch, Generation};
+use checkpoint::{Duration, Epoch, Generation, Nic};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent};
 use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Patience, Primary, Resume, Room, Start};
@@ -59,6 +59,8 @@ pub(super) struct Options {
     pub(super) ahead: bool,
     /// The pages of checkpoints are compared with the secondary's.
     pub(super) compare: bool,
+    /// Network cards of the VM.
+    pub(super) cards: usize,
     /// Page streams.
     pub(super) streams: usize,
     /// How long a stop may take; with one, pages are only looked at.
@@ -68,6 +70,9 @@ pub(super) struct Options {
     /// Bytes of output that may wait to be sent.
     pub(super) unsent_bytes: usize,
 }
+
+/// The hardware addresses of the VM's network cards.
+const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 1, 1]];
 
 impl Pair {
     pub(super) fn new() -> Self {
@@ -87,6 +92,7 @@ impl Pair {
                 checkpoint_every: checkpoint::limits::CHECKPOINT_EVERY,
                 ahead: false,
                 compare: false,
+                cards: 1,
                 streams: 1,
                 budget: None,
                 room: Room::default(),
@@ -231,7 +237,7 @@ impl Pair {
                 } => at.order(Order::Copy(totals, blocks, both_ran)),
                 PrimaryAction::StoreRecord(record) => at.order(Order::Store(record)),
                 PrimaryAction::SyncMemory { totals, difference } => at.order(Order::Sync(totals, difference)),
-                PrimaryAction::Transmit { frames, not_after } => at.order(Order::Transmit(frames, not_after)),
+                PrimaryAction::Transmit { nic, frames, not_after } => at.order(Order::Transmit(nic, frames, not_after)),
             }
         }
         self.settle(host);
@@ -349,7 +355,7 @@ impl Pair {
             room: self.options.room,
             memory_bytes: super::starts::MEMORY_BYTES,
             disk_bytes: super::host::DISK_BYTES,
-            mac: [2, 0, 0, 0, 0, 1],
+            macs: MACS[..self.options.cards].to_vec(),
         };
         let now = self.hosts[host].clock(self.now);
         let mut actions = Vec::new();
@@ -372,8 +378,14 @@ impl Pair {
     }
 
     /// Frames are written to the TAP, unless their moment has passed.
-    pub(super) fn transmit(&mut self, host: usize, frames: &[bytes::Bytes], not_after: Option<checkpoint::Instant>) {
-        let names: Vec<String> = frames.iter().map(|frame| self.frames.show(frame)).collect();
+    pub(super) fn transmit(
+        &mut self,
+        host: usize,
+        nic: Nic,
+        frames: &[bytes::Bytes],
+        not_after: Option<checkpoint::Instant>,
+    ) {
+        let names: Vec<String> = frames.iter().map(|frame| self.frames.show_at(nic, frame)).collect();
         if not_after.is_some_and(|limit| self.hosts[host].clock(self.now) > limit) {
             return self.print(format!("  late, dropped: {}", names.join(" ")));
         }

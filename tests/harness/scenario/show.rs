@@ -25,8 +25,8 @@ impl Shown<'_> {
             PrimaryEvent::Connected(welcome) => format!("Connected to {}", welcome.node),
             PrimaryEvent::Copied { tag, .. } => format!("Copied {tag}"),
             PrimaryEvent::DiskSynced(_) => "DiskSynced".to_owned(),
-            PrimaryEvent::FrameArrived(frame) => format!("FrameArrived {}", self.frames.show(frame)),
-            PrimaryEvent::GuestSent(frame) => format!("GuestSent {}", self.frames.show(frame)),
+            PrimaryEvent::FrameArrived(nic, frame) => format!("FrameArrived {}", self.frames.show_at(*nic, frame)),
+            PrimaryEvent::GuestSent(nic, frame) => format!("GuestSent {}", self.frames.show_at(*nic, frame)),
             PrimaryEvent::GuestStopped(end) => match end {
                 GuestEnd::PowerOff => "GuestStopped: power off".to_owned(),
                 GuestEnd::Reset => "GuestStopped: reset".to_owned(),
@@ -57,7 +57,7 @@ impl Shown<'_> {
             SecondaryEvent::ControlClosed(end) => format!("ControlClosed: {end}"),
             SecondaryEvent::DataClosed(end) => format!("DataClosed: {end}"),
             SecondaryEvent::DiskCommitted(epoch) => format!("DiskCommitted {epoch}"),
-            SecondaryEvent::GuestSent(frame) => format!("GuestSent {}", self.frames.show(frame)),
+            SecondaryEvent::GuestSent(nic, frame) => format!("GuestSent {}", self.frames.show_at(*nic, frame)),
             SecondaryEvent::GuestStopped(why) => format!("GuestStopped: {why}"),
             SecondaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
             SecondaryEvent::Loaded(tag) => format!("Loaded {tag}"),
@@ -117,8 +117,8 @@ impl Shown<'_> {
             PrimaryAction::ShipAhead { tag, .. } => format!("ShipAhead {tag}"),
             PrimaryAction::StoreRecord(record) => format!("StoreRecord {}", record_line(record)),
             PrimaryAction::SyncMemory { difference, .. } => format!("SyncMemory{}", by_difference(*difference)),
-            PrimaryAction::Transmit { frames, not_after } => {
-                let names: Vec<String> = frames.iter().map(|frame| self.frames.show(frame)).collect();
+            PrimaryAction::Transmit { nic, frames, not_after } => {
+                let names: Vec<String> = frames.iter().map(|frame| self.frames.show_at(*nic, frame)).collect();
                 let until = not_after.map_or_else(String::new, |limit| format!(" until={}", self.relative(limit)));
                 format!("Transmit {}{until}", names.join(" "))
             }
@@ -198,7 +198,7 @@ impl Shown<'_> {
                     "{name} {} #{} {}",
                     input.tag,
                     input.number.0,
-                    self.frames.show(&input.frame)
+                    self.frames.show_at(input.nic, &input.frame)
                 )
             }
             Message::Pages(batch) => format!("{name} {}: {}", batch.tag, String::from_utf8_lossy(&batch.encoded)),
@@ -218,7 +218,11 @@ impl Shown<'_> {
                     mark.input.0
                 )
             }
-            Message::Output(output) => format!("{name} {} {}", output.tag, self.frames.show(&output.frame)),
+            Message::Output(output) => format!(
+                "{name} {} {}",
+                output.tag,
+                self.frames.show_at(output.nic, &output.frame)
+            ),
         }
     }
 
@@ -226,7 +230,7 @@ impl Shown<'_> {
         let number = delivery
             .number
             .map_or_else(String::new, |number| format!("#{} ", number.0));
-        let wire = self.frames.show(&delivery.wire);
+        let wire = self.frames.show_at(delivery.nic, &delivery.wire);
         if delivery.guest == delivery.wire {
             format!("{number}{wire}")
         } else {

@@ -27,6 +27,9 @@ impl Pair {
                 Some(("compare", "yes")) => self.options.compare = true,
                 Some(("resume", policy)) => self.options.resume = policy.parse()?,
                 Some(("ahead", "yes")) => self.options.ahead = true,
+                Some(("cards", number)) => {
+                    self.options.cards = number.parse().map_err(|_| "cards have a number")?;
+                }
                 Some(("streams", number)) => {
                     self.options.streams = number.parse().map_err(|_| "streams have a number")?;
                 }
@@ -157,7 +160,7 @@ impl Pair {
             shape: MachineShape {
                 memory_bytes: MEMORY_BYTES,
                 vcpus: 1,
-                devices: vec!["net".to_owned()],
+                devices: vec!["net=02:00:00:00:00:01".to_owned(); self.options.cards],
                 disk_bytes: DISK_BYTES,
                 cpu: 1,
             },
@@ -193,6 +196,7 @@ impl Pair {
             takeover_limit: limits::TAKEOVER_LIMIT_DEFAULT,
             generation: theirs.generation,
             held: theirs.held,
+            cards: self.options.cards,
             streams: self.options.streams,
             room: self.options.room.pages.saturating_mul(2),
             unsent_bytes: self.options.unsent_bytes,

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::epoch::Generation;
+use crate::limits::NICS_MAX;
 use crate::pages::identical::PageHash;
 use crate::wire::decoder::Decoder;
 use crate::wire::{Held, MachineShape, wire_samples};
@@ -161,9 +162,10 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
             .prop_map(|(tag, first, hashes)| Message::BlockHashes(BlockHashes { tag, first, hashes })),
         writes().prop_map(Message::SyncBlock),
         writes().prop_map(Message::Write),
-        (tags(), any::<u64>(), bytes(1600)).prop_map(|(tag, number, frame)| Message::Input(Input {
+        (tags(), any::<u64>(), nics(), bytes(1600)).prop_map(|(tag, number, nic, frame)| Message::Input(Input {
             tag,
             number: InputNumber(number),
+            nic,
             frame
         })),
         (tags(), any::<u8>(), bytes(20_000)).prop_map(|(tag, count, encoded)| {
@@ -185,7 +187,7 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
             }),
     ];
     let secondary = prop_oneof![
-        (tags(), bytes(1600)).prop_map(|(tag, frame)| Message::Output(Output { tag, frame })),
+        (tags(), nics(), bytes(1600)).prop_map(|(tag, nic, frame)| Message::Output(Output { tag, nic, frame })),
         (tags(), any::<u64>()).prop_map(|(tag, number)| Message::Confirm(tag, InputNumber(number))),
         tags().prop_map(Message::Want),
         tags().prop_map(Message::Acknowledge),
@@ -195,6 +197,10 @@ pub(crate) fn messages() -> impl Strategy<Value = Message> {
         (tags(), vec(any::<bool>(), 0..40)).prop_map(|(tag, alike)| Message::PageMatches(PageMatches { tag, alike })),
     ];
     prop_oneof![control, primary, secondary]
+}
+
+fn nics() -> impl Strategy<Value = Nic> {
+    (0..u32::try_from(NICS_MAX).unwrap()).prop_map(|number| Nic::new(number).unwrap())
 }
 
 fn to_vec(message: &Message) -> Vec<u8> {
@@ -375,8 +381,32 @@ fn texts_with_terminal_escapes_are_refused() {
 fn an_own_message_over_its_bound_is_a_fault() {
     let _ = encode(&Message::Output(Output {
         tag: Tag::default(),
+        nic: Nic::FIRST,
         frame: Bytes::from(vec![0; 10_000]),
     }));
+}
+
+#[test]
+fn a_card_that_no_machine_has_is_refused() {
+    for kind in [Kind::Input, Kind::Output] {
+        for count in [u32::try_from(NICS_MAX).unwrap(), 256, u32::MAX] {
+            let header = Header {
+                kind,
+                tag: Tag::default(),
+                number: 0,
+                count,
+                body_bytes: 0,
+                body_crc: crc32fast::hash(&[]),
+            };
+            assert_eq!(
+                decode(&header, Bytes::new()),
+                Err(WireError::Field {
+                    kind: kind.name(),
+                    what: "a network card"
+                })
+            );
+        }
+    }
 }
 
 #[test]
