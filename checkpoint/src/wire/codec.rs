@@ -351,7 +351,7 @@ fn decode_attach(header: &Header, body: &[u8]) -> Result<Attach, WireError> {
 }
 
 fn decode_nic(header: &Header) -> Result<Nic, WireError> {
-    Nic::new(header.count).ok_or(WireError::Field {
+    Nic::new(header.count).ok_or_else(|| WireError::Field {
         kind: header.kind.name(),
         what: "a network card",
     })

@@ -88,7 +88,7 @@ impl Primary {
             return self.look_in_flight(actions);
         }
         self.ahead.round = Some(now);
-        let alike = self.ahead.alike && self.comparator.mode() == proxy::Mode::Comparing;
+        let alike = self.ahead.alike && self.comparators.mode() == proxy::Mode::Comparing;
         let budget = self.options.ahead.filter(|_| !alike);
         let pages = budget.map_or(0, |budget| budget.round_pages());
         self.ahead.ordered |= pages > 0;
