@@ -32,7 +32,6 @@ use crate::picture::Leaving;
 use crate::said::Said;
 use crate::service::Services;
 use crate::temper::FlowPatience;
-use crate::timing::Begun;
 use crate::verdict::{Divergence, Limit, Reason, Verdict, Why};
 
 /// The bounds of a comparator.
@@ -114,8 +113,8 @@ pub struct Comparator {
     pub(crate) buffered: Vec<FlowId>,
     /// Output of the running epoch waits that only its commit can release.
     pub(crate) waits_for_commit: bool,
-    /// The frame whose first bytes were last looked at.
-    pub(crate) begun: Option<Begun>,
+    /// Flows that hold something of which a part may leave before the rest, in the order in which they are looked at.
+    pub(crate) beginning: VecDeque<(Instant, FlowId)>,
     tick: u64,
 }
 
@@ -166,7 +165,7 @@ impl Comparator {
             behind: false,
             buffered: Vec::new(),
             waits_for_commit: false,
-            begun: None,
+            beginning: VecDeque::new(),
             tick: 0,
         }
     }
@@ -418,6 +417,7 @@ impl Comparator {
             arrived: now,
             epoch: self.running,
             flow,
+            begun: None,
         });
         if let Some(id) = flow {
             let comparing = self.running_mode == EpochMode::Lockstep
@@ -528,10 +528,13 @@ impl Comparator {
                 }
             }
         }
-        if let Some(lane) = self.flows.get_mut(id)
-            && lane.becomes_suspect()
-        {
-            self.suspects.push_back((now, id));
+        if let Some(lane) = self.flows.get_mut(id) {
+            if lane.becomes_suspect() {
+                self.suspects.push_back((now, id));
+            }
+            if lane.comes_to_wait(&self.hold) {
+                self.beginning.push_back((now, id));
+            }
         }
         self.tidy();
     }
@@ -557,6 +560,16 @@ impl Comparator {
                 lane.suspected = false;
             }
             self.suspects.pop_front();
+        }
+        while let Some(&(_, id)) = self.beginning.front() {
+            let lane = self.flows.get_mut(id);
+            if lane.as_ref().is_some_and(|lane| lane.may_begin(&self.hold).is_some()) {
+                break;
+            }
+            if let Some(lane) = lane {
+                lane.begins = false;
+            }
+            self.beginning.pop_front();
         }
     }
 

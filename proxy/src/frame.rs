@@ -7,6 +7,7 @@
 //! network; it never panics and never allocates.
 
 use std::net::IpAddr;
+use std::ops::Range;
 
 use checkpoint::mutants::{self, Mutant};
 use etherparse::{
@@ -235,14 +236,25 @@ impl Segment {
         Some(reply)
     }
 
-    /// Makes a segment of the first bytes of this one, until a number within it. It neither pushes nor ends. A checksum that
-    /// was wrong stays wrong.
-    pub(crate) fn begin(&self, frame: &[u8], end: Seq) -> Vec<u8> {
-        let bytes = usize::try_from(end.after(self.data_seq())).unwrap_or(0);
-        let mut begun = frame[..self.end.min(self.payload + bytes)].to_vec();
-        begun[self.tcp + TCP_FLAGS_AT] &= !(TCP_PSH | TCP_FIN);
-        self.mend(frame, &mut begun);
-        begun
+    /// Makes a segment of a part of this one, from a number within it until another. It pushes and ends only if it goes on to
+    /// the end. A checksum that was wrong stays wrong.
+    ///
+    /// # Panics
+    /// If this is a SYN.
+    pub(crate) fn part(&self, frame: &[u8], part: Range<Seq>) -> Vec<u8> {
+        assert!(!self.syn, "a SYN is not cut");
+        let at = |number: Seq| {
+            let bytes = usize::try_from(number.after(self.seq)).unwrap_or(0);
+            self.end.min(self.payload + bytes)
+        };
+        let mut cut = frame[..self.payload].to_vec();
+        cut.extend_from_slice(&frame[at(part.start)..at(part.end)]);
+        cut[self.tcp + TCP_SEQ_AT..][..4].copy_from_slice(&part.start.0.to_be_bytes());
+        if part.end != self.end_seq() {
+            cut[self.tcp + TCP_FLAGS_AT] &= !(TCP_PSH | TCP_FIN);
+        }
+        self.mend(frame, &mut cut);
+        cut
     }
 
     /// Mends lengths and checksums of a frame that was made of this one and is shorter.

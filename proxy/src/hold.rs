@@ -19,6 +19,8 @@ pub(crate) struct HeldFrame {
     pub(crate) epoch: Epoch,
     /// The flow it waits in; nothing if the flow table was full.
     pub(crate) flow: Option<FlowId>,
+    /// When a part of it has left.
+    pub(crate) begun: Option<Instant>,
 }
 
 /// All held frames, by serial number.
@@ -49,6 +51,15 @@ impl Hold {
             && let Some(Some(held)) = self.slots.get_mut(place)
         {
             held.flow = Some(flow);
+        }
+    }
+
+    /// Takes note that a part of a frame leaves.
+    pub(crate) fn begin(&mut self, serial: u64, now: Instant) {
+        if let Some(place) = self.place(serial)
+            && let Some(Some(held)) = self.slots.get_mut(place)
+        {
+            held.begun = Some(now);
         }
     }
 
@@ -110,6 +121,7 @@ mod tests {
             arrived: Instant(u64::from(byte)),
             epoch: Epoch(1),
             flow: None,
+            begun: None,
         }
     }
 

@@ -18,12 +18,12 @@ use crate::flow::FlowKey;
 use crate::fragment::Fragments;
 use crate::frame::{self, Body, Fragment, Frame, Segment};
 use crate::hold::Hold;
-use crate::order::{Next, Order, Place};
+use crate::order::{Begun, Entry, Next, Order, Place};
 use crate::picture::into_mut;
 use crate::said::Said;
 use crate::seq::Seq;
 use crate::service::ServiceKey;
-use crate::stream::{Leave, Note, Stream};
+use crate::stream::{Leave, Stream};
 use crate::temper::{Patience, Temper};
 use crate::verdict::{Difference, Fact, Reason};
 
@@ -51,6 +51,8 @@ pub(crate) struct Lane {
     /// Whether it is among the flows that one side alone has opened.
     pub(crate) noted: bool,
     pub(crate) suspected: bool,
+    /// Whether it is among the flows of whose frames a part may leave.
+    pub(crate) begins: bool,
     pub(crate) touched: bool,
     /// When it was used last, in frames.
     pub(crate) used: u64,
@@ -108,6 +110,7 @@ impl Lane {
             opened_by_guest: matches!(&frame.body, Body::Tcp(segment) if segment.syn && segment.ack.is_none()),
             noted: false,
             suspected: false,
+            begins: false,
             touched: false,
             used: 0,
             waits: 0,
@@ -236,14 +239,14 @@ impl Lane {
                 return frame;
             }
         };
-        let Some(note) = order.take(next.place) else {
+        let Some(entry) = order.take(next.place) else {
             return frame;
         };
+        let segment = entry.note.segment();
         let Leave::Lowered(ack) = next.leave else {
-            let frame = leaving(stream, order, next.serial, &note, frame);
-            return in_time(&mut self.time, note.segment(), frame);
+            let frame = leaving(stream, order, &entry, frame);
+            return in_time(&mut self.time, segment, frame);
         };
-        let segment = note.segment();
         stream.has_left((!segment.syn).then(|| segment.end_seq()), Some(ack));
         if let Some(full) = segment.ack.filter(|full| *full != ack) {
             self.owed = segment.acknowledgement(&frame, full).map(|frame| Owed {
@@ -252,57 +255,62 @@ impl Lane {
                 ack: full,
             });
         }
-        in_time(&mut self.time, segment, lowered(segment, frame, ack))
+        in_time(&mut self.time, segment, lowered(segment, entry.rest(frame), ack))
     }
 
-    /// Says whether something waits of which a part may leave before the rest.
-    pub(crate) fn may_begin(&self) -> bool {
+    /// Returns since when something has waited of which a part may leave before the rest.
+    pub(crate) fn may_begin(&self, hold: &Hold) -> Option<Instant> {
         let Kind::Stream(_, order) = &self.kind else {
-            return false;
+            return None;
         };
-        order.first_new().is_some() || order.first_acknowledgement().is_some()
+        let waiting = order.firsts().filter_map(|entry| hold.get(entry.serial));
+        waiting.map(|held| held.arrived).min()
     }
 
-    /// Returns what may leave of a held segment though the rest may not: its first bytes, or a lower acknowledgement. The
-    /// whole is to follow: its receiver knows a repetition for what it is.
-    pub(crate) fn begin(&mut self, hold: &Hold) -> Option<Bytes> {
+    /// Says whether something waits of which a part may leave, and nothing did before.
+    pub(crate) fn comes_to_wait(&mut self, hold: &Hold) -> bool {
+        self.may_begin(hold).is_some() && !std::mem::replace(&mut self.begins, true)
+    }
+
+    /// Returns what may leave of a held segment though the rest may not: its first bytes, or a lower acknowledgement. With the
+    /// serial number of what has waited longest for it.
+    pub(crate) fn begin(&mut self, hold: &Hold) -> Option<(u64, Bytes)> {
         self.begin_bytes(hold).or_else(|| self.begin_acknowledgement(hold))
     }
 
-    fn begin_acknowledgement(&mut self, hold: &Hold) -> Option<Bytes> {
+    fn begin_acknowledgement(&mut self, hold: &Hold) -> Option<(u64, Bytes)> {
         let Kind::Stream(stream, order) = &mut self.kind else {
             return None;
         };
-        let (serial, note) = order.first_acknowledgement()?;
-        let ack = stream.lowers(note)?;
-        let segment = note.segment();
-        let mut begun = lowered(segment, hold.get(serial)?.frame.clone(), ack);
-        if let Some(end) = order.renumbered(serial, note, stream.left_end()) {
+        let (first, last) = order.acknowledgements()?;
+        let ack = stream.lowers(&last.note)?;
+        let segment = last.note.segment();
+        let mut begun = lowered(segment, hold.get(last.serial)?.frame.clone(), ack);
+        if let Some(end) = order.renumbered(last, stream.left_end()) {
             let mut renumbered = into_mut(begun);
             segment.set_seq(&mut renumbered, end);
             begun = renumbered.freeze();
         }
         stream.has_left(None, Some(ack));
-        Some(in_time(&mut self.time, segment, begun))
+        Some((first.serial, in_time(&mut self.time, segment, begun)))
     }
 
-    fn begin_bytes(&mut self, hold: &Hold) -> Option<Bytes> {
+    fn begin_bytes(&mut self, hold: &Hold) -> Option<(u64, Bytes)> {
         let Kind::Stream(stream, order) = &mut self.kind else {
             return None;
         };
-        let new = order.first_new().and_then(|(serial, note)| {
-            let (end, leave) = stream.begins(note)?;
-            let is_news = stream.left_end().is_none_or(|left| !end.at_most(left));
-            is_news.then(|| (serial, note.clone(), end, leave))
-        });
-        let (serial, note, end, leave) = new.or_else(|| order.begin_again(stream))?;
-        let segment = note.segment();
+        let Begun {
+            serial,
+            segment,
+            part,
+            leave,
+        } = order.begin(stream)?;
         let end = if mutants::on(Mutant::BeginTooMuch) {
             segment.end_seq()
         } else {
-            end
+            part.end
         };
-        let mut begun = segment.begin(&hold.get(serial)?.frame, end);
+        let mut begun = segment.part(&hold.get(serial)?.frame, part.start..end);
         if let Leave::Lowered(ack) = leave {
             segment.set_ack(&mut begun, ack);
             segment.blank_sack(&mut begun);
@@ -310,16 +318,16 @@ impl Lane {
         } else {
             stream.has_left(Some(end), segment.ack);
         }
-        Some(in_time(&mut self.time, segment, Bytes::from(begun)))
+        Some((serial, in_time(&mut self.time, segment, Bytes::from(begun))))
     }
 
     /// Passes the frame that has waited longest by a commit, or on going alone.
     pub(crate) fn pass_unequal(&mut self, serial: u64, arrived: Instant, frame: Bytes, said: &mut Said) -> Bytes {
         match &mut self.kind {
             Kind::Stream(stream, order) => {
-                if let Some(note) = order.take_oldest(serial) {
-                    let frame = leaving(stream, order, serial, &note, frame);
-                    return in_time(&mut self.time, note.segment(), frame);
+                if let Some(entry) = order.take_oldest(serial) {
+                    let frame = leaving(stream, order, &entry, frame);
+                    return in_time(&mut self.time, entry.note.segment(), frame);
                 }
             }
             Kind::Whole(whole) => {
@@ -557,10 +565,10 @@ impl Lane {
 }
 
 /// Notes that a segment, just taken out of the order, leaves with its own acknowledgement, and returns it as it leaves.
-fn leaving(stream: &mut Stream, order: &Order, serial: u64, note: &Note, frame: Bytes) -> Bytes {
-    let segment = note.segment();
-    let frame = without_padding(segment, frame);
-    let Some(end) = order.renumbered(serial, note, stream.left_end()) else {
+fn leaving(stream: &mut Stream, order: &Order, entry: &Entry, frame: Bytes) -> Bytes {
+    let segment = entry.note.segment();
+    let frame = entry.rest(without_padding(segment, frame));
+    let Some(end) = order.renumbered(entry, stream.left_end()) else {
         has_left(stream, segment);
         return frame;
     };

@@ -11,7 +11,9 @@
 //! Driven by `lane`; knows one epoch at a time, never holds a frame.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
+use bytes::Bytes;
 use checkpoint::mutants::{self, Mutant};
 
 use crate::frame::Segment;
@@ -40,6 +42,15 @@ pub(crate) struct Next {
     pub(crate) place: Place,
 }
 
+/// The part of a frame that leaves before the rest.
+#[derive(Debug)]
+pub(crate) struct Begun<'a> {
+    pub(crate) serial: u64,
+    pub(crate) segment: &'a Segment,
+    pub(crate) part: Range<Seq>,
+    pub(crate) leave: Leave,
+}
+
 /// Where a frame that may leave waits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Place {
@@ -50,12 +61,13 @@ pub(crate) enum Place {
     Whole,
 }
 
+/// A compared frame.
 #[derive(Debug)]
-struct Entry {
-    serial: u64,
-    note: Note,
-    /// Its first bytes have left by themselves.
-    begun: bool,
+pub(crate) struct Entry {
+    pub(crate) serial: u64,
+    pub(crate) note: Note,
+    /// Its first bytes have left by themselves, until this number.
+    begun: Option<Seq>,
 }
 
 impl Next {
@@ -66,6 +78,23 @@ impl Next {
             (_, Place::Again(_)) => Why::Again,
             _ => Why::Equal,
         }
+    }
+}
+
+impl Entry {
+    /// Returns where what has not left begins, within the segment.
+    pub(crate) fn begins_at(&self) -> Seq {
+        let said = self.begun.filter(|_| self.note.turn() == Turn::InOrder);
+        said.unwrap_or_else(|| self.note.segment().seq)
+    }
+
+    /// Returns the frame without first bytes that have left, unless it is to say them again.
+    pub(crate) fn rest(&self, frame: Bytes) -> Bytes {
+        let (segment, from) = (self.note.segment(), self.begins_at());
+        if from == segment.seq {
+            return frame;
+        }
+        segment.part(&frame, from..segment.end_seq()).into()
     }
 }
 
@@ -80,7 +109,7 @@ impl Order {
         queue.push_back(Entry {
             serial,
             note,
-            begun: false,
+            begun: None,
         });
     }
 
@@ -117,29 +146,42 @@ impl Order {
             .min_by_key(|next| next.serial)
     }
 
-    /// Returns the next frame with something new, and what it needs to leave.
-    pub(crate) fn first_new(&self) -> Option<(u64, &Note)> {
-        self.new.front().map(|entry| (entry.serial, &entry.note))
+    /// Returns the frames of which a part may leave before the rest: the next with something new, and the next acknowledgement.
+    pub(crate) fn firsts(&self) -> impl Iterator<Item = &Entry> {
+        let acknowledgement = self.acknowledgements().map(|(first, _)| first);
+        self.new.front().into_iter().chain(acknowledgement)
     }
 
-    /// Takes note that first bytes which are said again leave again, once for each frame that says them, and returns it and how.
-    pub(crate) fn begin_again(&mut self, stream: &Stream) -> Option<(u64, Note, Seq, Leave)> {
+    /// Takes note that the first bytes of a frame leave, and returns it and how. What is new leaves once, as far as it goes; what is
+    /// said again leaves once for each frame that says it.
+    pub(crate) fn begin(&mut self, stream: &Stream) -> Option<Begun<'_>> {
+        let new = self.new.front_mut().into_iter();
         let again = self.again.iter_mut().take(AGAIN_MAX);
-        again.filter(|entry| !entry.begun).find_map(|entry| {
-            let (end, leave) = stream.begins(&entry.note)?;
-            entry.begun = true;
-            Some((entry.serial, entry.note.clone(), end, leave))
-        })
+        new.chain(again.filter(|entry| entry.begun.is_none()))
+            .find_map(|entry| {
+                let (end, leave) = stream.begins(&entry.note)?;
+                let start = entry.begins_at();
+                if end.at_most(start) {
+                    return None;
+                }
+                entry.begun = Some(end);
+                Some(Begun {
+                    serial: entry.serial,
+                    segment: entry.note.segment(),
+                    part: start..end,
+                    leave,
+                })
+            })
     }
 
-    /// Returns the next acknowledgement, and what it needs to leave.
-    pub(crate) fn first_acknowledgement(&self) -> Option<(u64, &Note)> {
-        let first = self.acknowledgements.front().filter(|_| !self.is_barred())?;
-        Some((first.serial, &first.note))
+    /// Returns the next acknowledgement and the last, which says most.
+    pub(crate) fn acknowledgements(&self) -> Option<(&Entry, &Entry)> {
+        let ends = self.acknowledgements.front().zip(self.acknowledgements.back());
+        ends.filter(|_| !self.is_barred())
     }
 
     /// Takes out a frame that leaves.
-    pub(crate) fn take(&mut self, place: Place) -> Option<Note> {
+    pub(crate) fn take(&mut self, place: Place) -> Option<Entry> {
         let entry = match place {
             Place::New => self.new.pop_front(),
             Place::Acknowledgement => self.acknowledgements.pop_front(),
@@ -147,11 +189,11 @@ impl Order {
             Place::Whole => None,
         }?;
         self.barriers -= usize::from(is_barrier(entry.note.segment()));
-        Some(entry.note)
+        Some(entry)
     }
 
     /// Takes out the frame that has waited longest, if it is this one.
-    pub(crate) fn take_oldest(&mut self, serial: u64) -> Option<Note> {
+    pub(crate) fn take_oldest(&mut self, serial: u64) -> Option<Entry> {
         let is_it = |queue: &VecDeque<Entry>| queue.front().is_some_and(|entry| entry.serial == serial);
         let place = if is_it(&self.new) {
             Place::New
@@ -166,10 +208,10 @@ impl Order {
     }
 
     /// Returns the sequence number with which an acknowledgement leaves that was just taken out, if it is another than its own.
-    pub(crate) fn renumbered(&self, serial: u64, note: &Note, left_end: Option<Seq>) -> Option<Seq> {
-        let end = left_end.filter(|_| note.turn() == Turn::Acknowledgement)?;
-        let ahead = note.segment().seq.after(end);
-        let overtakes = self.new.front().is_some_and(|first| first.serial < serial);
+    pub(crate) fn renumbered(&self, entry: &Entry, left_end: Option<Seq>) -> Option<Seq> {
+        let end = left_end.filter(|_| entry.note.turn() == Turn::Acknowledgement)?;
+        let ahead = entry.note.segment().seq.after(end);
+        let overtakes = self.new.front().is_some_and(|first| first.serial < entry.serial);
         (ahead < 0 || ahead > 0 && overtakes).then_some(end)
     }
 }

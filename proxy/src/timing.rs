@@ -8,15 +8,6 @@ use crate::hold::HeldFrame;
 use crate::lane::Lane;
 use crate::verdict::{Reason, Verdict, Why};
 
-/// The frame of the primary of which a part was last let go, or was to be.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Begun {
-    serial: u64,
-    looked: Instant,
-    /// When a part has left.
-    left: Option<Instant>,
-}
-
 impl Comparator {
     /// Returns when to call [`Comparator::timeout`].
     #[must_use]
@@ -32,7 +23,8 @@ impl Comparator {
         let suspect = self.suspects.front().map(|(since, _)| *since);
         let suspect = suspect.into_iter().chain(self.crossings.oldest()).min();
         let suspect = suspect.map(|since| since + self.limits.reorder);
-        let begin = self.begins_at(loaded);
+        let begin = self.beginning.front();
+        let begin = begin.map(|(since, _)| bound(*since, self.limits.begin));
         [primary, secondary, suspect, begin].into_iter().flatten().min()
     }
 
@@ -61,51 +53,44 @@ impl Comparator {
         self.lag.bound(self.limits.unmatched_min, self.limits.unmatched)
     }
 
-    /// Returns when the first bytes of the oldest segment are due, and due again.
-    fn begins_at(&self, loaded: Instant) -> Option<Instant> {
-        let (serial, held) = self.hold.oldest()?;
-        let lane = held.flow.and_then(|id| self.flows.get(id))?;
-        if !lane.may_begin() {
-            return None;
-        }
-        let looked = self.begun.filter(|begun| begun.serial == serial);
-        let since = looked.map_or_else(|| held.arrived.max(loaded), |begun| begun.looked);
-        Some(since + self.limits.begin)
-    }
-
     /// Returns when the oldest frame of the primary has waited too long, and that frame. When a part of it leaves, the time
     /// that the secondary usually takes begins anew.
     fn primary_due(&self, loaded: Instant) -> Option<(Instant, &HeldFrame)> {
         let held = self.oldest_compared()?;
-        let (serial, _) = self.hold.oldest()?;
         let since = held.arrived.max(loaded);
-        let begun = self.begun.filter(|begun| begun.serial == serial);
-        let left = begun.and_then(|begun| begun.left).unwrap_or(since);
-        let due = (left + self.unmatched_bound()).min(since + self.limits.unmatched);
+        let begun = held.begun.unwrap_or(since);
+        let due = (begun + self.unmatched_bound()).min(since + self.limits.unmatched);
         Some((due, held))
     }
 
-    /// Lets the first bytes of the oldest segment leave, if it waits for the rest only.
+    /// Lets leave what may of segments that have waited for the rest for some time.
     fn begin(&mut self, now: Instant, loaded: Instant, verdicts: &mut Vec<Verdict>) {
-        if self.begins_at(loaded).is_none_or(|at| now < at) {
-            return;
+        let is_due = |since: Instant| since.max(loaded) + self.limits.begin <= now;
+        // Each once: those that wait on are put behind the others.
+        for _ in 0..self.beginning.len() {
+            let Some(&(since, id)) = self.beginning.front() else {
+                break;
+            };
+            if !is_due(since) {
+                break;
+            }
+            self.beginning.pop_front();
+            let Some(lane) = self.flows.get_mut(id) else { continue };
+            let Some(arrived) = lane.may_begin(&self.hold) else {
+                lane.begins = false;
+                continue;
+            };
+            // What it waited for when it was noted may have left, and this come since.
+            if !is_due(arrived) {
+                self.beginning.push_back((arrived, id));
+                continue;
+            }
+            if let Some((serial, frame)) = lane.begin(&self.hold) {
+                self.hold.begin(serial, now);
+                verdicts.push(Verdict::Release(frame, Why::Begun));
+            }
+            self.beginning.push_back((now, id));
         }
-        let Some((serial, held)) = self.hold.oldest() else {
-            return;
-        };
-        let lane = held.flow.and_then(|id| self.flows.get_mut(id));
-        let begun = lane.and_then(|lane| lane.begin(&self.hold));
-        let before = self.begun.filter(|begun| begun.serial == serial);
-        let left = begun
-            .is_some()
-            .then_some(now)
-            .or_else(|| before.and_then(|begun| begun.left));
-        verdicts.extend(begun.map(|frame| Verdict::Release(frame, Why::Equal)));
-        self.begun = Some(Begun {
-            serial,
-            looked: now,
-            left,
-        });
     }
 
     /// Returns when the secondary began to run in the epoch being compared; nothing if no bound counts now.

@@ -28,6 +28,8 @@ pub enum Why {
     Equal,
     /// So it has, but acknowledged less: the acknowledgement is lowered to that.
     Lowered,
+    /// It is the first part of a segment whose rest the secondary's guest has not said, or a lower acknowledgement.
+    Begun,
     /// It says again what both have said.
     Again,
     /// The rest of an acknowledgement that was lowered before: the secondary's guest has acknowledged as much, or a commit covers it.
@@ -118,6 +120,7 @@ impl fmt::Display for Why {
         match self {
             Self::Equal => f.write_str("equal on both sides"),
             Self::Lowered => f.write_str("equal on both sides, acknowledgement lowered to the secondary's"),
+            Self::Begun => f.write_str("a first part: the secondary's guest has said as much"),
             Self::Again => f.write_str("repeats what both sides have said"),
             Self::Owed => f.write_str("acknowledgement that was lowered before"),
             Self::Committed(epoch) => write!(f, "covered by checkpoint {epoch}"),

@@ -265,6 +265,9 @@ fn wireshark_misses_nothing_and_finds_nothing_broken() {
     }
     for anomaly in [
         "tcp.analysis.lost_segment",
+        "tcp.analysis.out_of_order",
+        "tcp.analysis.retransmission",
+        "tcp.analysis.ack_lost_segment",
         "tcp.analysis.reused_ports",
         "tcp.checksum.status == 0 || udp.checksum.status == 0 || ip.checksum.status == 0",
         "_ws.malformed",

@@ -103,8 +103,16 @@ struct Model {
     /// Bytes and FINs that have left.
     left: BTreeSet<i64>,
     left_fin: BTreeSet<i64>,
-    /// What waits with bytes or a FIN, and whether it is new.
-    held: VecDeque<(Bytes, bool)>,
+    held: VecDeque<Held>,
+}
+
+/// What waits with bytes or a FIN.
+#[derive(Debug)]
+struct Held {
+    seq: Seq,
+    bytes: Vec<u8>,
+    fin: bool,
+    is_new: bool,
 }
 
 struct World {
@@ -264,7 +272,12 @@ impl World {
                 model.sacks[0] = model.sacks[0].max(ack + 3);
             }
             if !tcp.payload.is_empty() || fin {
-                model.held.push_back((tcp.frame(), is_new));
+                model.held.push_back(Held {
+                    seq: Seq(tcp.seq),
+                    bytes: tcp.payload.clone(),
+                    fin,
+                    is_new,
+                });
             }
             self.bench.primary(tcp.frame())
         } else {
@@ -349,26 +362,25 @@ impl World {
         let model = &mut self.flows[number];
         let start = i64::from(got.seq.after(Seq(base)));
         if !payload.is_empty() || got.fin {
-            let same = |(held, _): &(Bytes, bool)| {
-                let (want, bytes) = segment(held);
-                want.seq == got.seq && want.fin == got.fin && bytes == payload
-            };
-            let first_new = model.held.iter().position(|(_, is_new)| *is_new);
-            let may = |at: &usize| same(&model.held[*at]) && (!model.held[*at].1 || first_new == Some(*at));
+            let same = |held: &Held| held.seq == got.seq && held.fin == got.fin && held.bytes == payload;
+            let first_new = model.held.iter().position(|held| held.is_new);
+            let may = |at: &usize| same(&model.held[*at]) && (!model.held[*at].is_new || first_new == Some(*at));
             let at = (0..model.held.len()).find(may);
-            // Or its first bytes leave, and the whole after them; and those again of what is said again.
-            let begins = |at: usize| {
-                let (held, is_new) = &model.held[at];
-                let (want, bytes) = segment(held);
-                let begins = want.seq == got.seq && !got.fin && bytes.starts_with(&payload);
-                begins && (!is_new || first_new == Some(at))
+            // Or its first bytes leave, and the rest after them; and those again of what is said again.
+            let begins = |at: &usize| {
+                let held = &model.held[*at];
+                let begins = held.seq == got.seq && !got.fin && held.bytes.starts_with(&payload);
+                begins && (!held.is_new || first_new == Some(*at))
             };
-            match at {
-                Some(at) => drop(model.held.remove(at)),
-                None => assert!(
-                    (0..model.held.len()).any(begins),
-                    "what leaves was held, and what is new leaves in order"
-                ),
+            if let Some(at) = at {
+                model.held.remove(at);
+            } else {
+                let at = (0..model.held.len()).find(begins);
+                let held = &mut model.held[at.expect("what leaves was held, and what is new leaves in order")];
+                if held.is_new {
+                    held.bytes.drain(..payload.len());
+                    held.seq = got.end_seq();
+                }
             }
         }
         for (at, byte) in (start..).zip(&payload) {
