@@ -174,9 +174,12 @@ impl Order {
             })
     }
 
-    /// Returns the next acknowledgement and the last, which says most.
+    /// Returns the next acknowledgement and the last, which says most. A guest that has sent nothing but its SYN has them among the
+    /// new.
     pub(crate) fn acknowledgements(&self) -> Option<(&Entry, &Entry)> {
-        let ends = self.acknowledgements.front().zip(self.acknowledgements.back());
+        let new = self.new.iter().take_while(|entry| entry.note.only_acknowledges());
+        let ends = self.new.front().zip(new.last());
+        let ends = ends.or_else(|| self.acknowledgements.front().zip(self.acknowledgements.back()));
         ends.filter(|_| !self.is_barred())
     }
 

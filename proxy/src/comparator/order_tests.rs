@@ -333,6 +333,23 @@ fn an_acknowledgement_that_may_not_leave_hides_none_that_says_more() {
 }
 
 #[test]
+fn a_guest_that_has_only_listened_acknowledges_as_far_as_the_secondary_too() {
+    let mut bench = Bench::new();
+    let answer = Tcp::new(999, 500, SYN | ACK, b"").frame();
+    bench.primary(answer.clone());
+    assert_eq!(released(&bench.secondary(answer)).len(), 1);
+    assert!(is_held(&bench.primary(Tcp::ack(1000, 800).frame())));
+    assert!(is_held(&bench.primary(Tcp::ack(1000, 900).frame())));
+    assert!(is_held(&bench.secondary(Tcp::ack(1000, 700).frame())));
+    assert_eq!(leaving(&bench.wait(BEGIN)), [(1000, 700, vec![])]);
+    assert!(is_held(&bench.wait(BEGIN)), "once");
+    assert_eq!(
+        leaving(&bench.secondary(Tcp::ack(1000, 900).frame())),
+        [(1000, 800, vec![]), (1000, 900, vec![])]
+    );
+}
+
+#[test]
 fn first_bytes_that_were_lost_leave_again_with_each_retransmission() {
     let mut bench = connected();
     let whole = data(1000, b"one segment");

@@ -10,6 +10,16 @@ use crate::seq::Seq;
 
 use super::{Leave, Note, Stream};
 
+impl Note {
+    /// Says whether it is an acknowledgement and nothing else, and may be lowered.
+    pub(crate) fn only_acknowledges(&self) -> bool {
+        let Segment {
+            syn, fin, rst, options, ..
+        } = self.segment;
+        self.data.is_empty() && self.urgent.is_none() && !(syn || fin || rst || options.signed)
+    }
+}
+
 impl Stream {
     /// Returns the number after those first bytes of a segment that may leave, and how, if there are any.
     pub(crate) fn begins(&self, note: &Note) -> Option<(Seq, Leave)> {
