@@ -17,7 +17,8 @@ host_start() {
     fi
     tar -C "$payload" -cf "$at/payload.tar" .
     # The disk's changes are dropped with the process. `-cpu max` is slow, and other machines than q35 lose their clock at times.
-    qemu-system-x86_64 -accel tcg,thread=multi -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
+    # With a thread for each processor QEMU's SVM makes guests write to, and read, pages that they no longer have.
+    qemu-system-x86_64 -accel tcg,thread=single -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$image/vmlinux" -initrd "$image/boot.cpio" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check" \
