@@ -27,6 +27,8 @@ pub const HIGH_MEMORY: u64 = 0x1_0000_0000;
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// Bytes from one virtio-mmio device to the next.
 pub const VIRTIO_STRIDE: u64 = 0x1000;
+/// Network devices that the guest has addresses for.
+pub const NETS_MAX: usize = 8;
 /// Base of the doorbell page.
 pub const DOORBELL: u64 = 0xd010_0000;
 /// Offset, in the doorbell page, of the 64-bit idle register. A write of a deadline in guest

@@ -1,8 +1,8 @@
 //! The bundled guest as a freestanding program: entered in ring 3, alone on its virtual machine.
 //!
 //! Start-up, the loop, and the end. What is served lives in the library; what touches the machine lives in
-//! [`bare`]. The loop is: the disk's completion, one round of the server, the disk's next request, one kick of the
-//! network; when none of them had anything to do, the doorbell with the next deadline. It never spins while idle.
+//! [`bare`]. The loop is: the disk's completion, one round of the server, the disk's next request, one kick of each
+//! network device; when none of them had anything to do, the doorbell with the next deadline. It never spins while idle.
 
 #![no_std]
 #![no_main]
@@ -11,6 +11,8 @@
 extern crate alloc;
 
 mod bare;
+
+use alloc::vec::Vec;
 
 use guest::abi::{BOOT_MAGIC, BootInfo, POWER_OFF, POWER_RESET};
 use guest::kv::{DiskError, Kv, Status};
@@ -54,11 +56,12 @@ extern "C" fn rust_main(boot: *const BootInfo) -> ! {
         Err(error) => give_up(&error),
     };
     let mut entropy = devices.entropy.map(Entropy::new);
-    let Some(mut net) = devices.net.map(Net::new) else {
+    let mut nets: Vec<Net> = devices.nets.into_iter().map(Net::new).collect();
+    if nets.is_empty() {
         give_up(&"there is no network device: give the machine one")
-    };
+    }
     let mut block = devices.block.map(Block::new);
-    let limits = Limits::new(&settings, layout.heap_bytes).unwrap_or_else(|error| give_up(&error));
+    let limits = Limits::new(&settings, nets.len(), layout.heap_bytes).unwrap_or_else(|error| give_up(&error));
     let kv = load(block.as_mut(), limits.store);
     print(&alloc::format!(
         "tandem guest: {} MiB heap, {} MiB to write on",
@@ -67,12 +70,12 @@ extern "C" fn rust_main(boot: *const BootInfo) -> ! {
     ));
     let seed = entropy.as_mut().map_or_else(|| clock.reseed(), Entropy::draw);
     let now = clock.now();
-    let mac = net.mac();
+    let macs: Vec<[u8; 6]> = nets.iter().map(Net::mac).collect();
     let server = World::new(settings, limits, kv, layout.arena, now.ns)
-        .and_then(|world| Server::new(world, mac, &seed, &mut net, now))
+        .and_then(|world| Server::new(world, &macs, &seed, &mut nets, now))
         .unwrap_or_else(|error| give_up(&error));
     print("tandem guest: ready");
-    run(server, net, block, entropy, clock)
+    run(server, nets, block, entropy, clock)
 }
 
 /// Ends a guest that can't do what it is asked to.
@@ -101,7 +104,7 @@ fn load(block: Option<&mut Block>, memory: usize) -> Kv {
 
 fn run(
     mut server: Server,
-    mut net: Net,
+    mut nets: Vec<Net>,
     mut block: Option<Block>,
     mut entropy: Option<Entropy>,
     mut clock: Clock,
@@ -116,11 +119,11 @@ fn run(
         if let Some(block) = &mut block {
             busy |= serve_disk(&mut server.world_mut().kv, block);
         }
-        busy |= server.round(now, &mut net);
+        busy |= server.round(now, &mut nets);
         if let Some(block) = &mut block {
             busy |= serve_disk(&mut server.world_mut().kv, block);
         }
-        net.kick();
+        nets.iter_mut().for_each(Net::kick);
         report(&mut server.world_mut().kv);
         if server.wants_seed() {
             let seed = entropy.as_mut().map_or([0; 32], Entropy::draw);
@@ -132,7 +135,7 @@ fn run(
                 end(power);
             }
         }
-        if busy || (net.has_frame() && !server.is_stalled()) {
+        if busy || (nets.iter().any(Net::has_frame) && !server.is_stalled()) {
             continue;
         }
         let deadline = if server.is_stalled() {

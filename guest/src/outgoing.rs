@@ -50,6 +50,11 @@ impl Outgoing {
         }
     }
 
+    /// Will open these connections, behind those that were asked for before.
+    pub(crate) fn ask(&mut self, dial: Dial) {
+        self.waiting.push_back(dial);
+    }
+
     /// Goes on with every connection; returns whether anything moved.
     pub(crate) fn serve(
         &mut self,
@@ -57,7 +62,6 @@ impl Outgoing {
         sockets: &mut SocketSet<'static>,
         world: &mut World,
     ) -> bool {
-        self.waiting.extend(world.dials.drain(..));
         let mut moved = false;
         for call in &mut self.calls {
             moved |= call.serve(sockets.get_mut(call.handle), world);

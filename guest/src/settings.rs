@@ -4,7 +4,9 @@
 //! |---|---|---|
 //! | `ip` | IPv4 address/prefix, or `none` | `10.77.0.10/24` |
 //! | `ip6` | IPv6 address/prefix, or `none` | `fd77::10/64` |
-//! | `gw`, `gw6` | default gateway, or `none` | none |
+//! | `ip.1` … `ip.7` | the same of a further network card | `10.78.0.10/24` … `10.84.0.10/24` |
+//! | `ip6.1` … `ip6.7` | the same of a further network card | `fd78::10/64` … `fd7e::10/64` |
+//! | `gw`, `gw6` | default gateway, on the first card's network, or `none` | none |
 //! | `nondeterminism` | permille of HTTP answers that carry time and noise, 0 to 1000 | 0 |
 //! | `dirty` | `MiB,pages per second,zero\|sparse\|run\|runs\|text\|random[,sequential\|random]`, or `off` | off |
 //! | `touch` | MiB of memory to write once at start | 0 |
@@ -19,6 +21,8 @@ use core::fmt;
 use core::net::{Ipv4Addr, Ipv6Addr};
 use core::str::FromStr;
 
+use crate::abi::NETS_MAX;
+
 /// An address and the length of its network's prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network<A> {
@@ -26,6 +30,15 @@ pub struct Network<A> {
     pub address: A,
     /// The prefix length in bits.
     pub prefix: u8,
+}
+
+/// The addresses of one network card.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// IPv4 address.
+    pub ip: Option<Network<Ipv4Addr>>,
+    /// IPv6 address.
+    pub ip6: Option<Network<Ipv6Addr>>,
 }
 
 /// What is written into a page on purpose.
@@ -70,10 +83,8 @@ pub struct Dirty {
 /// All settings of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// IPv4 address.
-    pub ip: Option<Network<Ipv4Addr>>,
-    /// IPv6 address.
-    pub ip6: Option<Network<Ipv6Addr>>,
+    /// The addresses of each network card.
+    pub cards: [Addresses; NETS_MAX],
     /// IPv4 default gateway.
     pub gateway: Option<Ipv4Addr>,
     /// IPv6 default gateway.
@@ -96,17 +107,29 @@ pub struct Settings {
     pub vlan: Option<u16>,
 }
 
-impl Default for Settings {
-    fn default() -> Self {
+/// The cards, by number.
+const CARDS: [u8; NETS_MAX] = [0, 1, 2, 3, 4, 5, 6, 7];
+
+impl Addresses {
+    /// Returns what a card has unless something else is said.
+    fn of_card(card: u8) -> Self {
         Self {
             ip: Some(Network {
-                address: Ipv4Addr::new(10, 77, 0, 10),
+                address: Ipv4Addr::new(10, 77 + card, 0, 10),
                 prefix: 24,
             }),
             ip6: Some(Network {
-                address: Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, 0x10),
+                address: Ipv6Addr::new(0xfd77 + u16::from(card), 0, 0, 0, 0, 0, 0, 0x10),
                 prefix: 64,
             }),
+        }
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            cards: CARDS.map(Addresses::of_card),
             gateway: None,
             gateway6: None,
             nondeterminism: 0,
@@ -155,7 +178,8 @@ impl fmt::Display for SettingsError<'_> {
 
 impl core::error::Error for SettingsError<'_> {}
 
-const KEYS: &str = "ip ip6 gw gw6 nondeterminism dirty touch tcp_rx tcp_tx isn_skew timestamps vlan";
+const KEYS: &str =
+    "ip ip6 ip.1 … ip.7 ip6.1 … ip6.7 gw gw6 nondeterminism dirty touch tcp_rx tcp_tx isn_skew timestamps vlan";
 /// How a dirtier is set, for messages.
 pub(crate) const EXPECTED_DIRTY: &str =
     "MiB,pages per second,zero|sparse|run|runs|text|random[,sequential|random] or off";
@@ -177,9 +201,15 @@ impl Settings {
 
     fn set<'a>(&mut self, key: &'a str, value: &'a str) -> Result<(), SettingsError<'a>> {
         let bad = |expected| SettingsError::BadValue { key, value, expected };
-        match key {
-            "ip" => self.ip = network(value, 32).ok_or_else(|| bad("an IPv4 address/prefix or none"))?,
-            "ip6" => self.ip6 = network(value, 128).ok_or_else(|| bad("an IPv6 address/prefix or none"))?,
+        let (name, card) = match key.split_once('.') {
+            Some((name, number)) => (name, card(number).ok_or(SettingsError::UnknownKey(key))?),
+            None => (key, &CARDS[0]),
+        };
+        let addresses = &mut self.cards[usize::from(*card)];
+        match name {
+            "ip" => addresses.ip = network(value, 32).ok_or_else(|| bad("an IPv4 address/prefix or none"))?,
+            "ip6" => addresses.ip6 = network(value, 128).ok_or_else(|| bad("an IPv6 address/prefix or none"))?,
+            _ if *card > 0 => return Err(SettingsError::UnknownKey(key)),
             "gw" => self.gateway = or_none(value).ok_or_else(|| bad("an IPv4 address or none"))?,
             "gw6" => self.gateway6 = or_none(value).ok_or_else(|| bad("an IPv6 address or none"))?,
             "nondeterminism" => self.nondeterminism = permille(value).ok_or_else(|| bad(EXPECTED_PERMILLE))?,
@@ -242,6 +272,11 @@ pub fn pattern(name: &str) -> Option<Pattern> {
     })
 }
 
+/// Reads the number of a further card.
+fn card(number: &str) -> Option<&'static u8> {
+    CARDS[1..].iter().find(|card| number.as_bytes() == [b'0' + **card])
+}
+
 fn network<A: FromStr>(value: &str, longest: u8) -> Option<Option<Network<A>>> {
     if value == "none" {
         return Some(None);
@@ -287,14 +322,15 @@ mod tests {
         let line = "ip=192.168.1.5/16 ip6=none gw=192.168.0.1 nondeterminism=50 dirty=8,100,text,random touch=3 \
                     tcp_rx=8192 tcp_tx=4096 isn_skew=1 timestamps=1 vlan=4094";
         let settings = Settings::parse(line).unwrap();
+        let first = settings.cards[0];
         assert_eq!(
-            settings.ip,
+            first.ip,
             Some(Network {
                 address: Ipv4Addr::new(192, 168, 1, 5),
                 prefix: 16
             })
         );
-        assert_eq!(settings.ip6, None);
+        assert_eq!(first.ip6, None);
         assert_eq!(settings.gateway, Some(Ipv4Addr::new(192, 168, 0, 1)));
         assert_eq!(settings.nondeterminism, 50);
         let dirty = Dirty {
@@ -311,6 +347,21 @@ mod tests {
         assert!(settings.isn_skew && settings.timestamps);
         assert_eq!(settings.vlan, Some(4094));
         assert_eq!(Settings::parse("  "), Ok(Settings::default()));
+    }
+
+    #[test]
+    fn each_card_has_addresses_of_its_own() {
+        let settings = Settings::parse("ip=none ip.1=192.168.1.5/16 ip6.7=none").unwrap();
+        let addresses = |card: usize| settings.cards[card];
+        assert_eq!(addresses(0).ip, None);
+        assert_eq!(addresses(1).ip.unwrap().address, Ipv4Addr::new(192, 168, 1, 5));
+        assert_eq!(addresses(2).ip.unwrap().address, Ipv4Addr::new(10, 79, 0, 10));
+        assert_eq!(addresses(6).ip6.unwrap().address.segments()[0], 0xfd7d);
+        assert_eq!(addresses(7).ip6, None);
+        for key in ["ip.0", "ip.8", "ip.01", "ip.", "gw.1", "vlan.1", "ip.1.1"] {
+            let line = std::format!("{key}=none");
+            assert_eq!(Settings::parse(&line), Err(SettingsError::UnknownKey(key)));
+        }
     }
 
     #[test]

@@ -86,9 +86,9 @@ pub struct World {
 /// under way; the rest is for what has a fixed size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at the same time to each of HTTP and Redis.
+    /// Connections at the same time to each of HTTP and Redis, on each network card.
     pub connections: usize,
-    /// Connections at the same time to each of echo and discard.
+    /// Connections at the same time to each of echo and discard, on each network card.
     pub side_connections: usize,
     /// Bytes of commands and replies under way.
     pub buffered: usize,
@@ -97,12 +97,14 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Divides a heap of `heap` bytes.
+    /// Divides a heap of `heap` bytes for so many network cards.
     ///
     /// # Errors
     /// What of the settings does not fit.
-    pub fn new(settings: &Settings, heap: usize) -> Result<Self, &'static str> {
-        let sockets = heap / 20 * 9 / (settings.tcp_receive + settings.tcp_send);
+    pub fn new(settings: &Settings, cards: usize, heap: usize) -> Result<Self, &'static str> {
+        let cards = cards.max(1);
+        let heap = heap.saturating_sub((cards - 1) * CARD_BYTES);
+        let sockets = heap / 20 * 9 / cards / (settings.tcp_receive + settings.tcp_send);
         let limits = Self {
             connections: (sockets * 2 / 5).min(CONNECTIONS_MAX),
             side_connections: (sockets / 10).min(CONNECTIONS_MAX),
@@ -110,13 +112,17 @@ impl Limits {
             store: heap / 4,
         };
         if limits.side_connections < SIDE_CONNECTIONS_MIN {
-            return Err("settings tcp_rx, tcp_tx: the machine has too little memory for buffers this large");
+            return Err(
+                "settings tcp_rx, tcp_tx: the machine has too little memory for buffers this large, on each network card",
+            );
         }
         Ok(limits)
     }
 }
 
 const CONNECTIONS_MAX: usize = 256;
+/// What a further network card takes besides its connections.
+const CARD_BYTES: usize = 2 << 20;
 const SIDE_CONNECTIONS_MIN: usize = 8;
 
 impl World {

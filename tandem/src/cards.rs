@@ -10,6 +10,10 @@ use checkpoint::limits::NICS_MAX;
 use crate::settings::{Mac, SettingsError, missing, wrong};
 
 const INTERFACE_BYTES_MAX: usize = 15;
+const _: () = assert!(
+    NICS_MAX == guest::abi::NETS_MAX,
+    "the bundled guest serves on every card"
+);
 
 /// What is said of one network card: `NAME[,mac=MAC]`.
 #[derive(Clone, Debug, PartialEq, Eq)]

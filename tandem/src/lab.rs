@@ -14,6 +14,8 @@
 //! port out of its bridge, so that both sides keep their carrier and just hear nothing, as when a switch
 //! fails. The processes started in the lab belong to the caller, who ends them.
 
+mod extra;
+
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -28,12 +30,10 @@ use rtnetlink::packet_route::link::BridgeStpState;
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+pub use extra::{CLIENT_TAP, SECOND_CLIENT_V4, SECOND_CLIENT_V6, SECOND_TAP, TRUNK_TAP};
+
 /// Name of the TAP on each host.
 pub const TAP: &str = "tap0";
-/// Name of the TAP that has the client's addresses after [`Lab::split_client`].
-pub const CLIENT_TAP: &str = "client0";
-/// Name of the TAP that leads to the client's network after [`Lab::split_client`].
-pub const TRUNK_TAP: &str = "trunk0";
 /// The client's IPv4 address; the network has 24 bits of prefix.
 pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 /// The client's IPv6 address; the network has 64 bits of prefix.
@@ -233,32 +233,6 @@ impl Lab {
     pub fn heal_client_port(&self, host: Host) -> Result<(), LabError> {
         self.switch
             .netlink(async move |net| net.join_bridge(host.client_port(), CLIENTS_BRIDGE).await)
-    }
-
-    /// Moves the client's addresses to the TAP [`CLIENT_TAP`], and joins the TAP [`TRUNK_TAP`] to its cable: what passes
-    /// between the two is the caller's.
-    ///
-    /// # Errors
-    /// Fails if the kernel refuses.
-    pub fn split_client(&self) -> Result<(), LabError> {
-        for tap in [CLIENT_TAP, TRUNK_TAP] {
-            self.client.run(move || make_lasting_tap(tap)).map_err(LabError::Tap)?;
-        }
-        self.client.netlink(async |net| {
-            net.add_bridge(BRIDGE).await?;
-            for (address, prefix) in CLIENT_ADDRESSES {
-                net.remove_address("eth0", address, prefix).await?;
-            }
-            for port in ["eth0", TRUNK_TAP] {
-                net.join_bridge(port, BRIDGE).await?;
-                net.up(port).await?;
-            }
-            net.up(CLIENT_TAP).await?;
-            for (address, prefix) in CLIENT_ADDRESSES {
-                net.add_address(CLIENT_TAP, address, prefix).await?;
-            }
-            Ok(())
-        })
     }
 
     fn connect(&self) -> Result<(), LabError> {

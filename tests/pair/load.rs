@@ -14,7 +14,12 @@ pub(crate) struct Work(Clients);
 
 impl Work {
     pub(crate) fn start(stage: &Stage, prefix: &str) -> Self {
-        let clients = Clients::start(stage.lab.client(), Target::bundled(), Load::default(), prefix);
+        Self::start_at(stage, Target::bundled(), prefix)
+    }
+
+    /// Starts clients that ask the guest at these addresses of it.
+    pub(crate) fn start_at(stage: &Stage, target: Target, prefix: &str) -> Self {
+        let clients = Clients::start(stage.lab.client(), target, Load::default(), prefix);
         let work = Self(clients.expect("clients can be started"));
         work.await_more();
         work

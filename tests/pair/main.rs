@@ -9,6 +9,7 @@
 //!   resync    a broken pair is made whole by difference          modes    buffered output, and auto
 //!   bench     the benchmarks come to their end
 //!   ahead     pages shipped ahead of a stop             traffic  what is told of the VM's traffic
+//!   cards     a VM with two network cards
 //! ```
 //!
 //! `stage` has the hosts, `load` the clients. Every test asserts on facts that the roles and the clients tell,
@@ -18,6 +19,7 @@
 mod ahead;
 mod alike;
 mod bench;
+mod cards;
 mod ends;
 mod flows;
 mod garbage;

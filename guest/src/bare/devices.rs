@@ -4,6 +4,7 @@
 //! wait. Only features that the drivers use are accepted: no offloads, no merged buffers, no indirect
 //! descriptors, and no event indexes (plain flags suppress notifications).
 
+use alloc::vec::Vec;
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, fence};
 
@@ -34,10 +35,10 @@ bitflags! {
     }
 }
 
-/// The first device of each kind.
+/// All network devices, and the first device of each other kind.
 #[derive(Default)]
 pub(crate) struct Devices {
-    pub(crate) net: Option<Registers>,
+    pub(crate) nets: Vec<Registers>,
     pub(crate) block: Option<Registers>,
     pub(crate) console: Option<Registers>,
     pub(crate) entropy: Option<Registers>,
@@ -57,7 +58,10 @@ impl Devices {
                 continue;
             };
             let place = match registers.device_type() {
-                DeviceType::Network => &mut found.net,
+                DeviceType::Network => {
+                    found.nets.push(registers);
+                    continue;
+                }
                 DeviceType::Block => &mut found.block,
                 DeviceType::Console => &mut found.console,
                 DeviceType::EntropySource => &mut found.entropy,

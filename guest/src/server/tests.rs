@@ -11,12 +11,20 @@ use std::vec::Vec;
 
 use smoltcp::phy::{Checksum, DeviceCapabilities, Medium, RxToken, TxToken};
 
+use smoltcp::iface::{Config, Interface, PollResult, SocketHandle, SocketSet};
+use smoltcp::socket::{tcp as smol_tcp, udp};
+use smoltcp::time::Instant;
+use smoltcp::wire::{EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpEndpoint};
+
 use super::*;
 use crate::dirtier::Arena;
 use crate::kv::{Kv, Request};
 use crate::settings::Settings;
+use crate::stack::{instant, udp_socket};
+use crate::vlan::Tagged;
 use crate::world::Limits;
 
+mod cards;
 mod frames;
 
 /// One end of a wire.
@@ -84,7 +92,8 @@ impl Device for Wire {
 /// A guest, its disk, and a client on the same wire.
 struct Lab {
     server: Server,
-    server_wire: Wire,
+    /// Of each of its cards; the client is on the last.
+    wires: Vec<Wire>,
     client: Interface,
     client_wire: Wire,
     sockets: SocketSet<'static>,
@@ -111,18 +120,24 @@ impl Lab {
     }
 
     fn with(line: &'static str, trusting: bool) -> Self {
+        Self::on_card(line, trusting, 0)
+    }
+
+    /// The guest has cards up to that one, and the client is on its wire.
+    fn on_card(line: &'static str, trusting: bool, card: u8) -> Self {
         let settings = Settings::parse(line).unwrap();
         let pages = vec![[0_u64; 512]; 1024].leak();
         let kv = Kv::on_disk(4096, false, 16 << 20);
-        let limits = Limits::new(&settings, 64 << 20).unwrap();
+        let limits = Limits::new(&settings, 1 + usize::from(card), 64 << 20).unwrap();
         let world = World::new(settings, limits, kv, Arena::new(vec![pages]), 0).unwrap();
-        let mut server_wire = Wire {
+        let wire = |_| Wire {
             room: 256,
             trusting,
             ..Wire::default()
         };
-        let mac = [2, 0, 0, 0, 0, 1];
-        let server = Server::new(world, mac, &[7; 32], &mut server_wire, Moment::default()).unwrap();
+        let mut wires: Vec<_> = (0..=card).map(wire).collect();
+        let macs: Vec<_> = (0..=card).map(|card| [2, 0, 0, 0, card, 1]).collect();
+        let server = Server::new(world, &macs, &[7; 32], &mut wires, Moment::default()).unwrap();
         let mut client_wire = Wire {
             room: 1 << 20,
             ..Wire::default()
@@ -130,14 +145,19 @@ impl Lab {
         let config = Config::new(HardwareAddress::Ethernet(EthernetAddress([2, 0, 0, 0, 0, 2])));
         let mut client = Interface::new(config, &mut client_wire, Instant::ZERO);
         client.update_ip_addrs(|addresses| {
-            addresses.push(IpCidr::new(IpAddress::v4(10, 77, 0, 1), 24)).unwrap();
             addresses
-                .push(IpCidr::new(IpAddress::v6(0xfd77, 0, 0, 0, 0, 0, 0, 1), 64))
+                .push(IpCidr::new(IpAddress::v4(10, 77 + card, 0, 1), 24))
+                .unwrap();
+            addresses
+                .push(IpCidr::new(
+                    IpAddress::v6(0xfd77 + u16::from(card), 0, 0, 0, 0, 0, 0, 1),
+                    64,
+                ))
                 .unwrap();
         });
         let mut lab = Self {
             server,
-            server_wire,
+            wires,
             client,
             client_wire,
             sockets: SocketSet::new(vec![]),
@@ -197,14 +217,16 @@ impl Lab {
         if self.log {
             self.given.extend(self.client_wire.outbound.iter().cloned());
         }
-        self.server_wire.inbound.extend(self.client_wire.outbound.drain(..));
-        let server = self.server.round(self.moment(), &mut self.server_wire);
+        let near = self.wires.len() - 1;
+        self.wires[near].inbound.extend(self.client_wire.outbound.drain(..));
+        let server = self.server.round(self.moment(), &mut self.wires);
         let disk = self.disk_step();
-        let sent = !self.server_wire.outbound.is_empty();
+        let outbound = &mut self.wires[near].outbound;
+        let sent = !outbound.is_empty();
         if self.log {
-            self.sent.extend(self.server_wire.outbound.iter().cloned());
+            self.sent.extend(outbound.iter().cloned());
         }
-        self.client_wire.inbound.extend(self.server_wire.outbound.drain(..));
+        self.client_wire.inbound.extend(outbound.drain(..));
         client || server || disk || sent
     }
 
@@ -483,16 +505,16 @@ fn a_repeated_syn_does_not_open_a_second_connection() {
     let at = instant(lab.moment());
     lab.client.poll(at, &mut lab.client_wire, &mut lab.sockets);
     let syn: Vec<Vec<u8>> = lab.client_wire.outbound.drain(..).collect();
-    lab.server_wire.inbound.extend(syn.iter().cloned());
-    lab.server.round(lab.moment(), &mut lab.server_wire);
-    let held: Vec<Vec<u8>> = lab.server_wire.outbound.drain(..).collect();
+    lab.wires[0].inbound.extend(syn.iter().cloned());
+    lab.server.round(lab.moment(), &mut lab.wires);
+    let held: Vec<Vec<u8>> = lab.wires[0].outbound.drain(..).collect();
     assert_eq!((syn.len(), held.len()), (1, 1), "a SYN and its answer");
     lab.socket(earlier).close();
     lab.settle();
     lab.connect(SERVER4, 80);
     lab.settle();
-    lab.server_wire.inbound.extend(syn);
-    lab.server.round(lab.moment(), &mut lab.server_wire);
+    lab.wires[0].inbound.extend(syn);
+    lab.server.round(lab.moment(), &mut lab.wires);
     lab.client_wire.inbound.extend(held);
     lab.settle();
     assert_eq!(lab.socket(late).state(), smol_tcp::State::Established);
@@ -622,14 +644,14 @@ fn idle_means_no_deadline() {
     lab.settle();
     let now = lab.moment();
     assert_eq!(lab.server.deadline(now), None);
-    assert!(!lab.server.round(now, &mut lab.server_wire));
+    assert!(!lab.server.round(now, &mut lab.wires));
 }
 
 #[test]
 fn a_device_without_room_loses_nothing() {
     let mut lab = Lab::new("");
     lab.log = false;
-    lab.server_wire.room = 1;
+    lab.wires[0].room = 1;
     let answer = lab.exchange(SERVER4, 80, b"GET /file/100000 HTTP/1.0\r\n\r\n", usize::MAX);
     assert!(answer.len() > 100_000);
 }
@@ -654,7 +676,7 @@ fn garbage_frames_are_survived() {
         if below(8) == 0 {
             frame.truncate(below(frame.len()).max(1));
         }
-        lab.server_wire.inbound.push_back(frame);
+        lab.wires[0].inbound.push_back(frame);
         lab.settle();
         lab.now += (below(100) as u64).pow(3) * 1_000;
     }

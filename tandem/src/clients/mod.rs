@@ -123,10 +123,19 @@ impl Target {
     /// Where the bundled guest is, unless told otherwise.
     #[must_use]
     pub fn bundled() -> Self {
-        let settings = guest::settings::Settings::default();
+        Self::on_card(0)
+    }
+
+    /// Where it is on one of its network cards, unless told otherwise.
+    ///
+    /// # Panics
+    /// If a VM has no such card.
+    #[must_use]
+    pub fn on_card(card: usize) -> Self {
+        let addresses = guest::settings::Settings::default().cards[card];
         Self {
-            v4: settings.ip.map_or(Ipv4Addr::UNSPECIFIED, |network| network.address),
-            v6: settings.ip6.map(|network| network.address),
+            v4: addresses.ip.map_or(Ipv4Addr::UNSPECIFIED, |network| network.address),
+            v6: addresses.ip6.map(|network| network.address),
             http: 80,
             store: 6379,
             echo: 7,

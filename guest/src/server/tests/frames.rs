@@ -13,7 +13,7 @@ fn a_guest_on_a_vlan_speaks_and_hears_that_one_only() {
     let heard = lab.sent.len();
     for mut frame in lab.given.clone() {
         frame[15] = 6;
-        lab.server_wire.inbound.push_back(frame);
+        lab.wires[0].inbound.push_back(frame);
     }
     lab.settle();
     assert_eq!(lab.sent.len(), heard, "nothing is said to another VLAN");
