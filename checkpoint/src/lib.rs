@@ -17,6 +17,7 @@
 pub mod backlog;
 pub mod epoch;
 pub mod failover;
+pub mod frames;
 pub mod handshake;
 pub mod limits;
 pub mod liveness;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf, Bytes, BytesMut};
-use checkpoint::wire::{Encoded, HEADER_BYTES, Header, Message, WireError, decode, encode};
+use checkpoint::wire::{Encoded, HEADER_BYTES, Header, Message, WireError, decode, encode, take_body};
 use rustix::net::sockopt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -20,8 +20,6 @@ use tokio::sync::Notify;
 const READ_BYTES: usize = 64 * 1024;
 /// What is made ready for the rest of a body at a time.
 const RESERVED_BYTES_MAX: usize = 1024 * 1024;
-/// A body of at least this many bytes is handed on where it was read; a smaller one is copied out of its surroundings.
-const BODY_SHARED_MIN: usize = 16 * 1024;
 /// Pieces handed to the kernel in one call.
 const PIECES_MAX: usize = 64;
 /// A body up to this size is put into one piece with its header.
@@ -95,13 +93,7 @@ impl Incoming {
         let body_bytes = header.body_len();
         self.fill(HEADER_BYTES + body_bytes).await?;
         self.buffer.advance(HEADER_BYTES);
-        let body = if body_bytes < BODY_SHARED_MIN {
-            let body = Bytes::copy_from_slice(&self.buffer[..body_bytes]);
-            self.buffer.advance(body_bytes);
-            body
-        } else {
-            self.buffer.split_to(body_bytes).freeze()
-        };
+        let body = take_body(&mut self.buffer, &header);
         let message = decode(&header, body).map_err(CloseCause::Garbage)?;
         Ok((message, HEADER_BYTES + body_bytes))
     }

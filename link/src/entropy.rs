@@ -18,6 +18,17 @@ pub fn fill(bytes: &mut [u8]) {
     }
 }
 
+/// Returns a number that nobody else knows.
+///
+/// # Panics
+/// Panics if the kernel has none to give.
+#[must_use]
+pub fn secret() -> u64 {
+    let mut bytes = [0; 8];
+    fill(&mut bytes);
+    u64::from_ne_bytes(bytes)
+}
+
 /// Returns the key of a pairing's disk comparison: both sides know the session's number, and no guest can.
 #[must_use]
 pub fn hash_key(session: Session) -> HashKey {

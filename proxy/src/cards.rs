@@ -135,19 +135,20 @@ struct Card {
 }
 
 impl Comparators {
-    /// Makes comparators for so many cards that release at once, until [`Comparators::protect`].
+    /// Makes comparators for so many cards that release at once, until [`Comparators::protect`], and find flows by a digest that is
+    /// keyed with this secret, see [`Comparator::keyed`].
     ///
     /// # Panics
     /// If there is no card.
     #[must_use]
-    pub fn new(cards: usize, limits: ComparatorLimits, first_epoch: Epoch) -> Self {
+    pub fn new(cards: usize, limits: ComparatorLimits, first_epoch: Epoch, secret: u64) -> Self {
         assert!(cards > 0, "a guest has a network card");
         let each = ComparatorLimits {
             flows: limits.flows / cards,
             ..limits
         };
         let card = |_| Card {
-            comparator: Comparator::new(each, first_epoch),
+            comparator: Comparator::new(each, first_epoch).keyed(secret),
             verdicts: Vec::new(),
         };
         Self {

@@ -23,14 +23,15 @@ use checkpoint::{Duration, Epoch, EpochMode, Instant, Role, limits};
 
 use crate::counters::{Counters, FlowReport, Held, Pending};
 use crate::crossing::Crossings;
-use crate::flow::{FlowId, FlowKey, FlowTable};
+use crate::flow::FlowKey;
 use crate::frame::{self, Body, Frame};
 use crate::hold::{HeldFrame, Hold};
 use crate::lag::{Lag, LagMeter};
 use crate::lane::{Lane, Unblocked};
 use crate::picture::Leaving;
-use crate::said::Said;
 use crate::service::Services;
+use crate::shared::Shared;
+use crate::table::{FlowId, FlowTable};
 use crate::temper::FlowPatience;
 use crate::verdict::{Divergence, Limit, Reason, Verdict, Why};
 
@@ -89,7 +90,7 @@ pub struct Comparator {
     /// The last epoch for which a divergence was told.
     pub(crate) diverged: Option<Epoch>,
     pub(crate) hold: Hold,
-    pub(crate) said: Said,
+    pub(crate) shared: Shared,
     pub(crate) flows: FlowTable<Lane>,
     /// Flows with state of the epoch being compared.
     pub(crate) touched: Vec<FlowId>,
@@ -115,7 +116,6 @@ pub struct Comparator {
     pub(crate) waits_for_commit: bool,
     /// Flows that hold something of which a part may leave before the rest, in the order in which they are looked at.
     pub(crate) beginning: VecDeque<(Instant, FlowId)>,
-    tick: u64,
 }
 
 impl Default for ComparatorLimits {
@@ -150,8 +150,8 @@ impl Comparator {
             loaded_at: None,
             diverged: None,
             hold: Hold::default(),
-            said: Said::default(),
-            flows: FlowTable::new(limits.flows),
+            shared: Shared::default(),
+            flows: FlowTable::new(limits.flows, 0),
             touched: Vec::new(),
             early: VecDeque::new(),
             early_bytes: 0,
@@ -166,7 +166,16 @@ impl Comparator {
             buffered: Vec::new(),
             waits_for_commit: false,
             beginning: VecDeque::new(),
-            tick: 0,
+        }
+    }
+
+    /// Finds flows by a digest that is keyed with this secret, so that nobody outside can make flows that are slow to find.
+    /// To be given before the first frame.
+    #[must_use]
+    pub fn keyed(self, secret: u64) -> Self {
+        Self {
+            flows: FlowTable::new(self.limits.flows, secret),
+            ..self
         }
     }
 
@@ -212,7 +221,7 @@ impl Comparator {
         }
         if self.uncommitted.is_some_and(|stopped| epoch > stopped) {
             self.early_bytes += frame.len();
-            self.early.push_back((now, frame));
+            self.early.push_back((now, self.shared.pool.copy(&frame)));
             return;
         }
         self.take_secondary(now, &frame, verdicts);
@@ -305,10 +314,13 @@ impl Comparator {
 
     /// Returns what is known of each flow, in order of their keys.
     pub fn flows(&self) -> impl Iterator<Item = FlowReport> + '_ {
-        self.flows.iter().map(|(_, lane)| FlowReport {
+        let report = |lane: &Lane| FlowReport {
             buffered: lane.is_buffered() || self.services.is_buffered(lane.service()),
             ..lane.report()
-        })
+        };
+        let mut flows: Vec<FlowReport> = self.flows.iter().map(report).collect();
+        flows.sort_unstable_by_key(|flow| flow.key);
+        flows.into_iter()
     }
 
     /// Tells a divergence, at most one for an epoch, and none for an epoch that is being checkpointed.
@@ -357,13 +369,12 @@ impl Comparator {
     }
 
     fn lane(&mut self, parsed: &Frame) -> Option<FlowId> {
-        self.tick += 1;
         let id = match self.flows.find(&parsed.key) {
             Some(id) => id,
-            None => self.flows.insert(parsed.key, Lane::new(parsed))?,
+            None => self.flows.insert(Lane::new(parsed))?,
         };
         if let Some(lane) = self.flows.get_mut(id) {
-            lane.used = self.tick;
+            lane.used = true;
         }
         Some(id)
     }
@@ -389,9 +400,6 @@ impl Comparator {
         if let Body::Whole(_) = &parsed.body {
             return;
         }
-        if self.flows.find(&parsed.key).is_none() && self.flows.len() >= self.limits.flows {
-            self.trim();
-        }
         if let Some(id) = self.lane(parsed)
             && let Some(lane) = self.flows.get_mut(id)
         {
@@ -413,7 +421,7 @@ impl Comparator {
         }
         let flow = self.lane(parsed);
         let serial = self.hold.push(HeldFrame {
-            frame: frame.clone(),
+            frame,
             arrived: now,
             epoch: self.running,
             flow,
@@ -422,16 +430,15 @@ impl Comparator {
         if let Some(id) = flow {
             let comparing = self.running_mode == EpochMode::Lockstep
                 && (self.uncommitted.is_none() || mutants::on(Mutant::MatchAcrossEpochs));
-            if let Some(lane) = self.flows.get_mut(id) {
-                lane.push(serial);
-            }
-            let buffered = self.is_buffered(id);
-            self.waits_for_commit |= comparing && buffered;
+            let buffered = comparing && self.is_buffered(id);
+            self.waits_for_commit |= buffered;
             if comparing && !buffered {
                 self.touch(id);
-                self.compare_primary(now, id, serial, parsed, &frame, verdicts);
+                self.compare_primary(now, id, serial, parsed, Lane::take, verdicts);
                 self.settle(now, id, verdicts);
                 self.note_opening(now, id, Role::Primary);
+            } else if let Some(lane) = self.flows.get_mut(id) {
+                lane.push(serial);
             }
         } else {
             self.diverge(
@@ -447,18 +454,21 @@ impl Comparator {
         }
     }
 
+    /// Compares a held frame of the primary as its flow does it.
     fn compare_primary(
         &mut self,
         now: Instant,
         id: FlowId,
         serial: u64,
         parsed: &Frame,
-        frame: &Bytes,
+        compare: impl FnOnce(&mut Lane, Instant, u64, &Frame, &Bytes, &mut Shared) -> Result<(), Reason>,
         verdicts: &mut Vec<Verdict>,
     ) {
-        let Some(lane) = self.flows.get_mut(id) else { return };
+        let (Some(lane), Some(held)) = (self.flows.get_mut(id), self.hold.get(serial)) else {
+            return;
+        };
         let before = lane.pending();
-        let result = lane.primary(now, serial, parsed, frame, &mut self.said);
+        let result = compare(lane, now, serial, parsed, &held.frame, &mut self.shared);
         let (key, after) = (lane.key(), lane.pending());
         self.pending.change(before, after);
         if let Err(reason) = result {
@@ -466,7 +476,7 @@ impl Comparator {
         }
     }
 
-    fn take_secondary(&mut self, now: Instant, frame: &Bytes, verdicts: &mut Vec<Verdict>) {
+    fn take_secondary(&mut self, now: Instant, frame: &[u8], verdicts: &mut Vec<Verdict>) {
         let parsed = frame::parse(frame);
         let Some(id) = self.lane(&parsed) else {
             self.diverge(
@@ -485,7 +495,7 @@ impl Comparator {
         self.touch(id);
         let Some(lane) = self.flows.get_mut(id) else { return };
         let before = lane.pending();
-        let result = lane.secondary(now, &parsed, frame, &self.hold);
+        let result = lane.secondary(now, &parsed, frame, &self.hold, &mut self.shared);
         let (key, after) = (lane.key(), lane.pending());
         if after.0 > before.0 || lane.waits_since() == Some(now) {
             self.waiting.push_back((now, id));
@@ -516,7 +526,7 @@ impl Comparator {
             }
             verdicts.extend(lane.pay().map(|frame| Verdict::Release(frame, Why::Owed)));
             let before = lane.pending();
-            let unblocked = lane.unblock(now, &self.hold, &mut self.said);
+            let unblocked = lane.unblock(now, &self.hold, &mut self.shared);
             let (key, after) = (lane.key(), lane.pending());
             self.pending.change(before, after);
             match unblocked {
@@ -535,6 +545,7 @@ impl Comparator {
             if lane.comes_to_wait(&self.hold) {
                 self.beginning.push_back((now, id));
             }
+            lane.rest(&mut self.shared);
         }
         self.tidy();
     }
@@ -583,7 +594,7 @@ impl Comparator {
         let frame = match lane {
             Some(lane) => {
                 lane.waits += 1;
-                lane.pass_unequal(serial, held.arrived, held.frame, &mut self.said)
+                lane.pass_unequal(serial, held.arrived, held.frame, &mut self.shared.said)
             }
             None => held.frame,
         };
@@ -617,7 +628,7 @@ impl Comparator {
                 continue;
             }
             self.touch(id);
-            self.compare_primary(now, id, serial, &parsed, &frame, verdicts);
+            self.compare_primary(now, id, serial, &parsed, Lane::primary, verdicts);
             self.settle(now, id, verdicts);
             self.note_opening(now, id, Role::Primary);
         }
@@ -642,25 +653,6 @@ impl Comparator {
         self.early_bytes = 0;
         self.pending = Pending::default();
         self.loaded_at = None;
-    }
-
-    /// Makes room in the flow table: first what has ended, then what was used longest ago. What is forgotten is only
-    /// how far a flow had been settled, so it is compared from scratch.
-    pub(crate) fn trim(&mut self) {
-        let room_at = self.limits.flows / 4 * 3;
-        if self.flows.len() <= room_at {
-            return;
-        }
-        let mut idle: Vec<(bool, u64, FlowKey)> = self
-            .flows
-            .iter()
-            .filter(|(_, lane)| lane.is_idle())
-            .map(|(key, lane)| (!lane.is_over(), lane.used, *key))
-            .collect();
-        idle.sort_unstable();
-        for (_, _, key) in idle.iter().take(self.flows.len() - self.limits.flows / 2) {
-            self.flows.remove(key);
-        }
     }
 }
 

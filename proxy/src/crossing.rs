@@ -12,8 +12,9 @@ use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Instant, Role};
 
 use crate::comparator::Comparator;
-use crate::flow::{Class, FlowId, FlowKey, FlowTable};
+use crate::flow::{Class, FlowKey};
 use crate::lane::Lane;
+use crate::table::{FlowId, FlowTable};
 use crate::verdict::{Difference, Fact, Reason};
 
 /// Openings of one epoch that are looked through.

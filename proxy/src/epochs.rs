@@ -61,6 +61,7 @@ impl Comparator {
         for id in std::mem::take(&mut self.touched) {
             if let Some(lane) = flows.get_mut(id) {
                 verdicts.extend(lane.commit().map(|frame| Verdict::Release(frame, Why::Owed)));
+                lane.rest(&mut self.shared);
                 if !lane.is_buffered() && waits(lane) {
                     self.buffered.push(id);
                 }
@@ -75,7 +76,7 @@ impl Comparator {
         self.suspects.clear();
         self.crossings.clear();
         self.pending = Pending::default();
-        self.trim();
+        self.flows.committed();
         self.catch_up(now, verdicts);
     }
 
@@ -111,8 +112,9 @@ impl Comparator {
             }
         }
         self.forget_secondary();
+        self.flows.committed();
         self.waits_for_commit = false;
-        self.said.clear();
+        self.shared.said.clear();
         self.mode = Mode::Alone;
         self.uncommitted = None;
         self.behind = false;

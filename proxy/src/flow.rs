@@ -1,9 +1,8 @@
-//! Which frames belong together: the key of a flow, and a bounded table of flows.
+//! Which frames belong together: the key of a flow.
 //!
 //! A key is directed as the guest sends. It carries the VLAN tags, so equal addresses on two VLANs
-//! are two flows. The table is ordered, so every run visits it alike.
+//! are two flows.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -156,78 +155,5 @@ impl fmt::Display for Endpoint {
             (0, address) => write!(f, "{address}"),
             (port, address) => write!(f, "{}", std::net::SocketAddr::new(address, port)),
         }
-    }
-}
-
-/// A flow's place in its table; valid until the flow is removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct FlowId(usize);
-
-/// A bounded, ordered table.
-#[derive(Debug)]
-pub(crate) struct FlowTable<T> {
-    index: BTreeMap<FlowKey, FlowId>,
-    slots: Vec<Option<T>>,
-    free: Vec<FlowId>,
-    limit: usize,
-}
-
-impl<T> FlowTable<T> {
-    pub(crate) fn new(limit: usize) -> Self {
-        Self {
-            index: BTreeMap::new(),
-            slots: Vec::new(),
-            free: Vec::new(),
-            limit,
-        }
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.index.len()
-    }
-
-    pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
-        self.index.get(key).copied()
-    }
-
-    /// Adds a flow that is not in the table; nothing if the table is full.
-    pub(crate) fn insert(&mut self, key: FlowKey, flow: T) -> Option<FlowId> {
-        if self.index.len() >= self.limit {
-            return None;
-        }
-        let id = if let Some(id) = self.free.pop() {
-            self.slots[id.0] = Some(flow);
-            id
-        } else {
-            self.slots.push(Some(flow));
-            FlowId(self.slots.len() - 1)
-        };
-        let before = self.index.insert(key, id);
-        assert!(before.is_none(), "a flow is inserted once");
-        Some(id)
-    }
-
-    pub(crate) fn get(&self, id: FlowId) -> Option<&T> {
-        self.slots.get(id.0)?.as_ref()
-    }
-
-    pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut T> {
-        self.slots.get_mut(id.0)?.as_mut()
-    }
-
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&FlowKey, &T)> {
-        self.index
-            .iter()
-            .filter_map(|(key, id)| Some((key, self.slots.get(id.0)?.as_ref()?)))
-    }
-
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        self.slots.iter_mut().flatten()
-    }
-
-    pub(crate) fn remove(&mut self, key: &FlowKey) -> Option<T> {
-        let id = self.index.remove(key)?;
-        self.free.push(id);
-        self.slots[id.0].take()
     }
 }

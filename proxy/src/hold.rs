@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use checkpoint::{Epoch, Instant};
 
-use crate::flow::FlowId;
+use crate::table::FlowId;
 
 /// A held frame.
 #[derive(Clone, Debug)]

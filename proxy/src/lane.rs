@@ -23,7 +23,9 @@ use crate::picture::into_mut;
 use crate::said::Said;
 use crate::seq::Seq;
 use crate::service::ServiceKey;
+use crate::shared::Shared;
 use crate::stream::{Leave, Stream};
+use crate::table::Flow;
 use crate::temper::{Patience, Temper};
 use crate::verdict::{Difference, Fact, Reason};
 
@@ -40,7 +42,7 @@ pub(crate) struct Lane {
     deferred: VecDeque<(Instant, Bytes)>,
     deferred_bytes: usize,
     /// An acknowledgement that was lowered and that nothing has carried since.
-    owed: Option<Owed>,
+    owed: Option<Box<Owed>>,
     /// The latest time that has left: its receiver drops what leaves later with an earlier one (PAWS).
     time: Option<Seq>,
     /// Whether it is compared at all.
@@ -54,8 +56,8 @@ pub(crate) struct Lane {
     /// Whether it is among the flows of whose frames a part may leave.
     pub(crate) begins: bool,
     pub(crate) touched: bool,
-    /// When it was used last, in frames.
-    pub(crate) used: u64,
+    /// Whether it was used since the table of flows last asked.
+    pub(crate) used: bool,
     pub(crate) waits: u64,
     matched: u64,
     mismatched: u64,
@@ -112,7 +114,7 @@ impl Lane {
             suspected: false,
             begins: false,
             touched: false,
-            used: 0,
+            used: true,
             waits: 0,
             matched: 0,
             mismatched: 0,
@@ -150,6 +152,25 @@ impl Lane {
         self.temper.is_buffered()
     }
 
+    /// Compares a held frame of the primary if none is to be compared before it.
+    pub(crate) fn take(
+        &mut self,
+        now: Instant,
+        serial: u64,
+        parsed: &Frame,
+        frame: &Bytes,
+        shared: &mut Shared,
+    ) -> Result<(), Reason> {
+        let is_next = !self.blocked && self.raw.is_empty();
+        let result = is_next
+            .then(|| self.compare(now, serial, parsed, frame, shared))
+            .flatten();
+        result.unwrap_or_else(|| {
+            self.raw.push_back(serial);
+            Ok(())
+        })
+    }
+
     /// Adds a held frame, uncompared.
     pub(crate) fn push(&mut self, serial: u64) {
         self.raw.push_back(serial);
@@ -167,46 +188,70 @@ impl Lane {
         serial: u64,
         parsed: &Frame,
         frame: &Bytes,
-        said: &mut Said,
+        shared: &mut Shared,
     ) -> Result<(), Reason> {
         if !self.is_next_raw(serial) {
             return Ok(());
         }
+        let Some(result) = self.compare(now, serial, parsed, frame, shared) else {
+            return Ok(());
+        };
+        self.raw.pop_front();
+        result
+    }
+
+    /// Compares the next frame of the primary; nothing if it has to wait for that.
+    fn compare(
+        &mut self,
+        now: Instant,
+        serial: u64,
+        parsed: &Frame,
+        frame: &Bytes,
+        shared: &mut Shared,
+    ) -> Option<Result<(), Reason>> {
         let result = match (&mut self.kind, &parsed.body) {
             (Kind::Stream(stream, order), Body::Tcp(segment)) => {
                 if stream.primary_opens_another(segment) {
                     self.blocked = true;
-                    return Ok(());
+                    return None;
                 }
-                let (note, result) = stream.primary(now, segment, frame, said);
-                order.push(serial, note);
+                let (note, result) = stream.primary(now, segment, frame, &mut shared.said);
+                order.push(serial, note, &mut shared.orders);
                 result
             }
             (Kind::Fragments(fragments), Body::Fragment(fragment)) => fragments.primary(now, serial, fragment, frame),
             (Kind::Whole(whole), Body::Whole(shape)) => {
-                whole.primary(serial, shape, frame);
+                whole.primary(serial, shape, frame, &mut shared.wholes);
                 Ok(())
             }
-            _ => return Ok(()),
+            _ => return None,
         };
-        self.raw.pop_front();
-        self.counted(result)
+        Some(self.counted(result))
     }
 
     /// Compares a frame of the secondary.
-    pub(crate) fn secondary(&mut self, now: Instant, parsed: &Frame, frame: &Bytes, hold: &Hold) -> Result<(), Reason> {
+    pub(crate) fn secondary(
+        &mut self,
+        now: Instant,
+        parsed: &Frame,
+        frame: &[u8],
+        hold: &Hold,
+        shared: &mut Shared,
+    ) -> Result<(), Reason> {
         let result = match (&mut self.kind, &parsed.body) {
             (Kind::Stream(stream, _), Body::Tcp(segment)) => {
                 if !self.deferred.is_empty() || stream.secondary_opens_another(segment) {
                     self.deferred_bytes += frame.len();
-                    self.deferred.push_back((now, frame.clone()));
+                    self.deferred.push_back((now, shared.pool.copy(frame)));
                     return Ok(());
                 }
-                stream.secondary(now, segment, frame)
+                stream.secondary(now, segment, frame, &mut shared.pool)
             }
-            (Kind::Fragments(fragments), Body::Fragment(fragment)) => fragments.secondary(now, fragment, frame),
+            (Kind::Fragments(fragments), Body::Fragment(fragment)) => {
+                fragments.secondary(now, fragment, &shared.pool.copy(frame))
+            }
             (Kind::Whole(whole), Body::Whole(shape)) => {
-                whole.secondary(now, shape, frame, hold);
+                whole.secondary(now, shape, frame, hold, shared);
                 Ok(())
             }
             _ => Ok(()),
@@ -249,13 +294,24 @@ impl Lane {
         };
         stream.has_left((!segment.syn).then(|| segment.end_seq()), Some(ack));
         if let Some(full) = segment.ack.filter(|full| *full != ack) {
-            self.owed = segment.acknowledgement(&frame, full).map(|frame| Owed {
-                segment: *segment,
-                frame,
-                ack: full,
+            self.owed = segment.acknowledgement(&frame, full).map(|frame| {
+                Box::new(Owed {
+                    segment: *segment,
+                    frame,
+                    ack: full,
+                })
             });
         }
         in_time(&mut self.time, segment, lowered(segment, entry.rest(frame), ack))
+    }
+
+    /// Gives back what is only of use while something of it waits.
+    pub(crate) fn rest(&mut self, shared: &mut Shared) {
+        match &mut self.kind {
+            Kind::Stream(_, order) => order.rest(&mut shared.orders),
+            Kind::Fragments(_) => {}
+            Kind::Whole(whole) => whole.rest(&mut shared.wholes),
+        }
     }
 
     /// Returns since when something has waited of which a part may leave before the rest.
@@ -403,7 +459,7 @@ impl Lane {
     }
 
     /// Lets both sides go on to a new connection on the same ports once both have opened it.
-    pub(crate) fn unblock(&mut self, now: Instant, hold: &Hold, said: &mut Said) -> Unblocked {
+    pub(crate) fn unblock(&mut self, now: Instant, hold: &Hold, shared: &mut Shared) -> Unblocked {
         if !self.blocked || self.deferred.is_empty() {
             return Unblocked::Nothing;
         }
@@ -431,13 +487,13 @@ impl Lane {
             && let Some(held) = hold.get(serial)
             && !self.blocked
         {
-            let fed = self.primary(held.arrived, serial, &frame::parse(&held.frame), &held.frame, said);
+            let fed = self.primary(held.arrived, serial, &frame::parse(&held.frame), &held.frame, shared);
             result = result.and(fed);
         }
         let deferred = std::mem::take(&mut self.deferred);
         self.deferred_bytes = 0;
         for (arrived, frame) in deferred {
-            let fed = self.secondary(arrived.min(now), &frame::parse(&frame), &frame, hold);
+            let fed = self.secondary(arrived.min(now), &frame::parse(&frame), &frame, hold, shared);
             result = result.and(fed);
         }
         match result {
@@ -522,20 +578,6 @@ impl Lane {
         }
     }
 
-    /// Says whether nothing of it is held, waits or is noted for the next commit.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.held() == 0 && self.deferred.is_empty() && self.owed.is_none() && !self.touched
-    }
-
-    /// Says whether there is nothing worth remembering.
-    pub(crate) fn is_over(&self) -> bool {
-        match &self.kind {
-            Kind::Stream(stream, _) => stream.is_over(),
-            Kind::Fragments(fragments) => fragments.is_over(),
-            Kind::Whole(_) => true,
-        }
-    }
-
     pub(crate) fn report(&self) -> FlowReport {
         FlowReport {
             key: self.key,
@@ -561,6 +603,29 @@ impl Lane {
     fn counted(&mut self, result: Result<(), Reason>) -> Result<(), Reason> {
         self.mismatched += u64::from(result.is_err());
         result
+    }
+}
+
+impl Flow for Lane {
+    fn key(&self) -> &FlowKey {
+        &self.key
+    }
+
+    /// What is forgotten is only how far a flow had been settled by the last commit: so it is compared from scratch.
+    fn is_idle(&self) -> bool {
+        self.held() == 0 && self.deferred.is_empty() && self.owed.is_none() && !self.touched
+    }
+
+    fn is_over(&self) -> bool {
+        match &self.kind {
+            Kind::Stream(stream, _) => stream.is_over(),
+            Kind::Fragments(fragments) => fragments.is_over(),
+            Kind::Whole(_) => true,
+        }
+    }
+
+    fn was_used(&mut self) -> bool {
+        std::mem::take(&mut self.used)
     }
 }
 

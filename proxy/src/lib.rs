@@ -55,8 +55,10 @@ mod seq;
 mod sequence;
 mod service;
 mod settle;
+mod shared;
 mod span;
 mod stream;
+mod table;
 mod temper;
 #[cfg(test)]
 mod testkit;

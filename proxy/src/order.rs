@@ -18,6 +18,7 @@ use checkpoint::mutants::{self, Mutant};
 
 use crate::frame::Segment;
 use crate::seq::Seq;
+use crate::shared::{Lent, Spare};
 use crate::stream::{Leave, Note, Stream, Turn};
 use crate::verdict::Why;
 
@@ -27,11 +28,16 @@ const AGAIN_MAX: usize = 16;
 /// The compared frames of a flow that have not left.
 #[derive(Debug, Default)]
 pub(crate) struct Order {
+    queues: Lent<Queues>,
+    /// SYN and RST among the new.
+    barriers: usize,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Queues {
     new: VecDeque<Entry>,
     acknowledgements: VecDeque<Entry>,
     again: VecDeque<Entry>,
-    /// SYN and RST among the new.
-    barriers: usize,
 }
 
 /// A frame that may leave.
@@ -98,12 +104,19 @@ impl Entry {
     }
 }
 
+impl Queues {
+    fn len(&self) -> usize {
+        self.new.len() + self.acknowledgements.len() + self.again.len()
+    }
+}
+
 impl Order {
-    pub(crate) fn push(&mut self, serial: u64, note: Note) {
+    pub(crate) fn push(&mut self, serial: u64, note: Note, spare: &mut Spare<Queues>) {
+        let queues = self.queues.get_or_take(spare);
         let queue = match note.turn() {
-            Turn::InOrder => &mut self.new,
-            Turn::Acknowledgement => &mut self.acknowledgements,
-            Turn::Again => &mut self.again,
+            Turn::InOrder => &mut queues.new,
+            Turn::Acknowledgement => &mut queues.acknowledgements,
+            Turn::Again => &mut queues.again,
         };
         self.barriers += usize::from(is_barrier(note.segment()));
         queue.push_back(Entry {
@@ -114,7 +127,19 @@ impl Order {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.new.len() + self.acknowledgements.len() + self.again.len()
+        self.queues.get().map_or(0, Queues::len)
+    }
+
+    /// Does without queues as long as there is nothing to put in.
+    pub(crate) fn rest(&mut self, spare: &mut Spare<Queues>) {
+        if self.len() == 0 {
+            self.queues.give_back(spare);
+        }
+    }
+
+    /// Returns the serial number of the next frame with something new.
+    fn first_new(&self) -> Option<u64> {
+        Some(self.queues.get()?.new.front()?.serial)
     }
 
     /// Says whether a SYN or RST waits.
@@ -129,14 +154,15 @@ impl Order {
             let serial = entry.serial;
             (leave != Leave::Wait).then_some(Next { serial, leave, place })
         };
-        let first = self.new.front();
+        let queues = self.queues.get()?;
+        let first = queues.new.front();
         let new = first.and_then(|entry| may(entry, Place::New));
-        let acknowledgement = self.acknowledgements.front().filter(|entry| {
+        let acknowledgement = queues.acknowledgements.front().filter(|entry| {
             let overtakes = first.is_some_and(|first| first.serial < entry.serial);
             !overtakes || !self.is_barred() && stream.left_end().is_some()
         });
         let acknowledgement = acknowledgement.and_then(|entry| may(entry, Place::Acknowledgement));
-        let again = self.again.iter().take(AGAIN_MAX).enumerate();
+        let again = queues.again.iter().take(AGAIN_MAX).enumerate();
         let again = again
             .filter(|_| !self.is_barred())
             .find_map(|(at, entry)| may(entry, Place::Again(at)));
@@ -149,14 +175,16 @@ impl Order {
     /// Returns the frames of which a part may leave before the rest: the next with something new, and the next acknowledgement.
     pub(crate) fn firsts(&self) -> impl Iterator<Item = &Entry> {
         let acknowledgement = self.acknowledgements().map(|(first, _)| first);
-        self.new.front().into_iter().chain(acknowledgement)
+        let new = self.queues.get().and_then(|queues| queues.new.front());
+        new.into_iter().chain(acknowledgement)
     }
 
     /// Takes note that the first bytes of a frame leave, and returns it and how. What is new leaves once, as far as it goes; what is
     /// said again leaves once for each frame that says it.
     pub(crate) fn begin(&mut self, stream: &Stream) -> Option<Begun<'_>> {
-        let new = self.new.front_mut().into_iter();
-        let again = self.again.iter_mut().take(AGAIN_MAX);
+        let queues = self.queues.get_mut()?;
+        let new = queues.new.front_mut().into_iter();
+        let again = queues.again.iter_mut().take(AGAIN_MAX);
         new.chain(again.filter(|entry| entry.begun.is_none()))
             .find_map(|entry| {
                 let (end, leave) = stream.begins(&entry.note)?;
@@ -177,18 +205,20 @@ impl Order {
     /// Returns the next acknowledgement and the last, which says most. A guest that has sent nothing but its SYN has them among the
     /// new.
     pub(crate) fn acknowledgements(&self) -> Option<(&Entry, &Entry)> {
-        let new = self.new.iter().take_while(|entry| entry.note.only_acknowledges());
-        let ends = self.new.front().zip(new.last());
-        let ends = ends.or_else(|| self.acknowledgements.front().zip(self.acknowledgements.back()));
+        let queues = self.queues.get()?;
+        let new = queues.new.iter().take_while(|entry| entry.note.only_acknowledges());
+        let ends = queues.new.front().zip(new.last());
+        let ends = ends.or_else(|| queues.acknowledgements.front().zip(queues.acknowledgements.back()));
         ends.filter(|_| !self.is_barred())
     }
 
     /// Takes out a frame that leaves.
     pub(crate) fn take(&mut self, place: Place) -> Option<Entry> {
+        let queues = self.queues.get_mut()?;
         let entry = match place {
-            Place::New => self.new.pop_front(),
-            Place::Acknowledgement => self.acknowledgements.pop_front(),
-            Place::Again(at) => self.again.remove(at),
+            Place::New => queues.new.pop_front(),
+            Place::Acknowledgement => queues.acknowledgements.pop_front(),
+            Place::Again(at) => queues.again.remove(at),
             Place::Whole => None,
         }?;
         self.barriers -= usize::from(is_barrier(entry.note.segment()));
@@ -198,11 +228,12 @@ impl Order {
     /// Takes out the frame that has waited longest, if it is this one.
     pub(crate) fn take_oldest(&mut self, serial: u64) -> Option<Entry> {
         let is_it = |queue: &VecDeque<Entry>| queue.front().is_some_and(|entry| entry.serial == serial);
-        let place = if is_it(&self.new) {
+        let queues = self.queues.get()?;
+        let place = if is_it(&queues.new) {
             Place::New
-        } else if is_it(&self.acknowledgements) {
+        } else if is_it(&queues.acknowledgements) {
             Place::Acknowledgement
-        } else if is_it(&self.again) {
+        } else if is_it(&queues.again) {
             Place::Again(0)
         } else {
             return None;
@@ -214,7 +245,7 @@ impl Order {
     pub(crate) fn renumbered(&self, entry: &Entry, left_end: Option<Seq>) -> Option<Seq> {
         let end = left_end.filter(|_| entry.note.turn() == Turn::Acknowledgement)?;
         let ahead = entry.note.segment().seq.after(end);
-        let overtakes = self.new.front().is_some_and(|first| first.serial < entry.serial);
+        let overtakes = self.first_new().is_some_and(|first| first < entry.serial);
         (ahead < 0 || ahead > 0 && overtakes).then_some(end)
     }
 }

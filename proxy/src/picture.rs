@@ -2,6 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 use checkpoint::Nic;
+use checkpoint::frames::FramePool;
 use checkpoint::pair::Delivery;
 
 use crate::announce::NetworkState;
@@ -12,7 +13,11 @@ use crate::sequence::Snapshot;
 
 /// The translator and the address book of one guest, driven by the protocols of both roles.
 #[derive(Clone, Debug, Default)]
-pub struct NetworkPicture(NetworkState);
+pub struct NetworkPicture {
+    state: NetworkState,
+    /// Copies of frames that are changed and that others hold.
+    pool: FramePool,
+}
 
 /// A frame of a guest as the clients shall see it, and what was read of it: each is read once.
 #[derive(Clone, Debug)]
@@ -64,27 +69,27 @@ impl NetworkPicture {
         frame[6..12].copy_from_slice(&mac);
         // An EtherType for local experiments: nothing but the source address is learned from the frame.
         frame[12..14].copy_from_slice(&[0x88, 0xb5]);
-        picture.0.addresses.learn(&frame::parse(&frame), &frame);
+        picture.state.addresses.learn(&frame::parse(&frame), &frame);
         picture
     }
 
     /// Follows a primary from here on.
     pub fn follow(&mut self) {
-        self.0.translator.follow();
+        self.state.translator.follow();
     }
 
     /// Leads from here on.
     pub fn lead(&mut self) {
-        self.0.translator.lead();
+        self.state.translator.lead();
     }
 
     /// Takes a frame of the clients and makes what the guest shall see of it, as if at its only card.
     pub fn arriving(&mut self, wire: Bytes) -> Delivery {
         let parsed = frame::parse(&wire);
         let mut guest = wire.clone();
-        if self.0.translator.concerns(&parsed) {
-            let mut seen = BytesMut::from(&wire[..]);
-            self.0.translator.inbound(&parsed, &mut seen);
+        if self.state.translator.concerns(&parsed) {
+            let mut seen = self.pool.copy_mut(&wire);
+            self.state.translator.inbound(&parsed, &mut seen);
             if seen != wire {
                 guest = seen.freeze();
             }
@@ -100,10 +105,14 @@ impl NetworkPicture {
     /// Takes a frame of the guest and makes what the clients shall see of it.
     pub fn leaving(&mut self, frame: Bytes) -> Leaving {
         let mut leaving = Leaving::from(frame);
-        self.0.addresses.learn(&leaving.parsed, &leaving.wire);
-        let edits = self.0.translator.outbound(&leaving.parsed);
+        self.state.addresses.learn(&leaving.parsed, &leaving.wire);
+        let edits = self.state.translator.outbound(&leaving.parsed);
         if !edits.is_empty() {
-            let mut wire = into_mut(leaving.wire);
+            let pool = &mut self.pool;
+            let mut wire = leaving
+                .wire
+                .try_into_mut()
+                .unwrap_or_else(|shared| pool.copy_mut(&shared));
             edits.apply(&mut leaving.parsed, &mut wire);
             leaving.wire = wire.freeze();
         }
@@ -115,13 +124,13 @@ impl NetworkPicture {
     pub fn leaving_again(&self, frame: Bytes) -> Option<Bytes> {
         let parsed = frame::parse(&frame);
         let mut wire = into_mut(frame);
-        self.0.translator.again(&parsed, &mut wire).then(|| wire.freeze())
+        self.state.translator.again(&parsed, &mut wire).then(|| wire.freeze())
     }
 
     /// Returns the bytes for the checkpoint, and how many connections they leave out for want of room.
     #[must_use]
     pub fn encode(&self) -> Snapshot {
-        self.0.encode()
+        self.state.encode()
     }
 
     /// Reads the bytes of a checkpoint.
@@ -131,13 +140,16 @@ impl NetworkPicture {
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let mut state = NetworkState::default();
         state.replace(bytes)?;
-        Ok(Self(state))
+        Ok(Self {
+            state,
+            pool: FramePool::new(),
+        })
     }
 
     /// Returns the frames that tell the network where the guest is now.
     #[must_use]
     pub fn announcements(&self) -> Vec<Bytes> {
-        self.0.addresses.announcements()
+        self.state.addresses.announcements()
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the primary has said lately on its TCP streams, to compare what it says again.
 //!
 //! Bytes that are settled leave again at once, but only if they are the same bytes: a guest that sends from memory that has
-//! changed says something new. So its last frames are kept, those of all streams together and up to a bound. What was
+//! changed says something new. So its last bytes are kept, copied, those of all streams together and up to a bound. What was
 //! said before them is unknown, and has to be said by the secondary again, too.
 //!
 //! Driven by `stream`. Finds a stream's pieces by its [`Thread`]: each piece knows the one before it.
@@ -9,12 +9,10 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use bytes::Bytes;
-
 use crate::span::length;
 use crate::verdict::context;
 
-/// Most bytes of frames that are kept.
+/// Bytes that are kept.
 const BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Most pieces that are kept.
 const PIECES_MAX: usize = 16_384;
@@ -27,7 +25,10 @@ pub(crate) struct Said {
     pieces: VecDeque<Piece>,
     /// The number of the oldest piece.
     first: u64,
-    bytes: usize,
+    /// Their bytes: a ring that grows to its full size once.
+    bytes: Vec<u8>,
+    /// How many bytes have ever been put into it, gaps at its end included.
+    end: usize,
 }
 
 /// One stream's end of its pieces.
@@ -41,9 +42,9 @@ pub(crate) struct Thread {
 #[derive(Debug)]
 struct Piece {
     start: u64,
-    bytes: Bytes,
-    /// What is kept in memory for it.
-    weight: usize,
+    /// Where its bytes are, counted as `end` is.
+    at: usize,
+    length: usize,
     /// The same stream's piece before it.
     before: Option<u64>,
 }
@@ -63,20 +64,21 @@ impl Thread {
 }
 
 impl Said {
-    /// Keeps bytes after all those that the stream has said; `weight` is the length of their frame.
-    pub(crate) fn add(&mut self, thread: &mut Thread, start: u64, bytes: Bytes, weight: usize) {
-        self.bytes += weight;
+    /// Keeps bytes after all those that the stream has said.
+    pub(crate) fn add(&mut self, thread: &mut Thread, start: u64, bytes: &[u8]) {
+        let at = self.keep(bytes);
         self.pieces.push_back(Piece {
             start: start.wrapping_add(thread.moved),
-            bytes,
-            weight,
+            at,
+            length: bytes.len(),
             before: thread.newest,
         });
         thread.newest = Some(self.first + self.pieces.len() as u64 - 1);
-        while self.bytes > BYTES_MAX || self.pieces.len() > PIECES_MAX {
-            let Some(oldest) = self.pieces.pop_front() else { break };
+        while let Some(oldest) = self.pieces.front()
+            && (oldest.at + BYTES_MAX < self.end || self.pieces.len() > PIECES_MAX)
+        {
+            self.pieces.pop_front();
             self.first += 1;
-            self.bytes -= oldest.weight;
         }
     }
 
@@ -112,10 +114,11 @@ impl Said {
             unknown(shared.end..end);
             let mine = &payload[length(&(start..shared.start))..length(&(start..shared.end))];
             let skipped = length(&(piece.start..shared.start));
-            if let Some(same) = mine.iter().zip(&piece.bytes[skipped..]).position(|(a, b)| a != b) {
+            let said = self.bytes_of(piece);
+            if let Some(same) = mine.iter().zip(&said[skipped..]).position(|(a, b)| a != b) {
                 return Err(Differs {
                     position: (shared.start + same as u64).wrapping_sub(thread.moved),
-                    before: context(&piece.bytes, skipped + same),
+                    before: context(said, skipped + same),
                 });
             }
             end = shared.start;
@@ -126,9 +129,29 @@ impl Said {
 
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
-        self.first += self.pieces.len() as u64;
-        self.pieces = VecDeque::new();
-        self.bytes = 0;
+        *self = Self {
+            first: self.first + self.pieces.len() as u64,
+            ..Self::default()
+        };
+    }
+
+    /// Puts bytes over the oldest, in one piece, and returns where they are.
+    fn keep(&mut self, bytes: &[u8]) -> usize {
+        let left = BYTES_MAX - self.end % BYTES_MAX;
+        if left < bytes.len() {
+            self.end += left;
+        }
+        let (at, place) = (self.end, self.end % BYTES_MAX);
+        if self.bytes.len() < place + bytes.len() {
+            self.bytes.resize(place + bytes.len(), 0);
+        }
+        self.bytes[place..place + bytes.len()].copy_from_slice(bytes);
+        self.end += bytes.len();
+        at
+    }
+
+    fn bytes_of(&self, piece: &Piece) -> &[u8] {
+        &self.bytes[piece.at % BYTES_MAX..][..piece.length]
     }
 
     fn piece(&self, number: u64) -> Option<&Piece> {
@@ -138,7 +161,7 @@ impl Said {
 
 impl Piece {
     fn end(&self) -> u64 {
-        self.start + self.bytes.len() as u64
+        self.start + self.length as u64
     }
 }
 
@@ -157,9 +180,9 @@ mod tests {
     fn what_is_said_again_is_compared_and_the_rest_is_told() {
         let mut said = Said::default();
         let (mut one, mut other) = (Thread::default(), Thread::default());
-        said.add(&mut one, 100, Bytes::from_static(b"abcd"), 60);
-        said.add(&mut other, 100, Bytes::from_static(b"ABCD"), 60);
-        said.add(&mut one, 106, Bytes::from_static(b"ghij"), 60);
+        said.add(&mut one, 100, b"abcd");
+        said.add(&mut other, 100, b"ABCD");
+        said.add(&mut one, 106, b"ghij");
         assert_eq!(unknown(&said, &one, 100, b"abcd"), Ok(vec![]));
         assert_eq!(unknown(&said, &one, 102, b"cd"), Ok(vec![]));
         assert_eq!(unknown(&said, &other, 102, b"CD"), Ok(vec![]));
@@ -172,20 +195,27 @@ mod tests {
         assert_eq!(unknown(&said, &one, 57, b"hi"), Ok(vec![]));
         said.clear();
         assert_eq!(unknown(&said, &one, 57, b"hi"), Ok(vec![(57, 59)]));
-        said.add(&mut one, 60, Bytes::from_static(b"kl"), 60);
+        said.add(&mut one, 60, b"kl");
         assert_eq!(unknown(&said, &one, 57, b"hijkl"), Ok(vec![(57, 60)]));
     }
 
     #[test]
     fn what_is_kept_is_bounded() {
-        let mut said = Said::default();
-        let mut thread = Thread::default();
-        for number in 0..40_000 {
-            said.add(&mut thread, number, Bytes::from_static(b"x"), 1_514);
-            assert!(said.bytes <= BYTES_MAX && said.pieces.len() <= PIECES_MAX);
+        for size in [1, 1_448, 3_000] {
+            let mut said = Said::default();
+            let mut thread = Thread::default();
+            for number in 0..40_000_u64 {
+                let piece = vec![u8::try_from(number % 251).unwrap(); size];
+                said.add(&mut thread, number * size as u64, &piece);
+                assert!(said.bytes.len() <= BYTES_MAX && said.pieces.len() <= PIECES_MAX);
+            }
+            let kept = said.pieces.len() as u64;
+            assert!(kept == PIECES_MAX as u64 || kept * size as u64 > BYTES_MAX as u64 - 2 * size as u64);
+            for number in 40_000 - kept.min(1_000)..40_000 {
+                let piece = vec![u8::try_from(number % 251).unwrap(); size];
+                assert_eq!(unknown(&said, &thread, number * size as u64, &piece), Ok(vec![]));
+            }
+            assert_eq!(unknown(&said, &thread, 0, b"x"), Ok(vec![(0, 1)]));
         }
-        assert_eq!(unknown(&said, &thread, 39_999, b"x"), Ok(vec![]));
-        assert_eq!(unknown(&said, &thread, 39_000, b"x"), Ok(vec![]));
-        assert_eq!(unknown(&said, &thread, 0, b"x"), Ok(vec![(0, 1)]));
     }
 }

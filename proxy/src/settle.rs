@@ -13,14 +13,15 @@ use crate::span::{Chunk, Chunks, Found, Ranges, length};
 use crate::stream::ORIGIN;
 use crate::verdict::{Difference, Fact, Reason, context};
 
-/// Takes bytes of one side: settles what equals the other side's, keeps the rest among its own.
+/// Takes bytes of one side: settles what equals the other side's, keeps the rest among its own as `share` gives it.
 pub(crate) fn settle(
     settled: &mut Ranges,
     own: &mut Chunks,
     other: &mut Chunks,
     arrived: Instant,
     start: u64,
-    payload: &Bytes,
+    payload: &[u8],
+    mut share: impl FnMut(Range<usize>) -> Bytes,
 ) -> Result<(), Clash> {
     let end = start + payload.len() as u64;
     let mut at = start;
@@ -58,7 +59,7 @@ pub(crate) fn settle(
             }
             Found::Gap(next) => {
                 let until = next.unwrap_or(limit).min(limit);
-                keep(own, arrived, start, payload, at..until)?;
+                keep(own, arrived, start, payload, at..until, &mut share)?;
                 at = until;
             }
         }
@@ -67,7 +68,14 @@ pub(crate) fn settle(
 }
 
 /// Keeps the bytes of `range` that are not kept yet; those that are must be the same.
-fn keep(own: &mut Chunks, arrived: Instant, start: u64, payload: &Bytes, range: Range<u64>) -> Result<(), Clash> {
+fn keep(
+    own: &mut Chunks,
+    arrived: Instant,
+    start: u64,
+    payload: &[u8],
+    range: Range<u64>,
+    share: &mut impl FnMut(Range<usize>) -> Bytes,
+) -> Result<(), Clash> {
     let mut at = range.start;
     while at < range.end {
         match own.find(at) {
@@ -88,7 +96,7 @@ fn keep(own: &mut Chunks, arrived: Instant, start: u64, payload: &Bytes, range: 
             }
             Found::Gap(next) => {
                 let until = next.unwrap_or(range.end).min(range.end);
-                let bytes = payload.slice(length(&(start..at))..length(&(start..until)));
+                let bytes = share(length(&(start..at))..length(&(start..until)));
                 own.insert(Chunk {
                     start: at,
                     bytes,

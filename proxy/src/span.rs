@@ -7,15 +7,16 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use checkpoint::Instant;
+use smallvec::{SmallVec, smallvec};
 
 /// A set of positions as disjoint, ordered ranges with gaps between them.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Ranges(Vec<(u64, u64)>);
+pub(crate) struct Ranges(SmallVec<[(u64, u64); 1]>);
 
 impl Ranges {
     /// Makes the set of everything before `end`.
     pub(crate) fn until(end: u64) -> Self {
-        Self(vec![(0, end)])
+        Self(smallvec![(0, end)])
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -70,7 +71,8 @@ impl Ranges {
         let head = (self.0[from].0, range.start);
         let tail = (range.end, self.0[to - 1].1);
         let rest = [head, tail].into_iter().filter(|(start, end)| start < end);
-        self.0.splice(from..to, rest);
+        self.0.drain(from..to);
+        self.0.insert_many(from, rest);
     }
 }
 

@@ -16,6 +16,7 @@ mod begin;
 use std::ops::Range;
 
 use bytes::Bytes;
+use checkpoint::frames::FramePool;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Instant, Role};
 
@@ -110,7 +111,8 @@ struct Side {
     offers: [Option<Offer>; 2],
     fin: Option<u64>,
     rst: bool,
-    urgent: [Option<u64>; URGENT_MAX],
+    /// The latest first.
+    urgent: Vec<u64>,
     ack: Option<Seq>,
     sack: Option<Seq>,
     /// Position and byte of its last keep-alive probe: the stream's last byte, or any other.
@@ -158,14 +160,20 @@ impl Stream {
     }
 
     /// Follows a frame of the primary that leaves by a commit, uncompared.
-    pub(crate) fn follow(&mut self, segment: &Segment, frame: &Bytes, said: &mut Said) {
+    pub(crate) fn follow(&mut self, segment: &Segment, frame: &[u8], said: &mut Said) {
         let known = self.primary.data_end;
         let note = self.note(segment);
         self.keep(known, &note, frame, said);
     }
 
     /// Takes a segment of the secondary and returns what is wrong.
-    pub(crate) fn secondary(&mut self, now: Instant, segment: &Segment, frame: &Bytes) -> Result<(), Reason> {
+    pub(crate) fn secondary(
+        &mut self,
+        now: Instant,
+        segment: &Segment,
+        frame: &[u8],
+        pool: &mut FramePool,
+    ) -> Result<(), Reason> {
         let side = &mut self.secondary;
         side.ack = Seq::later_known(side.ack, segment.ack);
         side.sack = Seq::later_known(side.sack, segment.options.sack);
@@ -174,7 +182,7 @@ impl Stream {
         if self.poisoned {
             return Ok(());
         }
-        let result = self.compare_secondary(now, segment, frame);
+        let result = self.compare_secondary(now, segment, frame, pool);
         self.checked(result)
     }
 
@@ -302,7 +310,9 @@ impl Stream {
         let primary = &mut self.primary;
         primary.chunks.clear();
         primary.offers = [None; 2];
-        primary.urgent[0] = primary.urgent[0].or(self.committed_urgent);
+        if primary.urgent.is_empty() {
+            primary.urgent.extend(self.committed_urgent);
+        }
         if primary.anchor.is_some() {
             self.thread.move_back(primary.end.wrapping_sub(ORIGIN));
         }
@@ -314,7 +324,7 @@ impl Stream {
         };
         self.committed_isn = primary.isn;
         self.committed_fin = primary.fin;
-        self.committed_urgent = core::mem::take(&mut primary.urgent)[0];
+        self.committed_urgent = core::mem::take(&mut primary.urgent).first().copied();
         self.permitted = primary.ack;
         self.permitted_sack = primary.sack;
         self.secondary = Side {
@@ -398,7 +408,7 @@ impl Stream {
         {
             return false;
         }
-        let marks = self.secondary.urgent.iter().flatten();
+        let marks = self.secondary.urgent.iter();
         for &urgent in marks.filter(|&&urgent| note.data.start < urgent && urgent <= note.data.end) {
             // The primary may mark it yet, with its next segment.
             if !self.is_urgent(&self.primary, urgent) && !mutants::on(Mutant::IgnoreUrgent) {
@@ -410,7 +420,7 @@ impl Stream {
 
     /// Compares the bytes that the primary has said before with what it said then. Those of which that is not known any
     /// more, or that differ, are not settled: the secondary has to say them, too.
-    fn compare_again(&mut self, known: u64, note: &Note, frame: &Bytes, said: &Said) -> Result<(), Reason> {
+    fn compare_again(&mut self, known: u64, note: &Note, frame: &[u8], said: &Said) -> Result<(), Reason> {
         let again = note.data.start..note.data.end.min(known);
         if again.is_empty() || mutants::on(Mutant::PassRepeated) {
             return Ok(());
@@ -436,32 +446,39 @@ impl Stream {
     }
 
     /// Keeps what is new of a segment of the primary.
-    fn keep(&mut self, known: u64, note: &Note, frame: &Bytes, said: &mut Said) {
+    fn keep(&mut self, known: u64, note: &Note, frame: &[u8], said: &mut Said) {
         let start = note.data.start.max(known);
         if start < note.data.end {
             let skipped = length(&(note.data.start..start));
-            let bytes = frame.slice(note.segment.payload + skipped..note.segment.end);
-            said.add(&mut self.thread, start, bytes, frame.len());
+            let bytes = &frame[note.segment.payload + skipped..note.segment.end];
+            said.add(&mut self.thread, start, bytes);
         }
     }
 
     fn compare_primary(&mut self, now: Instant, note: &Note, frame: &Bytes) -> Result<(), Reason> {
         if !note.data.is_empty() {
-            let payload = frame.slice(note.segment.payload..note.segment.end);
+            let Segment { payload, end, .. } = note.segment;
             settle(
                 &mut self.settled,
                 &mut self.primary.chunks,
                 &mut self.secondary.chunks,
                 now,
                 note.data.start,
-                &payload,
+                &frame[payload..end],
+                |part| frame.slice(payload + part.start..payload + part.end),
             )
             .map_err(|found| found.into_reason(true))?;
         }
         self.compare_facts()
     }
 
-    fn compare_secondary(&mut self, now: Instant, segment: &Segment, frame: &Bytes) -> Result<(), Reason> {
+    fn compare_secondary(
+        &mut self,
+        now: Instant,
+        segment: &Segment,
+        frame: &[u8],
+        pool: &mut FramePool,
+    ) -> Result<(), Reason> {
         if segment.syn || segment.fin || segment.rst {
             self.secondary.fact_at = now;
         }
@@ -499,20 +516,16 @@ impl Stream {
                 return Err(fact(Fact::Urgent, forgotten.saturating_sub(ORIGIN)));
             }
             if !data.is_empty() {
-                let payload = frame.slice(segment.payload..segment.end);
-                // A small piece must not keep a large frame alive.
-                let payload = if payload.len() * 4 < frame.len() {
-                    Bytes::copy_from_slice(&payload)
-                } else {
-                    payload
-                };
+                let payload = &frame[segment.payload..segment.end];
                 settle(
                     &mut self.settled,
                     &mut self.secondary.chunks,
                     &mut self.primary.chunks,
                     now,
                     start,
-                    &payload,
+                    payload,
+                    // Copied: its frame is a part of what a link has read at once.
+                    |part| pool.copy(&payload[part]),
                 )
                 .map_err(|found| found.into_reason(false))?;
             }
@@ -537,7 +550,7 @@ impl Stream {
         }
         // A side that has sent the byte after an urgent position does not mark it any more.
         for (marking, silent) in [(one, other), (other, one)] {
-            let mut marks = marking.urgent.iter().flatten();
+            let mut marks = marking.urgent.iter();
             let new = ORIGIN..silent.data_end;
             if let Some(urgent) = marks.find(|&urgent| new.contains(urgent) && !self.is_urgent(silent, *urgent)) {
                 return Err(fact(Fact::Urgent, urgent.saturating_sub(ORIGIN)));
@@ -548,7 +561,7 @@ impl Stream {
 
     /// Says whether this side, or both up to the last commit, have marked this position as urgent.
     fn is_urgent(&self, side: &Side, position: u64) -> bool {
-        side.urgent.contains(&Some(position)) || self.committed_urgent == Some(position)
+        side.urgent.contains(&position) || self.committed_urgent == Some(position)
     }
 
     fn checked(&mut self, result: Result<(), Reason>) -> Result<(), Reason> {
@@ -644,7 +657,7 @@ impl Side {
             self.data_end = self.data_end.wrapping_sub(shift);
         }
         self.fin = self.fin.map(|fin| fin.wrapping_sub(shift));
-        for urgent in self.urgent.iter_mut().flatten() {
+        for urgent in &mut self.urgent {
             *urgent = urgent.wrapping_sub(shift);
         }
     }
@@ -678,10 +691,10 @@ fn position(anchor: Option<(Seq, u64)>, seq: Seq) -> u64 {
 }
 
 /// Adds an urgent position; returns the one for which there is no more room.
-fn remember(urgent: &mut [Option<u64>; URGENT_MAX], position: u64) -> Option<u64> {
-    if urgent.contains(&Some(position)) {
+fn remember(urgent: &mut Vec<u64>, position: u64) -> Option<u64> {
+    if urgent.contains(&position) {
         return None;
     }
-    urgent.rotate_right(1);
-    urgent[0].replace(position)
+    urgent.insert(0, position);
+    if urgent.len() > URGENT_MAX { urgent.pop() } else { None }
 }

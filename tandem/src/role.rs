@@ -444,6 +444,7 @@ impl Host {
                 memory_bytes: self.settings.vm.memory,
                 disk_bytes: self.image.size(),
                 macs: self.macs(),
+                flow_secret: link::entropy::secret(),
             },
             start,
             pair: self.pair().to_owned(),

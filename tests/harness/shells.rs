@@ -59,6 +59,7 @@ impl World {
             memory_bytes: PAGES * PAGE_BYTES as u64,
             disk_bytes: DISK_BYTES,
             macs: MACS[..self.cards].to_vec(),
+            flow_secret: 0,
         };
         self.nodes[node].output_held = false;
         let mut actions = Vec::new();

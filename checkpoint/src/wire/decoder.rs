@@ -13,9 +13,10 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use crate::wire::Message;
 use crate::wire::codec::{WireError, decode};
-use crate::wire::header::{HEADER_BYTES, Header};
+use crate::wire::header::{HEADER_BYTES, Header, Kind};
 
-/// Bodies up to this are copied out of the stream, so that one kept for long does not keep its neighbours.
+/// Other bodies than frames of the secondary are copied out of the stream up to this, so that one kept for long does not keep
+/// its neighbours.
 const COPY_BYTES_MAX: usize = 16 * 1024;
 
 /// Cuts one connection's bytes into messages.
@@ -88,14 +89,22 @@ impl Decoder {
         if self.buffer.len() < length {
             return Ok(None);
         }
-        let body = if length <= COPY_BYTES_MAX {
-            let copy = Bytes::copy_from_slice(&self.buffer[..length]);
-            self.buffer.advance(length);
-            copy
-        } else {
-            self.buffer.split_to(length).freeze()
-        };
         self.header = None;
-        decode(&header, body).map(Some)
+        decode(&header, take_body(&mut self.buffer, &header)).map(Some)
     }
+}
+
+/// Cuts the body of a message out of what was read, which holds all of it.
+///
+/// # Panics
+/// Panics if it does not.
+pub fn take_body(buffer: &mut BytesMut, header: &Header) -> Bytes {
+    let length = header.body_len();
+    // A frame of the secondary is compared and dropped, and copied by whoever keeps it.
+    if length > COPY_BYTES_MAX || header.kind == Kind::Output {
+        return buffer.split_to(length).freeze();
+    }
+    let copy = Bytes::copy_from_slice(&buffer[..length]);
+    buffer.advance(length);
+    copy
 }

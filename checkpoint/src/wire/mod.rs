@@ -20,7 +20,7 @@ use bytes::Bytes;
 use rkyv::{Archive, Deserialize, Serialize};
 
 pub use codec::{Encoded, WireError, decode, encode, encode_into};
-pub use decoder::Decoder;
+pub use decoder::{Decoder, take_body};
 pub use header::{HEADER_BYTES, Header};
 pub use reasons::{GoodbyeReason, Refusal};
 pub use sums::{PageBatch, PageSum, PageSums};
@@ -228,7 +228,7 @@ pub struct Output {
     pub tag: Tag,
     /// The card that sent it.
     pub nic: Nic,
-    /// The Ethernet frame, in the clients' sequence space.
+    /// The Ethernet frame, in the clients' sequence space. A part of what its receiver has read at once: whoever keeps it copies it.
     pub frame: Bytes,
 }
 

@@ -135,6 +135,8 @@ pub struct Options {
     pub disk_bytes: u64,
     /// The hardware addresses of the guest's network cards, one each, announced when it boots.
     pub macs: Vec<[u8; 6]>,
+    /// Nobody outside can know it: flows are found by it.
+    pub flow_secret: u64,
 }
 
 /// How this side came to run.
@@ -362,6 +364,7 @@ impl Primary {
                     ..ComparatorLimits::default()
                 },
                 last_epoch.next(),
+                options.flow_secret,
             ),
             network,
             network_at_stop: Bytes::new(),

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
+use checkpoint::frames::FramePool;
 use checkpoint::wire::{Decoder, Message, Output, encode_into};
 use checkpoint::{Epoch, EpochMode, Generation, Nic, Tag, limits};
 use link::clock;
@@ -251,6 +252,9 @@ struct Proxy<'a> {
     encoded: Vec<u8>,
     link: (UnixStream, UnixStream),
     decoder: Decoder,
+    pool: FramePool,
+    sent: Vec<Bytes>,
+    received: Vec<Output>,
     picture: NetworkPicture,
     comparator: Comparator,
     verdicts: Vec<Verdict>,
@@ -277,6 +281,9 @@ impl<'a> Proxy<'a> {
             encoded: Vec::new(),
             link,
             decoder: Decoder::new(),
+            pool: FramePool::new(),
+            sent: Vec::new(),
+            received: Vec::new(),
             picture: NetworkPicture::new(),
             comparator,
             verdicts: Vec::new(),
@@ -329,19 +336,22 @@ impl<'a> Proxy<'a> {
         self.link.0.write_all(&self.encoded).context("the socket is too small")
     }
 
-    /// Takes a batch as `primary::run` and the primary's protocol do.
+    /// Takes a batch as `primary::run` and the primary's protocol do: in a turn of its network card all that the guest has sent.
     fn take_primary(&mut self, batch: usize) -> Result<()> {
         let mut frame = [0; limits::FRAME_BYTES_MAX];
         for _ in 0..batch {
             let length = next_frame(self.road, &mut frame)?;
             self.read.push(Instant::now());
-            let frame = self.picture.leaving(Bytes::copy_from_slice(&frame[..length]));
-            self.comparator.primary_output(clock::now(), frame, &mut self.verdicts);
-            self.release()?;
+            self.sent.push(self.pool.copy(&frame[..length]));
         }
-        Ok(())
+        for frame in self.sent.drain(..) {
+            let frame = self.picture.leaving(frame);
+            self.comparator.primary_output(clock::now(), frame, &mut self.verdicts);
+        }
+        self.release()
     }
 
+    /// Takes what a link has read, and then what it has made of that.
     fn take_secondary(&mut self, batch: usize) -> Result<()> {
         let mut piece = [0; 64 << 10];
         let mut taken = 0;
@@ -357,12 +367,15 @@ impl<'a> Proxy<'a> {
             self.decoder.push(&piece[..length]);
             while let Some(message) = self.decoder.next().context("the codec fails")? {
                 let Message::Output(output) = message else { continue };
+                self.received.push(output);
+            }
+            taken += self.received.len();
+            for output in self.received.drain(..) {
                 let (now, epoch) = (clock::now(), output.tag.epoch);
                 self.comparator
                     .secondary_output(now, epoch, output.frame, &mut self.verdicts);
-                taken += 1;
-                self.release()?;
             }
+            self.release()?;
         }
         Ok(())
     }

@@ -356,6 +356,7 @@ impl Pair {
             memory_bytes: super::starts::MEMORY_BYTES,
             disk_bytes: super::host::DISK_BYTES,
             macs: MACS[..self.options.cards].to_vec(),
+            flow_secret: 0,
         };
         let now = self.hosts[host].clock(self.now);
         let mut actions = Vec::new();
