@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::Bytes;
+use checkpoint::frames::FramePool;
 use checkpoint::limits::FRAME_BYTES_MAX;
 use checkpoint::{Instant, Nic};
 use link::clock;
@@ -36,6 +37,9 @@ pub(crate) struct Clients {
     taps: Vec<AsyncFd<TapFd>>,
     /// The card that is looked at first.
     next: usize,
+    pool: FramePool,
+    /// What is to leave in this turn.
+    leaving: Vec<(Nic, Bytes, Option<Instant>)>,
     lost: Lost,
 }
 
@@ -64,6 +68,8 @@ impl Clients {
         Ok(Self {
             taps: watched.collect::<io::Result<_>>()?,
             next: 0,
+            pool: FramePool::new(),
+            leaving: Vec::new(),
             lost: Lost::default(),
         })
     }
@@ -90,26 +96,44 @@ impl Clients {
         self.lost
     }
 
-    /// Writes frames to the TAP of a card. The clock is read right before: a process that was stopped in between drops them.
-    pub(crate) fn transmit(&mut self, nic: Nic, frames: &[Bytes], not_after: Option<Instant>) {
-        let tap = &self.taps[nic.index()].get_ref().0;
-        for batch in frames.chunks(FRAMES_PER_LOOK) {
-            if not_after.is_some_and(|limit| clock::now() > limit) {
-                self.lost.late += batch.len() as u64;
-                warn!(
-                    frames = batch.len(),
-                    "released too late, dropped: nothing was heard from the peer in time"
-                );
-                continue;
-            }
-            for frame in batch {
-                let Err(error) = tap.send_bare(frame) else { continue };
-                self.lost.refused += 1;
-                if self.lost.refused.is_power_of_two() {
-                    let (tap, frames) = (tap.name(), self.lost.refused);
-                    warn!(%error, tap, frames, "the TAP refused a frame, and the client has to ask again: is the interface up?");
+    /// Takes frames that are to leave to the TAP of a card with the others of this turn, each not after this instant.
+    pub(crate) fn transmit(&mut self, nic: Nic, frames: Vec<Bytes>, not_after: Option<Instant>) {
+        self.leaving
+            .extend(frames.into_iter().map(|frame| (nic, frame, not_after)));
+    }
+
+    /// Writes what is to leave. The clock is read right before: a process that was stopped in between drops it.
+    pub(crate) fn flush(&mut self) {
+        let mut leaving = core::mem::take(&mut self.leaving);
+        for batch in leaving.chunks(FRAMES_PER_LOOK) {
+            let now = clock::now();
+            let mut late = 0;
+            for (nic, frame, not_after) in batch {
+                if not_after.is_some_and(|limit| now > limit) {
+                    late += 1;
+                } else {
+                    self.write(*nic, frame);
                 }
             }
+            if late > 0 {
+                self.lost.late += late;
+                warn!(
+                    frames = late,
+                    "released too late, dropped: nothing was heard from the peer in time"
+                );
+            }
+        }
+        leaving.clear();
+        self.leaving = leaving;
+    }
+
+    fn write(&mut self, nic: Nic, frame: &Bytes) {
+        let tap = &self.taps[nic.index()].get_ref().0;
+        let Err(error) = tap.send_bare(frame) else { return };
+        self.lost.refused += 1;
+        if self.lost.refused.is_power_of_two() {
+            let (tap, frames) = (tap.name(), self.lost.refused);
+            warn!(%error, tap, frames, "the TAP refused a frame, and the client has to ask again: is the interface up?");
         }
     }
 
@@ -134,7 +158,7 @@ impl Clients {
                         );
                     }
                 }
-                Ok(length) => return Some(Bytes::copy_from_slice(&frame[..length])),
+                Ok(length) => return Some(self.pool.copy(&frame[..length])),
                 // Nothing more, which the runtime knows now, too.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
                 Err(error) => {

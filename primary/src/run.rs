@@ -251,10 +251,12 @@ impl Role {
                 let Some(event) = inbox.try_recv() else { break };
                 self.step(event);
             }
+            self.clients.flush();
             if let Some((link, _)) = &self.link {
                 link.flush();
             }
         }
+        self.clients.flush();
         self.wind_up().await
     }
 
@@ -394,7 +396,7 @@ impl Role {
                     streams: link.page_senders(),
                 });
             }
-            Action::Transmit { nic, frames, not_after } => self.clients.transmit(nic, &frames, not_after),
+            Action::Transmit { nic, frames, not_after } => self.clients.transmit(nic, frames, not_after),
         }
     }
 
