@@ -14,6 +14,7 @@ use checkpoint::{Instant, Nic};
 use link::clock;
 use link::port::Port;
 use machine::tap::Tap;
+use smallvec::SmallVec;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
@@ -97,7 +98,7 @@ impl Clients {
     }
 
     /// Takes frames that are to leave to the TAP of a card with the others of this turn, each not after this instant.
-    pub(crate) fn transmit(&mut self, nic: Nic, frames: Vec<Bytes>, not_after: Option<Instant>) {
+    pub(crate) fn transmit(&mut self, nic: Nic, frames: SmallVec<[Bytes; 1]>, not_after: Option<Instant>) {
         self.leaving
             .extend(frames.into_iter().map(|frame| (nic, frame, not_after)));
     }

@@ -6,6 +6,7 @@ use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::staging::Totals;
 use checkpoint::wire::{BlockHashes, GoodbyeReason, Message, Welcome};
 use checkpoint::{Duration, Generation, Instant, Nic, Tag};
+use smallvec::SmallVec;
 
 /// Something happened.
 ///
@@ -201,8 +202,8 @@ pub enum Action {
     Transmit {
         /// By the TAP of that card.
         nic: Nic,
-        /// The frames, in order.
-        frames: Vec<Bytes>,
+        /// The frames, in order: mostly one.
+        frames: SmallVec<[Bytes; 1]>,
         /// Last moment at which this side is known to be entitled to let them leave.
         not_after: Option<Instant>,
     },

@@ -1,5 +1,7 @@
 //! What the own guest does: frames, inputs, disk writes, its end. And what may leave to the clients.
 
+use smallvec::SmallVec;
+
 use super::{
     ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, EpochMode, GoodbyeReason, GuestEnd, Input, Instant, Liveness,
     Message, Mutant, Nic, Outcome, Place, Primary, Reason, Report, State, Trigger, Verdict, mutants, proxy,
@@ -90,7 +92,7 @@ impl Primary {
     }
 
     fn act_on_verdicts_of(&mut self, now: Instant, nic: Nic, actions: &mut Vec<Action>) {
-        let mut frames = Vec::new();
+        let mut frames = SmallVec::new();
         let mut trigger = None;
         let mut violation = None;
         let cards = self.comparators.count();
@@ -136,7 +138,13 @@ impl Primary {
         }
     }
 
-    pub(super) fn transmit(&self, nic: Nic, frames: Vec<Bytes>, not_after: Option<Instant>, actions: &mut Vec<Action>) {
+    pub(super) fn transmit(
+        &self,
+        nic: Nic,
+        frames: SmallVec<[Bytes; 1]>,
+        not_after: Option<Instant>,
+        actions: &mut Vec<Action>,
+    ) {
         if !frames.is_empty() {
             actions.push(Action::Transmit { nic, frames, not_after });
         }
@@ -156,7 +164,7 @@ impl Primary {
                     let why = || "announces where the VM is".to_owned();
                     self.seen.see(now, nic, frame, Place::Released, why);
                 }
-                self.transmit(nic, announcements, lease, actions);
+                self.transmit(nic, announcements.into(), lease, actions);
             }
         }
         self.announce = (next + 1 < ANNOUNCE_AFTER.len()).then_some((start, next + 1));

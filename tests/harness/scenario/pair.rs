@@ -237,7 +237,9 @@ impl Pair {
                 } => at.order(Order::Copy(totals, blocks, both_ran)),
                 PrimaryAction::StoreRecord(record) => at.order(Order::Store(record)),
                 PrimaryAction::SyncMemory { totals, difference } => at.order(Order::Sync(totals, difference)),
-                PrimaryAction::Transmit { nic, frames, not_after } => at.order(Order::Transmit(nic, frames, not_after)),
+                PrimaryAction::Transmit { nic, frames, not_after } => {
+                    at.order(Order::Transmit(nic, frames.into_vec(), not_after))
+                }
             }
         }
         self.settle(host);
