@@ -7,8 +7,11 @@
 //! What is written to `entry` comes out at `near`; the kernel drops what is written to `far`, which has no address.
 
 use std::net::Ipv4Addr;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use checkpoint::limits;
 use machine::netns::make_lasting_tap;
 use machine::tap::Tap;
 
@@ -20,6 +23,9 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 const CLIENTS: u32 = u32::from_be_bytes([10, 10, 0, 0]);
 /// Flows with one client's address.
 const PORTS: usize = 1_000;
+/// How long the bridge is waited for, at most.
+const SETTLE_EVERY: Duration = Duration::from_millis(10);
+const SETTLE_TRIES: usize = 1_000;
 const ETHERNET: usize = 14;
 const IPV4: usize = 20;
 const UDP: usize = 8;
@@ -70,12 +76,44 @@ impl Road {
             Ok(())
         })?;
         let open = |name| namespace.run(move || Tap::open(name)).context("can't open a TAP");
-        Ok(Self {
+        let road = Self {
             entry: open("entry")?,
             near: open("near")?,
             far: open("far")?,
             _namespace: namespace,
-        })
+        };
+        road.settle()?;
+        Ok(road)
+    }
+
+    /// Waits until the bridge forwards, which it begins to do some time after it was told to.
+    fn settle(&self) -> Result<()> {
+        let mut probe = [0; 60];
+        probe[..6].fill(0xff);
+        // From a hardware address of its own, with an EtherType for local experiments.
+        probe[6..14].copy_from_slice(&[2, 0, 0, 0, 0, 7, 0x88, 0xb5]);
+        let mut frame = [0; limits::FRAME_BYTES_MAX];
+        let mut has_passed = false;
+        for _ in 0..SETTLE_TRIES {
+            if !has_passed {
+                self.entry.send_bare(&probe).context("the TAP takes no frame")?;
+            }
+            thread::sleep(SETTLE_EVERY);
+            let mut passes = false;
+            while self
+                .near
+                .recv_bare(&mut frame)
+                .context("the TAP can't be read")?
+                .is_some()
+            {
+                passes = true;
+            }
+            if has_passed && !passes {
+                return Ok(());
+            }
+            has_passed |= passes;
+        }
+        anyhow::bail!("a bridge forwards nothing from one TAP to another")
     }
 }
 
