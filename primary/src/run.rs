@@ -474,6 +474,8 @@ impl Role {
 
     fn drop_link(&mut self) {
         let Some((link, _)) = self.link.take() else { return };
+        // To the secondary the end of the connections says that nothing more leaves here.
+        self.clients.flush();
         if self.goodbye {
             self.finishing = Some(tokio::spawn(async move { link.finish(GOODBYE_MAX).await }));
         } else {
