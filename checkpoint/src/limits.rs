@@ -30,8 +30,11 @@ pub const NICS_MAX: usize = 8;
 pub const VCPUS_MAX: u32 = 1024;
 /// Largest guest memory, in bytes.
 pub const MEMORY_BYTES_MAX: u64 = 16 << 40;
-/// Largest Ethernet frame taken from a guest or a peer, in bytes (no offloads: 1,514 and two VLAN tags; room for jumbo).
-pub const FRAME_BYTES_MAX: usize = 9_216;
+/// The header before each Ethernet frame, which says what is left to do on it, in bytes (`virtio_net_hdr_v1`).
+pub const FRAME_HEADER_BYTES: usize = 12;
+/// Largest frame taken from a guest, a TAP or a peer, in bytes: header, Ethernet with two VLAN tags, and the longest IPv6
+/// packet, since guests leave the cutting of TCP segments to the network.
+pub const FRAME_BYTES_MAX: usize = FRAME_HEADER_BYTES + 14 + 2 * 4 + 40 + 0xffff;
 /// Frames that the primary's guest sent and that wait for release, in bytes.
 pub const HELD_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Frames that the secondary's guest sent and that wait for the primary's, in bytes.

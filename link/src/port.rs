@@ -14,19 +14,31 @@ use bytes::Bytes;
 use checkpoint::Nic;
 use checkpoint::pair::Delivery;
 use machine::devices::{self, block, net};
-use machine::offload::HEADER_BYTES;
+use machine::offload::Offloads;
 use tokio::io::unix::AsyncFd;
 
 /// Frames that may wait for the guest, on all its cards, before a port counts as full.
 pub const INBOX_FRAMES_MAX: usize = 512;
+/// The same in bytes.
+pub const INBOX_BYTES_MAX: usize = 4 << 20;
+
+/// Frames that wait.
+#[derive(Debug, Default)]
+struct Inbox {
+    deliveries: VecDeque<Delivery>,
+    bytes: usize,
+}
 
 /// Frames on their way into one guest by one of its cards.
 #[derive(Debug)]
 pub struct Port {
     nic: Nic,
-    inbox: Mutex<VecDeque<Delivery>>,
-    /// Frames that may wait before it counts as full.
+    inbox: Mutex<Inbox>,
+    /// Frames and bytes that may wait before it counts as full.
     frames_max: usize,
+    bytes_max: usize,
+    /// What the guest takes.
+    accepted: Mutex<Offloads>,
     /// What the guest sends stays in its queue.
     output_held: AtomicBool,
 }
@@ -40,6 +52,8 @@ impl Port {
                 nic,
                 inbox: Mutex::default(),
                 frames_max: INBOX_FRAMES_MAX / cards,
+                bytes_max: INBOX_BYTES_MAX / cards,
+                accepted: Mutex::default(),
                 output_held: AtomicBool::default(),
             })
         };
@@ -48,12 +62,14 @@ impl Port {
 
     /// Puts a frame behind those that wait; then a turn of the card is due.
     pub fn deliver(&self, delivery: Delivery) {
-        self.inbox().push_back(delivery);
+        let mut inbox = self.inbox();
+        inbox.bytes += delivery.guest.len();
+        inbox.deliveries.push_back(delivery);
     }
 
     /// Forgets the frames that wait.
     pub fn clear(&self) {
-        self.inbox().clear();
+        *self.inbox() = Inbox::default();
     }
 
     /// Lets what the guest sends stay in its queue, or come out again; then a turn of the card is due.
@@ -64,18 +80,29 @@ impl Port {
     /// Returns how many frames wait.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.inbox().len()
+        self.inbox().deliveries.len()
     }
 
     /// Tells whether no more frames should be put in for now.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.waiting() >= self.frames_max
+        let inbox = self.inbox();
+        inbox.deliveries.len() >= self.frames_max || inbox.bytes >= self.bytes_max
     }
 
-    fn inbox(&self) -> MutexGuard<'_, VecDeque<Delivery>> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns what the guest takes, as it was told last.
+    #[must_use]
+    pub fn accepted(&self) -> Offloads {
+        *lock(&self.accepted)
     }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        lock(&self.inbox)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What a port tells its role's loop, in the card's turn, which the loop itself takes. Must not block.
@@ -105,8 +132,12 @@ impl<O: Observer> PortBackend<O> {
 }
 
 impl<O: Observer> net::Backend for PortBackend<O> {
+    fn accepts(&mut self, offloads: Offloads) {
+        *lock(&self.port.accepted) = offloads;
+    }
+
     fn transmit(&mut self, frame: Bytes) {
-        self.observer.sent(self.port.nic, frame.slice(HEADER_BYTES..));
+        self.observer.sent(self.port.nic, frame);
     }
 
     fn may_transmit(&self) -> bool {
@@ -114,17 +145,20 @@ impl<O: Observer> net::Backend for PortBackend<O> {
     }
 
     fn receive(&mut self) -> Option<Bytes> {
-        let next = self.port.inbox().pop_front();
-        let frame = next
-            .as_ref()
-            .map(|delivery| [&[0; HEADER_BYTES][..], &delivery.guest].concat().into());
+        let mut inbox = self.port.inbox();
+        let next = inbox.deliveries.pop_front();
+        let frame = next.as_ref().map(|delivery| delivery.guest.clone());
+        inbox.bytes -= frame.as_ref().map_or(0, Bytes::len);
+        drop(inbox);
         self.current = next;
         frame
     }
 
-    fn put_back(&mut self, _frame: Bytes) {
+    fn put_back(&mut self, frame: Bytes) {
         if let Some(delivery) = self.current.take() {
-            self.port.inbox().push_front(delivery);
+            let mut inbox = self.port.inbox();
+            inbox.bytes += frame.len();
+            inbox.deliveries.push_front(delivery);
         }
     }
 

@@ -33,16 +33,23 @@ use crate::vm::{Vm, VmError};
 const VCPU: &str = "vcpu";
 const VCPU_VERSION: u32 = 1;
 
+/// What a network card is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CardConfig {
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Whether the guest may leave checksums, and the cutting of long TCP segments, to the network.
+    pub offloads: bool,
+}
+
 /// What a machine is made of.
 pub struct MachineConfig {
     /// Bytes of RAM, a multiple of 2 MiB.
     pub memory_bytes: u64,
     /// Whose writes reach the committed memory image.
     pub mapping: Mapping,
-    /// The hardware addresses of the network cards, one each.
-    pub macs: Vec<[u8; 6]>,
-    /// Whether the guest may leave checksums, and the cutting of long TCP segments, to the network.
-    pub offloads: bool,
+    /// The network cards.
+    pub cards: Vec<CardConfig>,
     /// What the guest prints goes there.
     pub console: Box<dyn Write + Send>,
     /// Learns when the guest has ended.
@@ -141,10 +148,15 @@ impl KvmVm {
         let doorbell = Arc::new(Doorbell::default());
         let line = || Arc::clone(&doorbell) as Arc<dyn Interrupt>;
         let memory = || ram.memory().clone();
-        assert_eq!(config.macs.len(), networks.len(), "there is a network behind each card");
-        let cards = config.macs.iter().zip(networks).enumerate();
-        let nets = cards
-            .map(|(card, (mac, network))| Net::new(&net_name(card), *mac, config.offloads, network, memory(), line()));
+        assert_eq!(
+            config.cards.len(),
+            networks.len(),
+            "there is a network behind each card"
+        );
+        let cards = config.cards.iter().zip(networks).enumerate();
+        let nets = cards.map(|(number, (card, network))| {
+            Net::new(&net_name(number), card.mac, card.offloads, network, memory(), line())
+        });
         let devices = Devices::new(
             nets.collect::<Result<_, _>>()?,
             Block::new("block", "tandem", block, memory(), line())?,

@@ -45,7 +45,7 @@ pub use copy::CopyBuffer;
 pub use doorbell::Interrupt;
 pub use heat::Heat;
 pub use kvm::{HostError, cpu_identity, host_check};
-pub use kvm_vm::{BuildError, KvmVm, MachineConfig};
+pub use kvm_vm::{BuildError, CardConfig, KvmVm, MachineConfig};
 pub use memory::{GuestRam, Mapping, Memory, MemoryError, PAGE_BYTES};
 pub use pageset::PageSet;
 pub use state::{MachineState, Section, StateError};

@@ -79,6 +79,12 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
+    /// The driver knows no headers before frames.
+    #[error("this host's TAP devices know no offloads: say --tap {name},offloads=off on both hosts")]
+    Offloads {
+        /// The name.
+        name: String,
+    },
     /// The interface is switched off.
     #[error("the TAP device {name} is down: switch it on with `ip link set {name} up`")]
     Down {
@@ -128,11 +134,6 @@ impl Tap {
             let (name, vnet) = Vnet::open(name)?;
             Ok((name, Way::Vnet(vnet)))
         })
-    }
-
-    /// Says whether this host's TAP devices can be opened with offloads.
-    pub fn may_have_offloads() -> Result<bool, TapError> {
-        vnet::is_supported().map_err(|error| refused("", error))
     }
 
     fn open_as(name: &str, attach: impl FnOnce(&str) -> io::Result<(String, Way)>) -> Result<Self, TapError> {
@@ -323,6 +324,7 @@ fn refused(name: &str, source: io::Error) -> TapError {
         Some(libc::EPERM | libc::EACCES) => TapError::Permission { name, source },
         Some(libc::EINVAL) => TapError::Kind { name },
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::Unsupported { source },
+        _ if source.kind() == io::ErrorKind::Unsupported => TapError::Offloads { name },
         _ => TapError::Host { name, source },
     }
 }

@@ -18,7 +18,7 @@ use bundled::guest_image;
 use bytes::Bytes;
 use machine::devices::{block, net};
 use machine::offload::HEADER_BYTES;
-use machine::{KvmVm, MachineConfig, Mapping, PAGE_BYTES, PowerEvent, Vm, host_check};
+use machine::{CardConfig, KvmVm, MachineConfig, Mapping, PAGE_BYTES, PowerEvent, Vm, host_check};
 
 const MEMORY: u64 = 64 << 20;
 const DISK: usize = 4 << 20;
@@ -139,8 +139,10 @@ fn host(mapping: Mapping) -> Host {
     let config = MachineConfig {
         memory_bytes: MEMORY,
         mapping,
-        macs: vec![GUEST_MAC],
-        offloads: false,
+        cards: vec![CardConfig {
+            mac: GUEST_MAC,
+            offloads: false,
+        }],
         console: Box::new(paper.clone()),
         on_power: Arc::new(move |event| drop(report.send(event))),
     };

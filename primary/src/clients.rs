@@ -13,6 +13,7 @@ use checkpoint::limits::FRAME_BYTES_MAX;
 use checkpoint::{Instant, Nic};
 use link::clock;
 use link::port::Port;
+use machine::offload::Offloads;
 use machine::tap::Tap;
 use smallvec::SmallVec;
 use tokio::io::Interest;
@@ -36,11 +37,15 @@ pub(crate) struct Lost {
 /// The TAPs, and what was lost at them.
 pub(crate) struct Clients {
     taps: Vec<AsyncFd<TapFd>>,
+    /// What each was told last that its guest takes.
+    accepted: Vec<Offloads>,
     /// The card that is looked at first.
     next: usize,
     pool: FramePool,
     /// What is to leave in this turn.
     leaving: Vec<(Nic, Bytes, Option<Instant>)>,
+    /// A frame is read into it. One byte more than any may have shows that it was cut.
+    frame: Vec<u8>,
     lost: Lost,
 }
 
@@ -60,6 +65,7 @@ impl Clients {
     /// Fails if the runtime can't.
     pub(crate) fn new(taps: &[Arc<Tap>]) -> io::Result<Self> {
         let watched = taps.iter().map(|tap| {
+            tap.set_offloads(Offloads::NONE)?;
             #[expect(
                 deprecated,
                 reason = "its replacement is unsafe; TapFd keeps one descriptor open for as long as it lives"
@@ -68,9 +74,11 @@ impl Clients {
         });
         Ok(Self {
             taps: watched.collect::<io::Result<_>>()?,
+            accepted: vec![Offloads::NONE; taps.len()],
             next: 0,
             pool: FramePool::new(),
             leaving: Vec::new(),
+            frame: vec![0; FRAME_BYTES_MAX + 1],
             lost: Lost::default(),
         })
     }
@@ -93,9 +101,20 @@ impl Clients {
         nic
     }
 
-    /// Returns the TAPs' names, one a card.
-    pub(crate) fn taps(&self) -> Vec<&str> {
-        self.taps.iter().map(|tap| tap.get_ref().0.name()).collect()
+    /// Has the host leave to each guest's card what that takes, and do the rest itself.
+    pub(crate) fn follow(&mut self, ports: &[Arc<Port>]) {
+        for ((tap, told), port) in self.taps.iter().zip(&mut self.accepted).zip(ports) {
+            let accepted = port.accepted();
+            if accepted == *told {
+                continue;
+            }
+            *told = accepted;
+            let tap = &tap.get_ref().0;
+            if let Err(error) = tap.set_offloads(accepted) {
+                // It does all of it, or what the guest does not take is dropped at its card.
+                warn!(%error, tap = tap.name(), "the TAP can't be told what the guest takes of it");
+            }
+        }
     }
 
     pub(crate) fn lost(&self) -> Lost {
@@ -135,7 +154,7 @@ impl Clients {
 
     fn write(&mut self, nic: Nic, frame: &Bytes) {
         let tap = &self.taps[nic.index()].get_ref().0;
-        let Err(error) = tap.send_bare(frame) else { return };
+        let Err(error) = tap.send(frame) else { return };
         self.lost.refused += 1;
         if self.lost.refused.is_power_of_two() {
             let (tap, frames) = (tap.name(), self.lost.refused);
@@ -146,11 +165,10 @@ impl Clients {
     /// Reads the next frame for a card, if there is one.
     pub(crate) fn read(&mut self, nic: Nic) -> Option<Bytes> {
         let watched = &self.taps[nic.index()];
-        // One byte more shows that a frame was cut.
-        let mut frame = [0; FRAME_BYTES_MAX + 1];
+        let frame = &mut self.frame[..];
         loop {
             let read = watched.try_io(Interest::READABLE, |tap| {
-                tap.0.recv_bare(&mut frame)?.ok_or_else(|| ErrorKind::WouldBlock.into())
+                tap.0.recv(frame)?.ok_or_else(|| ErrorKind::WouldBlock.into())
             });
             match read {
                 Ok(length) if length > FRAME_BYTES_MAX => {

@@ -13,11 +13,13 @@ use link::capture::Captures;
 use link::clock;
 use link::control::{Answer, Command as Question, ControlRequest};
 use link::mailbox::{self, mailbox};
-use link::port::{INBOX_FRAMES_MAX, Port, Turns};
+use link::port::{INBOX_BYTES_MAX, INBOX_FRAMES_MAX, Port, Turns};
 use link::record::RecordPlace;
 use link::sentinel::Sentinel;
 use link::status::{Rates, Status};
 use link::{Alarms, BulkSender, Established, Events as LinkEvents, Link, LinkEvent, Worker};
+use machine::devices::net::FRAME_BYTES_MAX;
+use machine::offload::HEADER_BYTES;
 use machine::tap::Tap;
 use machine::{PowerEvent, Vm};
 use storage::FileImage;
@@ -37,7 +39,10 @@ const EVENTS_MAX: usize = 4_096;
 /// Frames taken from the TAP in one go.
 const FRAMES_PER_TURN: usize = 64;
 const _: () = assert!(
-    (INBOX_FRAMES_MAX * limits::FRAME_BYTES_MAX) as u64 <= limits::INPUT_BYTES_UNCONFIRMED_MAX,
+    (INBOX_BYTES_MAX + limits::NICS_MAX * limits::FRAME_BYTES_MAX) as u64 <= limits::INPUT_BYTES_UNCONFIRMED_MAX
+        && INBOX_FRAMES_MAX as u64 <= limits::INPUTS_UNCONFIRMED_MAX
+        && limits::FRAME_HEADER_BYTES == HEADER_BYTES
+        && limits::FRAME_BYTES_MAX == FRAME_BYTES_MAX,
     "what was read before the network is held fits into what the secondary bears"
 );
 /// Events of the machine taken in one go for each network card; more than a turn of it makes.
@@ -247,6 +252,7 @@ impl Role {
                 () = deadline => self.step(Event::Timeout),
             }
             self.cards.take();
+            self.clients.follow(&self.ports);
             for _ in 0..EVENTS_PER_TURN * self.cards.cards() {
                 let Some(event) = inbox.try_recv() else { break };
                 self.step(event);
@@ -474,8 +480,6 @@ impl Role {
 
     fn drop_link(&mut self) {
         let Some((link, _)) = self.link.take() else { return };
-        // To the secondary the end of the connections says that nothing more leaves here.
-        self.clients.flush();
         if self.goodbye {
             self.finishing = Some(tokio::spawn(async move { link.finish(GOODBYE_MAX).await }));
         } else {
@@ -575,7 +579,6 @@ impl Role {
                 link_queued_bytes: self.link.as_ref().map_or(0, |(link, _)| link.queued_bytes() as u64),
                 rates: self.rates,
                 lost: self.clients.lost(),
-                taps: self.clients.taps(),
                 alarms: self.alarms.list(),
                 since: now.since(self.since),
                 last: self.traces.last(),

@@ -4,6 +4,7 @@
 
 use bytes::BytesMut;
 use checkpoint::frames::FramePool;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::{Epoch, EpochMode, Instant};
 use divan::counter::ItemsCount;
 use divan::{AllocProfiler, Bencher};
@@ -78,7 +79,8 @@ struct Traffic {
 
 impl Traffic {
     fn new(protocol: u8, length: usize, flows: usize) -> Self {
-        let mut frame = vec![0; length];
+        let mut whole = vec![0; FRAME_HEADER_BYTES + length];
+        let frame = &mut whole[FRAME_HEADER_BYTES..];
         frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1, 8, 0]);
         let bytes = |from: usize| u16::try_from(length - from).expect("it fits").to_be_bytes();
         frame[14..26].copy_from_slice(&[0x45, 0, bytes(14)[0], bytes(14)[1], 0, 0, 0x40, 0, 64, protocol, 0, 0]);
@@ -94,7 +96,7 @@ impl Traffic {
             protocol,
             flows,
             sent: 0,
-            batch: vec![frame; BATCH],
+            batch: vec![whole; BATCH],
         };
         traffic.advance();
         traffic
@@ -105,7 +107,8 @@ impl Traffic {
     }
 
     fn advance(&mut self) {
-        for frame in &mut self.batch {
+        for whole in &mut self.batch {
+            let frame = &mut whole[FRAME_HEADER_BYTES..];
             let number = |value: usize| u32::try_from(value % (1 << 32)).expect("it fits");
             let (flow, round) = (number(self.sent % self.flows), self.sent / self.flows);
             self.sent += 1;

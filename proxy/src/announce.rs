@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bytes::Bytes;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 
 use crate::checksum;
@@ -116,7 +117,10 @@ impl AddressBook {
         let FlowKey {
             class, vlans, source, ..
         } = parsed.key;
-        let Some(mac) = bytes.get(6..12).and_then(|mac| Mac::try_from(mac).ok()) else {
+        let Some(mac) = bytes
+            .get(FRAME_HEADER_BYTES + 6..FRAME_HEADER_BYTES + 12)
+            .and_then(|mac| Mac::try_from(mac).ok())
+        else {
             return;
         };
         let is_unreadable = class == Class::Malformed && source.address.is_unspecified();
@@ -149,7 +153,7 @@ impl AddressBook {
 
     /// Learns from what a guest says of its own addresses.
     fn learn_claims(&mut self, vlans: Vlans, mac: Mac, bytes: &[u8]) {
-        let Ok(packet) = SlicedPacket::from_ethernet(bytes) else {
+        let Ok(packet) = SlicedPacket::from_ethernet(&bytes[FRAME_HEADER_BYTES..]) else {
             return;
         };
         match &packet.net {
@@ -310,7 +314,8 @@ fn remember<K: Ord + Copy, V: Default>(
 }
 
 fn ethernet(destination: Mac, source: Mac, vlans: &Vlans, ethertype: u16) -> Vec<u8> {
-    let mut frame = Vec::with_capacity(100);
+    let mut frame = Vec::with_capacity(112);
+    frame.extend([0; FRAME_HEADER_BYTES]);
     frame.extend(destination);
     frame.extend(source);
     for (protocol, vlan) in vlans.tags() {

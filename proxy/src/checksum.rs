@@ -34,6 +34,15 @@ pub(crate) fn shortened(before: &[u8], after: &mut [u8], checksum_at: usize) {
     after[checksum_at..checksum_at + 2].copy_from_slice(&(!fold(sum)).to_be_bytes());
 }
 
+/// The same where the checksum is still to be filled in and holds the sum of the pseudo header, of which only the packet's
+/// length has changed.
+pub(crate) fn shortened_pseudo(before: usize, after: &mut [u8], checksum_at: usize) {
+    let word = |length: usize| u16::try_from(length).unwrap_or(u16::MAX);
+    let field = u16::from_be_bytes([after[checksum_at], after[checksum_at + 1]]);
+    let sum = u32::from(field) + u32::from(!word(before)) + u32::from(word(after.len()));
+    after[checksum_at..checksum_at + 2].copy_from_slice(&fold(sum).to_be_bytes());
+}
+
 /// Returns the checksum of a transport packet over its pseudo header; its own checksum field must be zero.
 pub(crate) fn transport(source: IpAddr, destination: IpAddr, protocol: u8, packet: &[u8]) -> u16 {
     let mut sum = u32::from(protocol) + u32::try_from(packet.len()).unwrap_or(u32::MAX) % 0xffff;

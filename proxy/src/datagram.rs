@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::{Instant, Role};
 
 use crate::frame::Shape;
@@ -137,7 +138,7 @@ impl Whole {
         let at = shape.first_difference(mine, their_shape, theirs).unwrap_or(0);
         Some(Reason::Mismatch(Difference {
             fact: Fact::Bytes,
-            offset: at as u64,
+            offset: at.saturating_sub(FRAME_HEADER_BYTES) as u64,
             primary: context(mine, at),
             secondary: context(theirs, at),
         }))

@@ -14,6 +14,7 @@
 use std::collections::VecDeque;
 
 use bytes::Bytes;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Duration, Instant};
 
@@ -433,7 +434,7 @@ impl Datagram {
                     let (bytes, other_bytes) = (&mine.bytes, &theirs.bytes);
                     if let Some(at) = mine.shape.first_difference(bytes, &theirs.shape, other_bytes) {
                         return Some(difference(
-                            at,
+                            at.saturating_sub(FRAME_HEADER_BYTES),
                             &bytes[at.min(bytes.len())..],
                             &other_bytes[at.min(other_bytes.len())..],
                         ));

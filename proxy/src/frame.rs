@@ -1,4 +1,4 @@
-//! A checked view of an Ethernet frame.
+//! A checked view of an Ethernet frame behind its header.
 //!
 //! [`parse`] looks at a frame once and says to which flow it belongs and how it is compared: as a
 //! [`Segment`] of a TCP stream, as a [`Fragment`] of an IP datagram, or whole, as a [`Shape`] that names the few bytes which
@@ -6,9 +6,11 @@
 //! Used by the comparator and the translator on bytes of either guest, of the peer and of the
 //! network; it never panics and never allocates.
 
-use std::net::IpAddr;
-use std::ops::Range;
+mod cut;
 
+use std::net::IpAddr;
+
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::mutants::{self, Mutant};
 use etherparse::{
     IpPayloadSlice, Ipv4Slice, Ipv6ExtensionSlice, Ipv6Slice, LinkExtSlice, NetSlice, SlicedPacket, TcpSlice,
@@ -17,6 +19,7 @@ use etherparse::{
 
 use crate::checksum;
 use crate::flow::{Class, FlowKey, Vlans};
+use crate::offload::Offload;
 use crate::seq::Seq;
 
 /// Offset of the acknowledgement number in a TCP header.
@@ -30,6 +33,8 @@ const TCP_FLAGS_AT: usize = 13;
 const TCP_FIN: u8 = 1;
 const TCP_PSH: u8 = 8;
 const TCP_ACK: u8 = 16;
+/// Offset of the checksum in a UDP header.
+const UDP_CHECKSUM_AT: usize = 6;
 /// Length of a TCP header without options.
 const TCP_HEADER: usize = 20;
 /// Length of an IPv6 header without extensions.
@@ -90,6 +95,8 @@ pub(crate) struct Segment {
     /// The urgent pointer if the URG flag is set.
     pub(crate) urgent: Option<u16>,
     pub(crate) options: Options,
+    /// Its checksum is still to be filled in: until then no number in its header counts in it.
+    pub(crate) partial: bool,
 }
 
 /// What the options of a segment say.
@@ -127,6 +134,8 @@ pub(crate) struct Offer {
 /// The length of a frame compared whole, and the ranges that policy ignores in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
+    /// The first byte that is compared: behind the header that says what is left to do, unless that itself matters.
+    first: usize,
     length: usize,
     ignored: [(u16, u16); IGNORED_MAX],
     count: usize,
@@ -176,25 +185,25 @@ impl Segment {
 
     /// Writes another sequence number and mends the checksum.
     pub(crate) fn set_seq(&self, frame: &mut [u8], seq: Seq) {
-        checksum::replace_u32(frame, self.tcp, TCP_SEQ_AT, TCP_CHECKSUM_AT, seq.0.to_be_bytes());
+        self.replace(frame, TCP_SEQ_AT, seq.0.to_be_bytes());
     }
 
     /// Writes another acknowledgement number and mends the checksum.
     pub(crate) fn set_ack(&self, frame: &mut [u8], ack: Seq) {
-        checksum::replace_u32(frame, self.tcp, TCP_ACK_AT, TCP_CHECKSUM_AT, ack.0.to_be_bytes());
+        self.replace(frame, TCP_ACK_AT, ack.0.to_be_bytes());
     }
 
     /// Writes another time of the sender and mends the checksum.
     pub(crate) fn set_time(&self, frame: &mut [u8], time: Seq) {
         if let Some(Timestamps { at, .. }) = self.options.timestamps {
-            checksum::replace_u32(frame, self.tcp, at, TCP_CHECKSUM_AT, time.0.to_be_bytes());
+            self.replace(frame, at, time.0.to_be_bytes());
         }
     }
 
     /// Writes another returned time and mends the checksum.
     pub(crate) fn set_echo(&self, frame: &mut [u8], echo: Seq) {
         if let Some(Timestamps { at, .. }) = self.options.timestamps {
-            checksum::replace_u32(frame, self.tcp, at + 4, TCP_CHECKSUM_AT, echo.0.to_be_bytes());
+            self.replace(frame, at + 4, echo.0.to_be_bytes());
         }
     }
 
@@ -204,7 +213,7 @@ impl Segment {
             let mut old = [0; 4];
             old.copy_from_slice(&frame[edge..edge + 4]);
             let new = change(Seq(u32::from_be_bytes(old)));
-            checksum::replace_u32(frame, self.tcp, edge - self.tcp, TCP_CHECKSUM_AT, new.0.to_be_bytes());
+            self.replace(frame, edge - self.tcp, new.0.to_be_bytes());
         }
     }
 
@@ -220,58 +229,13 @@ impl Segment {
         }
     }
 
-    /// Makes the pure acknowledgement that would follow this segment: its headers without payload and SACK. Nothing if it is
-    /// signed. A checksum that was wrong stays wrong.
-    pub(crate) fn acknowledgement(&self, frame: &[u8], ack: Seq) -> Option<Vec<u8>> {
-        if self.options.signed {
-            return None;
-        }
-        let mut reply = frame[..self.payload].to_vec();
-        reply[self.tcp + TCP_SEQ_AT..][..4].copy_from_slice(&self.end_seq().0.to_be_bytes());
-        reply[self.tcp + TCP_ACK_AT..][..4].copy_from_slice(&ack.0.to_be_bytes());
-        reply[self.tcp + TCP_FLAGS_AT] = TCP_ACK;
-        reply[self.tcp + 18..self.tcp + 20].fill(0);
-        self.mend(frame, &mut reply);
-        self.blank_sack(&mut reply);
-        Some(reply)
-    }
-
-    /// Makes a segment of a part of this one, from a number within it until another. It pushes and ends only if it goes on to
-    /// the end. A checksum that was wrong stays wrong.
-    ///
-    /// # Panics
-    /// If this is a SYN.
-    pub(crate) fn part(&self, frame: &[u8], part: Range<Seq>) -> Vec<u8> {
-        assert!(!self.syn, "a SYN is not cut");
-        let at = |number: Seq| {
-            let bytes = usize::try_from(number.after(self.seq)).unwrap_or(0);
-            self.end.min(self.payload + bytes)
-        };
-        let mut cut = frame[..self.payload].to_vec();
-        cut.extend_from_slice(&frame[at(part.start)..at(part.end)]);
-        cut[self.tcp + TCP_SEQ_AT..][..4].copy_from_slice(&part.start.0.to_be_bytes());
-        if part.end != self.end_seq() {
-            cut[self.tcp + TCP_FLAGS_AT] &= !(TCP_PSH | TCP_FIN);
-        }
-        self.mend(frame, &mut cut);
-        cut
-    }
-
-    /// Mends lengths and checksums of a frame that was made of this one and is shorter.
-    fn mend(&self, frame: &[u8], shorter: &mut [u8]) {
-        let length = |from: usize| u16::try_from(shorter.len() - from).unwrap_or(u16::MAX).to_be_bytes();
-        if frame[self.ip] >> 4 == 4 {
-            let header = self.ip..self.ip + usize::from(frame[self.ip] & 0xf) * 4;
-            let total = length(self.ip);
-            shorter[self.ip + 2..self.ip + 4].copy_from_slice(&total);
-            shorter[self.ip + 10..self.ip + 12].fill(0);
-            let sum = checksum::header(&shorter[header]);
-            shorter[self.ip + 10..self.ip + 12].copy_from_slice(&sum.to_be_bytes());
+    /// Replaces four bytes of the TCP header and mends the checksum, if it is there.
+    fn replace(&self, frame: &mut [u8], at: usize, new: [u8; 4]) {
+        if self.partial {
+            frame[self.tcp + at..][..4].copy_from_slice(&new);
         } else {
-            let payload = length(self.ip + IPV6_HEADER);
-            shorter[self.ip + 4..self.ip + 6].copy_from_slice(&payload);
+            checksum::replace_u32(frame, self.tcp, at, TCP_CHECKSUM_AT, new);
         }
-        checksum::shortened(&frame[self.tcp..self.end], &mut shorter[self.tcp..], TCP_CHECKSUM_AT);
     }
 
     fn sack_edges(&self, frame: &[u8]) -> [Option<usize>; 20] {
@@ -305,7 +269,7 @@ impl Segment {
                     *byte = OPTION_NOP;
                 }
             }
-            checksum::replace_u32(frame, self.tcp, start - self.tcp, TCP_CHECKSUM_AT, group);
+            self.replace(frame, start - self.tcp, group);
             from = start + 4;
         }
     }
@@ -314,9 +278,18 @@ impl Segment {
 impl Shape {
     fn new(bytes: &[u8]) -> Self {
         Self {
+            first: 0,
             length: bytes.len(),
             ignored: [(0, 0); IGNORED_MAX],
             count: 0,
+        }
+    }
+
+    /// Ignores the header before the frame if it says nothing but, perhaps, that the checksum of this datagram, which is
+    /// ignored itself, is still to be filled in.
+    fn ignore_header(&mut self, bytes: &[u8], datagram: Option<(usize, usize)>) {
+        if Offload::of(bytes).is_some_and(|offload| offload.fits(datagram)) {
+            self.first = FRAME_HEADER_BYTES;
         }
     }
 
@@ -336,7 +309,7 @@ impl Shape {
     /// Returns the offset of the first byte in which two frames differ for the policy, or nothing if they are equal.
     pub(crate) fn first_difference(&self, bytes: &[u8], other: &Self, other_bytes: &[u8]) -> Option<usize> {
         let common = self.length.min(other.length);
-        let mut from = 0;
+        let mut from = self.first.min(other.first).min(common);
         let ignored = self.ignored[..self.count].iter();
         let ignored = ignored.map(|&(start, end)| (usize::from(start), usize::from(end)));
         for (start, end) in ignored.chain([(common, common)]) {
@@ -354,22 +327,26 @@ impl Shape {
         if self.length != other.length {
             return Some(common);
         }
-        if self.ignored != other.ignored { Some(0) } else { None }
+        let is_alike = self.ignored == other.ignored && self.first == other.first;
+        if is_alike { None } else { Some(0) }
     }
 
     /// Says whether two frames are equal for the policy.
     pub(crate) fn equal(&self, bytes: &[u8], other: &Self, other_bytes: &[u8]) -> bool {
         self.length == other.length
+            && self.first == other.first
             && self.ignored == other.ignored
             && (self.first_difference(bytes, other, other_bytes).is_none() || mutants::on(Mutant::CompareLengths))
     }
 }
 
 fn sliced(bytes: &[u8]) -> Option<Frame> {
-    let packet = SlicedPacket::from_ethernet(bytes).ok()?;
+    let ethernet = bytes.get(FRAME_HEADER_BYTES..)?;
+    let packet = SlicedPacket::from_ethernet(ethernet).ok()?;
     let mut shape = Shape::new(bytes);
+    shape.ignore_header(bytes, None);
     let mut vlans = Vlans::NONE;
-    let mut tpid = u16::from_be_bytes([*bytes.get(12)?, *bytes.get(13)?]);
+    let mut tpid = u16::from_be_bytes([*ethernet.get(12)?, *ethernet.get(13)?]);
     for extension in &packet.link_exts {
         match extension {
             LinkExtSlice::Vlan(vlan) => {
@@ -515,7 +492,9 @@ fn transported(
             });
         }
         Some(TransportSlice::Udp(udp)) => {
-            shape.ignore(offset(bytes, udp.slice())? + 6, 2);
+            let at = offset(bytes, udp.slice())?;
+            shape.ignore(at + UDP_CHECKSUM_AT, 2);
+            shape.ignore_header(bytes, Some((at, UDP_CHECKSUM_AT)));
             let ports = (udp.source_port(), udp.destination_port());
             return Some(whole(FlowKey::addressed(Class::Udp, vlans, ends, ports), shape));
         }
@@ -549,6 +528,7 @@ fn segment(bytes: &[u8], ip: usize, tcp: &TcpSlice<'_>) -> Option<Segment> {
         return None;
     }
     let options = options(&bytes[..payload], at + TCP_HEADER)?;
+    let offload = Offload::of(bytes).filter(|offload| offload.fits_tcp(bytes[ip] >> 4, at, TCP_CHECKSUM_AT))?;
     Some(Segment {
         ip,
         tcp: at,
@@ -564,6 +544,7 @@ fn segment(bytes: &[u8], ip: usize, tcp: &TcpSlice<'_>) -> Option<Segment> {
             signed: options.signed || is_authenticated(&bytes[..at], ip),
             ..options
         },
+        partial: offload.needs_checksum(),
     })
 }
 

@@ -15,6 +15,9 @@
 //! | ARP, other EtherTypes, 802.3 | the whole frame | VLAN priority |
 //! | what does not parse | the whole frame | nothing |
 //!
+//! Each frame has a header of twelve bytes before it that says what is left to do on it: a checksum to be filled in, a segment
+//! of up to 64 KiB to be cut (`offload`). It is ignored like the checksum, unless it says more than that.
+//!
 //! VLAN numbers (802.1Q, `QinQ`, up to three) are part of the flow. All frames of which not even the addresses parse
 //! are one flow.
 //!
@@ -48,6 +51,7 @@ mod frame;
 mod hold;
 mod lag;
 mod lane;
+mod offload;
 mod order;
 mod picture;
 mod said;
@@ -72,6 +76,7 @@ pub use comparator::{Comparator, ComparatorLimits, Mode};
 pub use counters::{Counters, FlowReport, Held, Pending};
 pub use flow::{Class, Endpoint, FlowKey, Vlans};
 pub use lag::Lag;
+pub use offload::{complete, on_wire};
 pub use picture::{Leaving, NetworkPicture};
 pub use sequence::{Snapshot, Translator};
 pub use temper::FlowPatience;

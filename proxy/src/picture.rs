@@ -9,6 +9,7 @@ use crate::announce::NetworkState;
 use crate::codec::StateError;
 use crate::flow::Class;
 use crate::frame::{self, Frame};
+use crate::offload;
 use crate::sequence::Snapshot;
 
 /// The translator and the address book of one guest, driven by the protocols of both roles.
@@ -64,11 +65,12 @@ impl NetworkPicture {
     #[must_use]
     pub fn of(mac: [u8; 6]) -> Self {
         let mut picture = Self::default();
-        let mut frame = [0; 60];
-        frame[..6].fill(0xff);
-        frame[6..12].copy_from_slice(&mac);
+        let mut wire = [0; 60];
+        wire[..6].fill(0xff);
+        wire[6..12].copy_from_slice(&mac);
         // An EtherType for local experiments: nothing but the source address is learned from the frame.
-        frame[12..14].copy_from_slice(&[0x88, 0xb5]);
+        wire[12..14].copy_from_slice(&[0x88, 0xb5]);
+        let frame = offload::complete(&wire);
         picture.state.addresses.learn(&frame::parse(&frame), &frame);
         picture
     }
@@ -169,7 +171,7 @@ mod tests {
         let mac = [2, 0, 0, 1, 2, 3];
         let frames = NetworkPicture::of(mac).announcements();
         assert_eq!(frames.len(), 1, "RARP: nothing else is known");
-        assert_eq!(&frames[0][6..14], &[2, 0, 0, 1, 2, 3, 0x80, 0x35]);
+        assert_eq!(&frames[0][18..26], &[2, 0, 0, 1, 2, 3, 0x80, 0x35]);
         assert!(NetworkPicture::new().announcements().is_empty());
     }
 }

@@ -1,6 +1,7 @@
 //! Frames and a comparator in a known state, for the tests of this crate.
 
 use bytes::Bytes;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use std::net::IpAddr;
 
@@ -11,6 +12,11 @@ use crate::frame::{self, Body, Segment};
 use crate::sequence::Translator;
 use crate::verdict::{Divergence, Verdict};
 
+/// Where the IP header of a frame without tags starts.
+pub(crate) const IP_AT: usize = FRAME_HEADER_BYTES + 14;
+/// Where what follows an IPv4 header without options starts, and what follows an IPv6 header.
+pub(crate) const TRANSPORT_AT: usize = IP_AT + 20;
+pub(crate) const TRANSPORT_V6_AT: usize = IP_AT + 40;
 pub(crate) const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub(crate) const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 pub(crate) const GUEST: [u8; 4] = [10, 0, 0, 1];
@@ -119,7 +125,7 @@ pub(crate) fn ends(v6: bool, inbound: bool) -> (IpAddr, IpAddr) {
 }
 
 pub(crate) fn ethernet(vlans: &[(u16, u16)], ethertype: u16, payload: &[u8]) -> Bytes {
-    let mut frame = Vec::new();
+    let mut frame = vec![0; FRAME_HEADER_BYTES];
     frame.extend(CLIENT_MAC);
     frame.extend(GUEST_MAC);
     for (protocol, vlan) in vlans {
@@ -184,7 +190,7 @@ pub(crate) fn segment(frame: &[u8]) -> (Segment, Vec<u8>) {
     let Body::Tcp(segment) = frame::parse(frame).body else {
         panic!("a TCP segment is expected")
     };
-    let packet = etherparse::SlicedPacket::from_ethernet(frame).unwrap();
+    let packet = etherparse::SlicedPacket::from_ethernet(&frame[FRAME_HEADER_BYTES..]).unwrap();
     let Some(etherparse::TransportSlice::Tcp(tcp)) = &packet.transport else {
         panic!("a TCP segment is expected")
     };
@@ -320,4 +326,26 @@ pub(crate) fn again(translator: &Translator, frame: &mut [u8]) -> bool {
 /// Shows a frame of the guest to its address book.
 pub(crate) fn learn(book: &mut AddressBook, frame: &[u8]) {
     book.learn(&frame::parse(frame), frame);
+}
+
+/// Leaves the checksum of a segment or a UDP datagram to be filled in, and a segment to be cut into such pieces.
+pub(crate) fn left_to_do(frame: &[u8], size: Option<u16>) -> Bytes {
+    let key = frame::parse(frame).key;
+    let mut left = frame.to_vec();
+    let (at, field, protocol) = match frame::parse(frame).body {
+        Body::Tcp(segment) => (segment.tcp, 16, 6),
+        _ => (TRANSPORT_AT, 6, 17),
+    };
+    let sum = checksum::transport(key.source.address, key.destination.address, protocol, &[]);
+    left[at + field..at + field + 2].copy_from_slice(&(!sum).to_be_bytes());
+    checksum::shortened_pseudo(0, &mut left[at..], field);
+    let place = |at: usize| u16::try_from(at).unwrap().to_le_bytes();
+    left[0] = 1;
+    left[6..8].copy_from_slice(&place(at - FRAME_HEADER_BYTES));
+    left[8..10].copy_from_slice(&place(field));
+    if let Some(size) = size {
+        left[1] = if at == TRANSPORT_V6_AT { 4 } else { 1 };
+        left[4..6].copy_from_slice(&size.to_le_bytes());
+    }
+    left.into()
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use etherparse::{SlicedPacket, TransportSlice};
 use proptest::prelude::*;
-use proxy::{Comparator, ComparatorLimits, NetworkPicture, Pending, Verdict};
+use proxy::{Comparator, ComparatorLimits, NetworkPicture, Pending, Verdict, complete, on_wire};
 
 const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const FIN: u8 = 1;
@@ -174,7 +174,7 @@ impl Secondary {
 
     fn hears(&mut self, frame: &[u8]) {
         self.flush();
-        self.picture.arriving(Bytes::copy_from_slice(frame));
+        self.picture.arriving(complete(frame));
     }
 
     fn says(&mut self, frame: &[u8]) {
@@ -224,8 +224,8 @@ impl Secondary {
     }
 
     fn send(&mut self, segment: Segment) {
-        let left = self.picture.leaving(Bytes::from(segment.frame()));
-        self.out.push(left.into_wire().into());
+        let left = self.picture.leaving(complete(&segment.frame()));
+        self.out.push(on_wire(left.wire()).into());
     }
 
     fn says_datagram(&mut self, frame: &[u8]) {
@@ -294,18 +294,18 @@ fn replay(frames: &[Bytes], seed: u64, flip: Option<usize>) -> Replay {
     for frame in frames {
         if frame[6..12] == GUEST {
             sent += 1;
-            comparator.primary_output(now, frame.clone(), &mut verdicts);
+            comparator.primary_output(now, complete(frame), &mut verdicts);
             secondary.says(frame);
         } else {
             secondary.hears(frame);
         }
         for own in secondary.out.drain(..) {
-            comparator.secondary_output(now, Epoch(1), own.into(), &mut verdicts);
+            comparator.secondary_output(now, Epoch(1), complete(&own), &mut verdicts);
         }
     }
     secondary.flush();
     for own in secondary.out.drain(..) {
-        comparator.secondary_output(now, Epoch(1), own.into(), &mut verdicts);
+        comparator.secondary_output(now, Epoch(1), complete(&own), &mut verdicts);
     }
     while let Some(deadline) = comparator.deadline() {
         now = now.max(deadline) + Duration::from_millis(1);

@@ -3,7 +3,10 @@
 //! The first card is the only one that most VMs have: it takes its MAC address from `--mac` or the pair's name, as it would if
 //! there were no others. Both hosts come to the same addresses.
 
+use std::fmt;
 use std::str::FromStr;
+
+use machine::CardConfig;
 
 use checkpoint::limits::NICS_MAX;
 
@@ -22,6 +25,8 @@ pub struct CardOption {
     pub tap: String,
     /// Its MAC address, if it was said here.
     pub mac: Option<Mac>,
+    /// Whether the guest may leave checksums and the cutting of TCP segments to the host, if it was said.
+    pub offloads: Option<bool>,
 }
 
 /// One network card.
@@ -31,6 +36,26 @@ pub struct Card {
     pub tap: String,
     /// Its MAC address.
     pub mac: Mac,
+    /// Whether the guest may leave checksums and the cutting of TCP segments to the host.
+    pub offloads: bool,
+}
+
+impl Card {
+    /// Returns what the machine has to know of it.
+    pub(crate) fn config(&self) -> CardConfig {
+        CardConfig {
+            mac: self.mac.0,
+            offloads: self.offloads,
+        }
+    }
+}
+
+impl fmt::Display for Card {
+    /// What must be alike on both hosts.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let offloads = if self.offloads { "on" } else { "off" };
+        write!(f, "net={},offloads={offloads}", self.mac)
+    }
 }
 
 impl FromStr for CardOption {
@@ -41,13 +66,16 @@ impl FromStr for CardOption {
         let mut card = Self {
             tap: parts.next().unwrap_or_default().to_owned(),
             mac: None,
+            offloads: None,
         };
         for part in parts {
             match part.split_once('=') {
                 Some(("mac", mac)) if card.mac.is_none() => card.mac = Some(mac.parse()?),
+                Some(("offloads", "on")) if card.offloads.is_none() => card.offloads = Some(true),
+                Some(("offloads", "off")) if card.offloads.is_none() => card.offloads = Some(false),
                 _ => {
                     return Err(format!(
-                        "'{part}' says nothing about a TAP device: write NAME or NAME,mac=MAC"
+                        "'{part}' says nothing about a TAP device: write NAME, NAME,mac=MAC or NAME,offloads=off"
                     ));
                 }
             }
@@ -75,7 +103,7 @@ pub(crate) fn cards(given: Vec<CardOption>, first_mac: Option<Mac>, pair: &str) 
         return Err(wrong("tap", &given[NICS_MAX].tap, reason));
     }
     let mut cards: Vec<Card> = Vec::new();
-    for CardOption { tap, mac } in given {
+    for CardOption { tap, mac, offloads } in given {
         if tap.is_empty() || tap.len() > INTERFACE_BYTES_MAX || tap.contains(['/', ' ', '%', '\0']) {
             let reason = "an interface's name has 1 to 15 characters, no / and no space";
             return Err(wrong("tap", tap, reason));
@@ -99,7 +127,8 @@ pub(crate) fn cards(given: Vec<CardOption>, first_mac: Option<Mac>, pair: &str) 
             let reason = format!("another network card has the address {mac}: give each its own, with {tap},mac=MAC");
             return Err(wrong("tap", tap, reason));
         }
-        cards.push(Card { tap, mac });
+        let offloads = offloads.unwrap_or(true);
+        cards.push(Card { tap, mac, offloads });
     }
     Ok(cards)
 }
@@ -124,8 +153,14 @@ mod tests {
     fn a_card_is_a_tap_and_perhaps_an_address() {
         assert_eq!(card("tap0").mac, None);
         assert_eq!(card("tap0,mac=02:00:00:00:00:01").mac, MAC.parse().ok());
+        let offloads = |given| told(&[given], None).unwrap()[0].offloads;
+        assert!(
+            offloads("tap0") && offloads("tap0,offloads=on") && !offloads("tap0,mac=02:00:00:00:00:01,offloads=off")
+        );
         for wrong in [
             "tap0,",
+            "tap0,offloads=no",
+            "tap0,offloads=on,offloads=off",
             "tap0,queues=2",
             "tap0,mac=1",
             "tap0,mac=02:00:00:00:00:01,mac=02:00:00:00:00:02",

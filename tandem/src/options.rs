@@ -54,8 +54,9 @@ pub struct VmOptions {
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<ByteSize>,
     /// The TAP device, made beforehand, that connects the VM to the clients. May be given up to eight times, on both hosts alike: each
-    /// is a network card of the VM, with a MAC address of its own [default: derived from the pair's name]
-    #[arg(long, value_name = "IFACE[,mac=MAC]")]
+    /// is a network card of the VM, with a MAC address of its own [default: derived from the pair's name]. With `offloads=off`, to
+    /// be said on both hosts, the guest computes checksums and cuts its TCP segments itself
+    #[arg(long, value_name = "IFACE[,mac=MAC][,offloads=off]")]
     pub tap: Vec<CardOption>,
     /// The MAC address of the VM's first network card [default: derived from the pair's name]
     #[arg(long, value_name = "MAC")]

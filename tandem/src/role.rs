@@ -36,6 +36,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::info;
 
 use crate::bundle::GUEST_IMAGE;
+use crate::cards::Card;
 use crate::settings::{RunSettings, Settings, VmSettings, Witness};
 
 /// How a role's process ends when nothing failed.
@@ -225,7 +226,11 @@ impl Host {
                 record.pair
             );
         }
-        let taps = settings.vm.cards.iter().map(|card| Tap::open(&card.tap).map(Arc::new));
+        let open = |card: &Card| match card.offloads {
+            true => Tap::open_with_offloads(&card.tap),
+            false => Tap::open(&card.tap),
+        };
+        let taps = settings.vm.cards.iter().map(|card| open(card).map(Arc::new));
         let taps = taps.collect::<Result<_, _>>()?;
         let known = record.as_ref().and_then(|record| record.witness.as_deref());
         let witness = match (&settings.witness, &settings.pair) {
@@ -293,7 +298,7 @@ impl Host {
 
     fn shape(&self) -> MachineShape {
         let cards = self.settings.vm.cards.iter();
-        let mut devices: Vec<String> = cards.map(|card| format!("net={}", card.mac)).collect();
+        let mut devices: Vec<String> = cards.map(Card::to_string).collect();
         devices.extend(["block", "console", "entropy"].map(str::to_owned));
         MachineShape {
             memory_bytes: self.settings.vm.memory,
@@ -397,8 +402,7 @@ impl Host {
         let config = MachineConfig {
             memory_bytes: self.settings.vm.memory,
             mapping,
-            macs: self.macs(),
-            offloads: false,
+            cards: self.settings.vm.cards.iter().map(Card::config).collect(),
             console: Box::new(Console(Vec::new())),
             on_power: Arc::new(move |event| {
                 // A closed channel means that the role has ended.

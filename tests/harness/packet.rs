@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use checkpoint::Nic;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use etherparse::checksum::Sum16BitWords;
 
 /// The guest's address.
@@ -25,9 +26,17 @@ pub const PSH: u8 = 8;
 /// ACK of a TCP header.
 pub const ACK: u8 = 16;
 
-const IP: usize = 14;
+/// Where Ethernet starts: behind the header that says what is left to do.
+const ETHERNET: usize = FRAME_HEADER_BYTES;
+/// Where a packet starts in its frame.
+pub const IP: usize = ETHERNET + 14;
 /// Where a datagram starts in its frame.
 pub const TRANSPORT: usize = IP + 20;
+const CHECKSUM_AT: usize = 16;
+/// What the header before a frame says: the checksum is to be filled in, the segment is to be cut, into such pieces.
+const NEEDS_CHECKSUM: u8 = 1;
+const SEGMENTS: u8 = 1;
+const PIECE: usize = 2;
 const TCP_PROTOCOL: u8 = 6;
 const UDP_PROTOCOL: u8 = 17;
 
@@ -41,7 +50,9 @@ pub fn card_to(address: u8, cards: usize) -> Nic {
 /// Returns the card at which a client's frame arrives, and by which the guest's leaves; nothing for what is not IPv4.
 #[must_use]
 pub fn cards_of(frame: &[u8], cards: usize) -> Option<[Nic; 2]> {
-    let ip = frame.get(IP..TRANSPORT).filter(|_| frame[12..14] == [8, 0])?;
+    let ip = frame
+        .get(IP..TRANSPORT)
+        .filter(|_| frame[ETHERNET + 12..IP] == [8, 0])?;
     Some([ip[15], ip[19]].map(|address| card_to(address, cards)))
 }
 
@@ -88,7 +99,7 @@ pub struct Packet<'a> {
 #[must_use]
 pub fn parse(frame: &[u8]) -> Option<Packet<'_>> {
     let ip = frame.get(IP..TRANSPORT)?;
-    if frame[12..14] != [8, 0] || ip[0] != 0x45 || fragment(frame).is_some() {
+    if frame[ETHERNET + 12..IP] != [8, 0] || ip[0] != 0x45 || fragment(frame).is_some() {
         return None;
     }
     let length = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
@@ -110,7 +121,7 @@ pub fn parse(frame: &[u8]) -> Option<Packet<'_>> {
         _ => return None,
     };
     let whole = Sum16BitWords::new().add_slice(ip).ones_complement() == 0;
-    let intact = whole && transport_sum(ip[9], from.0, to.0, transport) == 0;
+    let intact = whole && rest_is_intact(frame, payload.len(), transport_sum(ip[9], from.0, to.0, transport));
     Some(Packet {
         from,
         to,
@@ -118,6 +129,32 @@ pub fn parse(frame: &[u8]) -> Option<Packet<'_>> {
         payload,
         intact,
     })
+}
+
+/// Says whether the sum of a segment is right, or what is to make it right, and to cut it, later.
+fn rest_is_intact(frame: &[u8], payload: usize, sum: u16) -> bool {
+    let header = &frame[..ETHERNET];
+    if header[0] & NEEDS_CHECKSUM == 0 {
+        return sum == 0 && *header == [0; ETHERNET];
+    }
+    let place = [length(TRANSPORT - ETHERNET), length(CHECKSUM_AT)]
+        .map(u16::to_le_bytes)
+        .concat();
+    let is_cut = match header[1] {
+        0 => header[4..6] == [0, 0],
+        SEGMENTS => usize::from(u16::from_le_bytes([header[4], header[5]])) < payload,
+        _ => false,
+    };
+    // The field holds the sum of the pseudo header; what is summed up later begins with the segment itself.
+    let later = Sum16BitWords::new()
+        .add_slice(&frame[TRANSPORT..])
+        .ones_complement()
+        .to_ne_bytes();
+    let mut whole = frame[ETHERNET..].to_vec();
+    whole[TRANSPORT - ETHERNET + CHECKSUM_AT..][..2].copy_from_slice(&later);
+    let ends = (frame[IP + 15], frame[IP + 19]);
+    let right = transport_sum(TCP_PROTOCOL, ends.0, ends.1, &whole[TRANSPORT - ETHERNET..]) == 0;
+    header[6..10] == place && is_cut && right
 }
 
 /// Makes a UDP frame.
@@ -141,7 +178,25 @@ pub fn tcp(from: End, to: End, tcp: &Header, payload: &[u8]) -> Bytes {
     header[12] = 5 << 4;
     header[13] = tcp.flags;
     header[14..16].copy_from_slice(&tcp.window.to_be_bytes());
-    frame(TCP_PROTOCOL, from.0, to.0, &header, 16, payload)
+    let mut frame: Vec<u8> = frame(TCP_PROTOCOL, from.0, to.0, &header, CHECKSUM_AT, payload).into();
+    // Every fourth is left to others to be finished. The two guests' numbers differ, and so do those segments.
+    if tcp.seq % 4 == 3 {
+        let place = TRANSPORT + CHECKSUM_AT;
+        let sum = transport_sum(TCP_PROTOCOL, from.0, to.0, &[]);
+        let sum = Sum16BitWords::new()
+            .add_2bytes((!sum).to_ne_bytes())
+            .add_2bytes(length(frame.len() - TRANSPORT).to_be_bytes());
+        frame[place..place + 2].copy_from_slice(&(!sum.ones_complement()).to_ne_bytes());
+        frame[0] = NEEDS_CHECKSUM;
+        frame[6..8].copy_from_slice(&length(TRANSPORT - ETHERNET).to_le_bytes());
+        frame[8..10].copy_from_slice(&length(CHECKSUM_AT).to_le_bytes());
+        if payload.len() > PIECE {
+            frame[1] = SEGMENTS;
+            frame[2..4].copy_from_slice(&length(TRANSPORT - ETHERNET + header.len()).to_le_bytes());
+            frame[4..6].copy_from_slice(&length(PIECE).to_le_bytes());
+        }
+    }
+    frame.into()
 }
 
 /// A fragment: the number of its datagram, its place in that, whether there is more behind it, and its bytes.
@@ -150,7 +205,7 @@ pub fn fragment(frame: &[u8]) -> Option<(u16, usize, bool, &[u8])> {
     let (ip, bytes) = (frame.get(IP..TRANSPORT)?, frame.get(TRANSPORT..)?);
     let word = |at: usize| u16::from_be_bytes([ip[at], ip[at + 1]]);
     let (place, more) = (usize::from(word(6) & 0x1fff) * 8, word(6) & 0x2000 != 0);
-    let is_ip = frame[12..14] == [8, 0] && ip[0] == 0x45;
+    let is_ip = frame[ETHERNET + 12..IP] == [8, 0] && ip[0] == 0x45;
     (is_ip && (place > 0 || more)).then_some((word(4), place, more, bytes))
 }
 
@@ -207,6 +262,7 @@ impl Assembly {
 
 fn frame(protocol: u8, from: u8, to: u8, header: &[u8], sum_at: usize, payload: &[u8]) -> Bytes {
     let mut out = Vec::with_capacity(TRANSPORT + header.len() + payload.len());
+    out.extend([0; ETHERNET]);
     for end in [to, from] {
         out.extend([2, 0, 10, 0, 0, end]);
     }
@@ -256,7 +312,7 @@ mod tests {
             assert!(read.intact);
             assert_eq!((read.from, read.to), ((GUEST, SERVICE_PORT), (100, 4_000)));
             assert_eq!((read.tcp, read.payload), (Some(header), payload));
-            let sliced = etherparse::SlicedPacket::from_ethernet(&frame).expect("well formed");
+            let sliced = etherparse::SlicedPacket::from_ethernet(&frame[ETHERNET..]).expect("well formed");
             let Some(etherparse::TransportSlice::Tcp(tcp)) = sliced.transport else {
                 panic!("a TCP segment is expected")
             };
@@ -266,10 +322,21 @@ mod tests {
                 Ok(tcp.checksum())
             );
 
+            let mut unfinished = header;
+            unfinished.seq += 3;
+            let frame = super::tcp((GUEST, SERVICE_PORT), (100, 4_000), &unfinished, payload);
+            assert_eq!((frame[0], frame[1]), (1, u8::from(payload.len() > 2)));
+            assert!(parse(&frame).is_some_and(|read| read.intact && read.payload == payload));
+            for at in [1, 6, 8, TRANSPORT + 17] {
+                let mut broken = frame.to_vec();
+                broken[at] ^= 8;
+                assert!(parse(&broken).is_some_and(|read| !read.intact), "{at}");
+            }
+
             let frame = udp((100, 4_000), (GUEST, SERVICE_PORT), payload);
             assert!(parse(&frame).is_some_and(|read| read.intact && read.payload == payload && read.tcp.is_none()));
             let mut broken = frame.to_vec();
-            broken[35] ^= 1;
+            broken[TRANSPORT + 1] ^= 1;
             assert!(parse(&broken).is_some_and(|read| !read.intact));
         }
     }
@@ -291,7 +358,7 @@ mod tests {
             let payloads: Vec<_> = cut(&whole, 9, place)
                 .iter()
                 .filter_map(|part| {
-                    let packet = etherparse::SlicedPacket::from_ethernet(part).expect("well formed");
+                    let packet = etherparse::SlicedPacket::from_ethernet(&part[ETHERNET..]).expect("well formed");
                     pool.process_sliced_packet(&packet, (), ()).expect("no overlap")
                 })
                 .collect();

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use checkpoint::{Duration, Epoch, EpochMode, Instant, Role};
 use proxy::{Comparator, ComparatorLimits, NetworkPicture, Verdict};
 
-use crate::packet::{ACK, RST, SYN};
+use crate::packet::{ACK, IP, RST, SYN, TRANSPORT};
 
 const URG: u8 = 32;
 
@@ -180,17 +180,18 @@ fn timed(seq: u32, ack: u32, time: u32, payload: &[u8]) -> Bytes {
 /// The same from the other end, returning this time.
 fn answer(frame: Bytes, time: u32) -> Bytes {
     let mut frame = frame.to_vec();
-    for at in 26..30 {
+    for at in IP + 12..IP + 16 {
         frame.swap(at, at + 4);
     }
-    frame.swap(34, 36);
-    frame.swap(35, 37);
-    frame[62..66].copy_from_slice(&time.to_be_bytes());
+    frame.swap(TRANSPORT, TRANSPORT + 2);
+    frame.swap(TRANSPORT + 1, TRANSPORT + 3);
+    frame[TRANSPORT + 28..TRANSPORT + 32].copy_from_slice(&time.to_be_bytes());
     frame.into()
 }
 
 fn time(frame: &[u8]) -> u32 {
-    u32::from_be_bytes([frame[58], frame[59], frame[60], frame[61]])
+    let at = TRANSPORT + 24;
+    u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
 }
 
 /// Both guests connect to the same place, each from a port of its own.
@@ -199,7 +200,7 @@ fn ports() -> bool {
     primary.protect();
     for (side, port) in [(Role::Primary, 40), (Role::Secondary, 50)] {
         let mut frame = tcp(1000, SYN, 0, b"").to_vec();
-        frame[34] = port;
+        frame[TRANSPORT] = port;
         match side {
             Role::Primary => primary.sends(frame.into()),
             Role::Secondary => primary.hears(frame.into()),
@@ -235,5 +236,5 @@ fn ipv4(protocol: u8, fragment: [u8; 4], payload: &[u8]) -> Bytes {
     frame.extend(fragment);
     frame.extend([64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 9]);
     frame.extend(payload);
-    frame.into()
+    proxy::complete(&frame)
 }

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use machine::netns::make_lasting_tap;
+use machine::offload::Offloads;
 use machine::tap::Tap;
 use tandem::lab::{CLIENT_V4, CLIENT_V6, LabError, Namespace, TAP};
 
@@ -38,6 +39,8 @@ pub(crate) struct Setup {
     pub(crate) timestamps: Timestamps,
     /// How the secondary's program hands its bytes to its kernel; the primary's does as they are.
     pub(crate) style: Style,
+    /// What the stacks of the primary, the secondary and the client leave to the network.
+    pub(crate) offloads: [Offloads; 3],
     /// Where captures are written.
     pub(crate) captures: Option<PathBuf>,
 }
@@ -122,6 +125,9 @@ impl Stage {
         for host in [&primary, &secondary] {
             set(host, "ipv4/tcp_rmem", "4096 4194304 8388608");
         }
+        for (tap, offloads) in taps.iter().zip(setup.offloads) {
+            tap.set_offloads(offloads).map_err(LabError::Tap)?;
+        }
         let programs = [
             Program::start(&primary, Style::Whole),
             Program::start(&secondary, setup.style),
@@ -196,7 +202,9 @@ fn furnish(host: &Namespace, mac: [u8; 6], addresses: [IpAddr; 2], timestamps: &
         net.up("lo").await?;
         net.up(TAP).await
     })?;
-    let tap = host.run(|| Tap::open(TAP)).expect("the TAP was just made");
+    let tap = host
+        .run(|| Tap::open_with_offloads(TAP))
+        .expect("the TAP was just made");
     host.netlink(async move |net| {
         for address in addresses {
             net.add_address(TAP, address, if address.is_ipv4() { 24 } else { 64 })

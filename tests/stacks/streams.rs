@@ -4,6 +4,7 @@ use std::thread::{scope, sleep};
 use std::time::Duration;
 
 use checkpoint::Duration as Span;
+use machine::offload::Offloads;
 
 use crate::clients;
 use crate::services::{ECHO, PATIENT, Style};
@@ -113,6 +114,64 @@ fn vlans_are_no_difference() {
         };
         stage.client(|| BOTH.map(|ip| all_kinds(ip, MEBI / 4)));
         stage.agreed();
+    }
+}
+
+/// Long segments of one stack, and those of Ethernet's length of the other, are one stream; whichever is the longer leaves.
+#[test]
+fn case_p10_what_is_left_to_the_network_is_no_difference() {
+    let checksums = Offloads {
+        checksum: true,
+        ..Offloads::NONE
+    };
+    for (primary, secondary, client, vlans) in [
+        (Offloads::ALL, Offloads::ALL, Offloads::ALL, &[][..]),
+        (Offloads::ALL, Offloads::NONE, Offloads::ALL, &[]),
+        (Offloads::NONE, Offloads::ALL, Offloads::NONE, &[100, 7]),
+        (Offloads::ALL, checksums, Offloads::ALL, &[7]),
+    ] {
+        let stage = Stage::new(&Setup {
+            conditions: Conditions { vlans, ..delayed(2) },
+            timestamps: Timestamps::Apart,
+            offloads: [primary, secondary, client],
+            ..Setup::default()
+        });
+        let Some(stage) = stage else { return };
+        stage.client(|| BOTH.map(|ip| all_kinds(ip, 4 * MEBI)));
+        let told = stage.agreed();
+        assert_eq!(told.longest > 30_000, primary.tcp4, "{} bytes", told.longest);
+    }
+}
+
+#[test]
+fn case_p10_long_segments_outlive_loss() {
+    for seed in 0..2 {
+        let stage = Stage::new(&Setup {
+            conditions: Conditions {
+                seed,
+                lost: 20,
+                repeated: 10,
+                overtaken: 20,
+                delay: Span::from_millis(3),
+                vlans: &[],
+            },
+            timestamps: Timestamps::Apart,
+            offloads: [
+                Offloads::ALL,
+                [Offloads::ALL, Offloads::NONE][usize::from(seed > 0)],
+                Offloads::ALL,
+            ],
+            ..Setup::default()
+        });
+        let Some(stage) = stage else { return };
+        stage.client(|| BOTH.map(|ip| kinds_that_outlive_loss(ip, MEBI)));
+        let told = stage.agreed();
+        assert!(
+            told.harmed > 20 && told.longest > 1_600,
+            "{} {}",
+            told.harmed,
+            told.longest
+        );
     }
 }
 

@@ -18,6 +18,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use harness::random::Random;
 use link::clock;
@@ -84,6 +85,8 @@ pub(crate) struct Told {
     pub(crate) taken_over: bool,
     /// Frames that the wire lost, repeated or let be overtaken.
     pub(crate) harmed: u64,
+    /// The longest frame that was released, with its header, in bytes.
+    pub(crate) longest: usize,
 }
 
 /// The thread, seen from the test. It ends when this is dropped.
@@ -122,6 +125,8 @@ enum Passing {
 
 struct Hub {
     taps: [Tap; 3],
+    /// Frames are read into it.
+    buffer: Vec<u8>,
     pictures: [NetworkPicture; 2],
     comparator: Comparator,
     leader: Side,
@@ -167,6 +172,7 @@ impl Switch {
             |name: &str| captures.map(|folder| Capture::new(&folder.join(name)).expect("a capture can be written"));
         let hub = Hub {
             taps,
+            buffer: Vec::new(),
             pictures,
             comparator: Comparator::new(limits, Epoch(1)),
             leader: Side::Primary,
@@ -189,6 +195,7 @@ impl Switch {
                 late_resets: 0,
                 taken_over: false,
                 harmed: 0,
+                longest: 0,
             },
         };
         let (orders, inbox) = channel();
@@ -265,11 +272,12 @@ impl Hub {
 
     /// Takes what the three stacks have sent; says whether there may be more.
     fn read_taps(&mut self) -> bool {
-        let mut frame = [0; checkpoint::limits::FRAME_BYTES_MAX];
+        let mut frame = std::mem::take(&mut self.buffer);
+        frame.resize(checkpoint::limits::FRAME_BYTES_MAX, 0);
         let mut more = false;
         for index in 0..self.taps.len() {
             for turn in 0..FRAMES_PER_TURN {
-                let Some(length) = self.taps[index].recv_bare(&mut frame).expect("a TAP can be read") else {
+                let Some(length) = self.taps[index].recv(&mut frame).expect("a TAP can be read") else {
                     break;
                 };
                 more |= turn + 1 == FRAMES_PER_TURN;
@@ -282,12 +290,13 @@ impl Hub {
                 }
             }
         }
+        self.buffer = frame;
         more
     }
 
     fn guest_sent(&mut self, now: Instant, side: Side, frame: &[u8]) {
         let host_is_cut_off = self.told.taken_over && side == Side::Primary;
-        if host_is_cut_off || frame.starts_with(&GROUP_REPORTS) {
+        if host_is_cut_off || frame[FRAME_HEADER_BYTES..].starts_with(&GROUP_REPORTS) {
             return;
         }
         let frame = segment::tag(frame, self.conditions.vlans);
@@ -350,13 +359,15 @@ impl Hub {
 
     fn send(&mut self, tap: usize, frame: &[u8]) {
         let frame = segment::untag(frame, self.conditions.vlans);
-        self.taps[tap].send_bare(&frame).expect("a kernel takes frames");
+        self.taps[tap].send(&frame).expect("a kernel takes frames");
     }
 
     fn carry_out(&mut self, now: Instant, verdicts: Vec<Verdict>) {
         for verdict in verdicts {
             match verdict {
                 Verdict::Release(frame, _) => {
+                    assert!(segment::is_intact(&frame), "a checksum is wrong: {frame:02x?}");
+                    self.told.longest = self.told.longest.max(frame.len());
                     note(&mut self.released, now, &frame);
                     self.wire(now, &frame, Passing::Leaving);
                     if self.is_moment(Moment::Left, &frame) {
@@ -529,9 +540,11 @@ impl Hub {
     }
 }
 
-fn note(capture: &mut Option<Capture>, now: Instant, frame: &[u8]) {
+fn note(capture: &mut Option<Capture>, now: Instant, frame: &Bytes) {
     if let Some(capture) = capture {
-        capture.write(now, frame).expect("a capture can be written");
+        capture
+            .write(now, &proxy::on_wire(frame))
+            .expect("a capture can be written");
     }
 }
 

@@ -4,6 +4,7 @@ use std::thread::{scope, sleep};
 use std::time::Duration;
 
 use checkpoint::Duration as Span;
+use machine::offload::Offloads;
 
 use crate::clients;
 use crate::segment::Kind;
@@ -28,6 +29,8 @@ fn taken_over(moment: Moment, client: fn(Ip)) {
         let setup = Setup {
             conditions,
             timestamps: [Timestamps::Apart, Timestamps::Alike][number / 2],
+            // Half of them leave to the network what they can.
+            offloads: [[Offloads::ALL, Offloads::NONE][number % 2]; 3],
             ..Setup::default()
         };
         let Some(stage) = Stage::new(&setup) else { return };

@@ -319,12 +319,12 @@ mod tests {
     fn bytes_on_the_wire_are_fixed() {
         #[rustfmt::skip]
         let golden = [
-            b'T', b'N', b'D', b'M', 6, 0, 21, 0,
+            b'T', b'N', b'D', b'M', 7, 0, 21, 0,
             8, 7, 6, 5, 4, 3, 2, 1,
             0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11,
             0, 0, 0, 0, 0, 0, 0, 0,
             0x33, 0x32, 3, 0, 0x24, 0x23, 0x22, 0x21,
-            0x44, 0x43, 0x42, 0x41, 0xa9, 0x07, 0xdd, 0x28,
+            0x44, 0x43, 0x42, 0x41, 0xee, 0x95, 0x99, 0x87,
         ];
         assert_eq!(sample().to_bytes(), golden);
         assert_eq!(Header::parse(&golden), Ok(sample()));

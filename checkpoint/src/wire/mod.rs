@@ -33,7 +33,7 @@ use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 6;
+pub const PROTOCOL_VERSION: u16 = 7;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]

@@ -85,8 +85,10 @@ fn sized(mapping: Mapping, memory_bytes: u64) -> Machine {
     let config = MachineConfig {
         memory_bytes,
         mapping,
-        macs: vec![[2, 0, 0, 0, 0, 1]],
-        offloads: false,
+        cards: vec![CardConfig {
+            mac: [2, 0, 0, 0, 0, 1],
+            offloads: false,
+        }],
         console: Box::new(io::sink()),
         on_power: Arc::new(move |event| drop(report.send(event))),
     };

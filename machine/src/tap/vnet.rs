@@ -20,6 +20,9 @@ impl Vnet {
     /// Attaches to the TAP device `name`; returns the name that it has.
     pub(super) fn open(name: &str) -> io::Result<(String, Self)> {
         let file = open()?;
+        if !knows_headers(&file)? {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let mut request = request(name);
         request.ifr_ifru.ifru_flags = flags();
         // SAFETY: TUNSETIFF reads and writes one `ifreq`, which is here and lives until the call returns.
@@ -54,8 +57,7 @@ impl AsRawFd for Vnet {
 }
 
 /// Says whether the kernel knows such headers.
-pub(super) fn is_supported() -> io::Result<bool> {
-    let file = open()?;
+fn knows_headers(file: &File) -> io::Result<bool> {
     let mut features: libc::c_uint = 0;
     // SAFETY: TUNGETFEATURES writes one number, which is here and lives until the call returns.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETFEATURES, &raw mut features) })?;

@@ -34,7 +34,7 @@ impl Seen {
             nic,
             place,
             comment,
-            frame: frame.clone(),
+            frame: proxy::on_wire(frame),
         });
     }
 

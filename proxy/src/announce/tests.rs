@@ -42,13 +42,13 @@ fn case_p16_announcements_are_right_for_each_address_family() {
     assert_eq!(frames.len(), 4);
     let rarp = &frames[0];
     assert_eq!(
-        (&rarp[..6], &rarp[6..12], &rarp[12..14], rarp[21]),
+        (&rarp[12..18], &rarp[18..24], &rarp[24..26], rarp[33]),
         (&BROADCAST[..], &GUEST_MAC[..], &[0x80, 0x35][..], 3)
     );
     let operations: Vec<u16> = frames[1..3]
         .iter()
         .map(|frame| {
-            let packet = SlicedPacket::from_ethernet(frame).unwrap();
+            let packet = SlicedPacket::from_ethernet(&frame[FRAME_HEADER_BYTES..]).unwrap();
             let Some(NetSlice::Arp(arp)) = packet.net else {
                 panic!("ARP is expected")
             };
@@ -64,7 +64,7 @@ fn case_p16_announcements_are_right_for_each_address_family() {
         })
         .collect();
     assert_eq!(operations, vec![1, 2]);
-    let packet = SlicedPacket::from_ethernet(&frames[3]).unwrap();
+    let packet = SlicedPacket::from_ethernet(&frames[3][FRAME_HEADER_BYTES..]).unwrap();
     let (Some(NetSlice::Ipv6(ip)), Some(TransportSlice::Icmpv6(icmp))) = (&packet.net, &packet.transport) else {
         panic!("ICMPv6 is expected")
     };
@@ -101,9 +101,9 @@ fn case_p18_each_vlan_is_announced_with_its_tags() {
     assert!(
         frames
             .iter()
-            .any(|frame| frame[12..20] == [0x88, 0xa8, 0, 1, 0x81, 0, 0, 2])
+            .any(|frame| frame[24..32] == [0x88, 0xa8, 0, 1, 0x81, 0, 0, 2])
     );
-    assert!(frames.iter().any(|frame| frame[12..18] == [0x81, 0, 0, 7, 8, 6]));
+    assert!(frames.iter().any(|frame| frame[24..30] == [0x81, 0, 0, 7, 8, 6]));
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn the_book_is_bounded_and_keeps_what_was_claimed() {
         let (_, to) = ends(false, false);
         learn(&mut book, &ip(IpAddr::from([172, b, c, d]), to, 200, 64, &[], b"x"));
         let mut frame = frame_of(&[], 0x88cc, b"x").to_vec();
-        frame[8..12].copy_from_slice(&number.to_be_bytes());
+        frame[20..24].copy_from_slice(&number.to_be_bytes());
         learn(&mut book, &frame);
     }
     assert_eq!((book.macs.len(), book.addresses.len()), (MACS_MAX, ADDRESSES_MAX));
@@ -154,7 +154,7 @@ proptest! {
             learn(&mut book, &frame);
         }
         for frame in book.announcements() {
-            prop_assert!(SlicedPacket::from_ethernet(&frame).is_ok());
+            prop_assert!(SlicedPacket::from_ethernet(&frame[FRAME_HEADER_BYTES..]).is_ok());
         }
         let mut copy = AddressBook::new();
         copy.replace(&book.snapshot()).unwrap();

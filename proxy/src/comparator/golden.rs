@@ -10,8 +10,10 @@ use std::path::Path;
 
 use bytes::Bytes;
 use checkpoint::Duration;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 
 use crate::comparator::ComparatorLimits;
+use crate::offload;
 use crate::testkit::*;
 use crate::verdict::{Reason, Verdict};
 
@@ -71,7 +73,7 @@ impl<'a> Line<'a> {
         let vlans = self.vlans();
         let (from, to) = ends(v6, false);
         let payload = core::mem::take(&mut self.payload);
-        let at = 14 + 4 * vlans.len();
+        let at = IP_AT + 4 * vlans.len();
         let frame = match self.kind {
             "tcp" => self.tcp(v6, vlans, payload),
             "udp" => {
@@ -102,7 +104,7 @@ impl<'a> Line<'a> {
             }
             "arp" => arp(self.short("operation", 1), [10, 0, 0, self.byte("sender", 1)]),
             "ether" => ethernet(&vlans, self.short("type", 0x88cc), &payload),
-            "raw" => payload.into(),
+            "raw" => offload::complete(&payload),
             other => panic!("there is no kind {other}"),
         };
         self.changed(frame.to_vec(), at, v6)
@@ -148,7 +150,7 @@ impl<'a> Line<'a> {
     fn changed(mut self, mut frame: Vec<u8>, ip: usize, v6: bool) -> Bytes {
         let tos = if v6 { ip } else { ip + 1 };
         for (name, at) in [
-            ("station", 5),
+            ("station", FRAME_HEADER_BYTES + 5),
             ("tos", tos),
             ("ttl", ip + if v6 { 7 } else { 8 }),
             ("ipid", ip + 5),

@@ -1,6 +1,7 @@
 //! The comparator case by case: streams, acknowledgements, epochs and limits.
 
 use bytes::Bytes;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::{Duration, Epoch, EpochMode, Role};
 
 use crate::comparator::ComparatorLimits;
@@ -264,7 +265,7 @@ fn case_p10_p11_what_policy_ignores_is_ignored() {
         (40, "UDP checksum"),
     ] {
         let mut other = frame.clone();
-        other[at] ^= 0x40;
+        other[FRAME_HEADER_BYTES + at] ^= 0x40;
         bench.primary(Bytes::from(frame.clone()));
         assert_eq!(
             released(&bench.secondary(Bytes::from(other))).len(),
@@ -275,7 +276,7 @@ fn case_p10_p11_what_policy_ignores_is_ignored() {
     for at in [6, 42, 45] {
         let mut bench = Bench::new();
         let mut other = frame.clone();
-        other[at] ^= 1;
+        other[FRAME_HEADER_BYTES + at] ^= 1;
         bench.primary(Bytes::from(frame.clone()));
         bench.secondary(Bytes::from(other));
         assert_eq!(
@@ -353,7 +354,7 @@ fn output_of_an_epoch_not_reached_is_a_violation() {
         [Verdict::Violation(_)]
     ));
     assert!(matches!(
-        bench.secondary_in(2, vec![0; 10_000])[..],
+        bench.secondary_in(2, vec![0; checkpoint::limits::FRAME_BYTES_MAX + 1])[..],
         [Verdict::Violation(_)]
     ));
 }

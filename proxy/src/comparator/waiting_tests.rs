@@ -19,7 +19,7 @@ fn syn(from: u16, to: u16) -> Bytes {
 
 fn datagram(from: u16, to: u16) -> Bytes {
     let mut frame = udp(to, b"who is it").to_vec();
-    frame[34..36].copy_from_slice(&from.to_be_bytes());
+    frame[TRANSPORT_AT..TRANSPORT_AT + 2].copy_from_slice(&from.to_be_bytes());
     frame.into()
 }
 

@@ -25,8 +25,8 @@ fn piece(v6: bool, number: u32, protocol: u8, bytes: &[u8], at: usize, more: boo
         return ip(from, to, 44, 64, &[], &extended);
     }
     let mut frame = ip(from, to, protocol, 64, &[], bytes).to_vec();
-    frame[18..20].copy_from_slice(&u16::try_from(number).unwrap().to_be_bytes());
-    frame[20..22].copy_from_slice(&((place / 8) | (u16::from(more) << 13)).to_be_bytes());
+    frame[IP_AT + 4..IP_AT + 6].copy_from_slice(&u16::try_from(number).unwrap().to_be_bytes());
+    frame[IP_AT + 6..IP_AT + 8].copy_from_slice(&((place / 8) | (u16::from(more) << 13)).to_be_bytes());
     frame.into()
 }
 
@@ -119,7 +119,7 @@ fn case_p17_each_kind_of_difference_is_seen() {
     assert_eq!(sees(&cut(false, 3, &[&bytes[..], &[1]].concat(), &[2])).offset, 48);
     // Another station, in one fragment only; and the same in all.
     let mut theirs: Vec<Vec<u8>> = cut(false, 3, &bytes, &[2]).iter().map(|frame| frame.to_vec()).collect();
-    theirs.iter_mut().for_each(|frame| frame[5] ^= 1);
+    theirs.iter_mut().for_each(|frame| frame[FRAME_HEADER_BYTES + 5] ^= 1);
     let theirs: Vec<Bytes> = theirs.into_iter().map(Bytes::from).collect();
     assert_eq!(sees(&theirs).offset, 5);
 }
@@ -158,7 +158,7 @@ fn overlapping_and_senseless_fragments_wait_for_the_commit() {
         piece(false, 3, 17, &[0; 16], 65_528, false),
         {
             let mut frame = part(false, 3, 17, &bytes, 8, 16).to_vec();
-            frame[5] ^= 1;
+            frame[FRAME_HEADER_BYTES + 5] ^= 1;
             [&frame[..]].concat().into()
         },
     ] {
@@ -351,7 +351,7 @@ fn received(frames: &[Bytes]) -> Vec<Vec<u8>> {
     let mut pool = etherparse::defrag::IpDefragPool::<(), ()>::new();
     let mut datagrams = Vec::new();
     for frame in frames {
-        let packet = etherparse::SlicedPacket::from_ethernet(frame).unwrap();
+        let packet = etherparse::SlicedPacket::from_ethernet(&frame[FRAME_HEADER_BYTES..]).unwrap();
         if let Ok(Some(whole)) = pool.process_sliced_packet(&packet, (), ()) {
             datagrams.push(whole.payload);
         }

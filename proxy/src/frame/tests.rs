@@ -16,9 +16,9 @@ fn case_p17_p18_every_frame_class_is_recognised() {
     let packet = |ends: (IpAddr, IpAddr), protocol, payload: &[u8]| ip(ends.0, ends.1, protocol, 64, &[], payload);
     let tcp = Tcp::data(1, 1, b"data").frame();
     let mut fragment = tcp.to_vec();
-    fragment[20] = 0x20;
-    let hop_by_hop = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp[34..]].concat();
-    let atomic = [&[6, 0, 0, 0, 0, 0, 0, 1][..], &tcp[34..]].concat();
+    fragment[IP_AT + 6] = 0x20;
+    let hop_by_hop = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &tcp[TRANSPORT_AT..]].concat();
+    let atomic = [&[6, 0, 0, 0, 0, 0, 0, 1][..], &tcp[TRANSPORT_AT..]].concat();
     let v6_fragment = [&[17, 0, 0, 1, 0, 0, 0, 1][..], &[0; 16]].concat();
     let cases: Vec<(Vec<u8>, Class)> = vec![
         (tcp.to_vec(), Class::Tcp),
@@ -54,7 +54,7 @@ fn case_p17_p18_every_frame_class_is_recognised() {
             .to_vec(),
             Class::Malformed,
         ),
-        (tcp[..40].to_vec(), Class::Malformed),
+        (tcp[..TRANSPORT_AT + 6].to_vec(), Class::Malformed),
         (vec![], Class::Malformed),
     ];
     for (frame, want) in cases {
@@ -71,13 +71,21 @@ fn behind(v6: bool, more: &[u8]) -> Vec<u8> {
     let tcp = tcp.sack(&[(5, 9)]).times(7, 8).frame();
     let (from, to) = ends(v6, false);
     if v6 {
-        return ip(from, to, more[8], 64, &[], &[&more[..8], &tcp[54..]].concat()).to_vec();
+        return ip(
+            from,
+            to,
+            more[8],
+            64,
+            &[],
+            &[&more[..8], &tcp[TRANSPORT_V6_AT..]].concat(),
+        )
+        .to_vec();
     }
-    let mut frame = ip(from, to, 6, 64, &[], &[more, &tcp[34..]].concat()).to_vec();
-    frame[14] += u8::try_from(more.len() / 4).unwrap();
-    frame[24..26].fill(0);
-    let sum = checksum::header(&frame[14..34 + more.len()]);
-    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = ip(from, to, 6, 64, &[], &[more, &tcp[TRANSPORT_AT..]].concat()).to_vec();
+    frame[IP_AT] += u8::try_from(more.len() / 4).unwrap();
+    frame[IP_AT + 10..IP_AT + 12].fill(0);
+    let sum = checksum::header(&frame[IP_AT..TRANSPORT_AT + more.len()]);
+    frame[IP_AT + 10..IP_AT + 12].copy_from_slice(&sum.to_be_bytes());
     frame
 }
 
@@ -102,7 +110,7 @@ fn a_segment_behind_more_headers_is_rewritten_in_place_and_acknowledged() {
         assert_eq!((seen.seq.0, seen.ack, payload.len()), (10, Some(Seq(5)), 0));
         assert_eq!((seen.options.sack, seen.end), (None, reply.len()));
         if !v6 {
-            assert_eq!(checksum::header(&reply[14..34 + more.len()]), 0);
+            assert_eq!(checksum::header(&reply[IP_AT..TRANSPORT_AT + more.len()]), 0);
         }
     }
 }
@@ -115,7 +123,12 @@ fn a_segment_that_ipsec_signs_is_left_alone() {
         ..Tcp::data(1, 1, b"data")
     }
     .frame();
-    let signed = [&[6, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1][..], &[0; 12], &tcp[54..]].concat();
+    let signed = [
+        &[6, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1][..],
+        &[0; 12],
+        &tcp[TRANSPORT_V6_AT..],
+    ]
+    .concat();
     let behind_options = [&[51, 0, 1, 4, 0, 0, 0, 0][..], &signed].concat();
     for (next, packet) in [(51, signed), (60, behind_options)] {
         let frame = ip(from, to, next, 64, &[], &packet);

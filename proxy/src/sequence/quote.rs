@@ -3,6 +3,7 @@
 //! Without it no path MTU and no unreachable network would be told to the guest on a translated connection. Whatever
 //! else the quotation says stays as it is, its own checksum too: nobody checks that of a part.
 
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use etherparse::{LaxIpSlice, SlicedPacket, TransportSlice};
 
 use crate::checksum;
@@ -39,7 +40,7 @@ impl Translator {
 
 /// Returns which connection a frame quotes, where its ICMP header is, and from there where the quoted sequence number is.
 fn quotation(outer: &FlowKey, frame: &[u8]) -> Option<(FlowKey, usize, usize)> {
-    let packet = SlicedPacket::from_ethernet(frame).ok()?;
+    let packet = SlicedPacket::from_ethernet(frame.get(FRAME_HEADER_BYTES..)?).ok()?;
     let message = match packet.transport.as_ref()? {
         TransportSlice::Icmpv4(icmp) if matches!(icmp.type_u8(), 3 | 11 | 12) => icmp.slice(),
         TransportSlice::Icmpv6(icmp) if matches!(icmp.type_u8(), 1..=4) => icmp.slice(),

@@ -382,7 +382,7 @@ fn eviction_prefers_connections_without_an_offset() {
 fn what_is_not_a_whole_tcp_segment_passes_untouched() {
     let mut translator = accepted();
     let mut fragment = Tcp::data(OWN + 1, 1, b"x").frame().to_vec();
-    fragment[20] = 0x20;
+    fragment[IP_AT + 6] = 0x20;
     for frame in [Bytes::from(fragment), udp(80, b"x"), arp(1, GUEST)] {
         let mut passed = frame.to_vec();
         outbound(&mut translator, &mut passed);

@@ -178,10 +178,10 @@ fn case_p22_an_icmp_error_quotes_the_guests_own_number() {
         let quoted = like(Tcp::data(plus(WIRE, 100), 1, b"too long for somebody on the way")).frame();
         let header = if v6 { 40 } else { 20 };
         // All that a router must quote.
-        let error = icmp_error(v6, &quoted[14..14 + header + 8]);
+        let error = icmp_error(v6, &quoted[IP_AT..IP_AT + header + 8]);
         let mut seen = error.clone();
         inbound(&mut translator, &mut seen);
-        let at = 14 + header + 8 + header + 4;
+        let at = IP_AT + header + 8 + header + 4;
         assert_eq!(seen[at..at + 4], plus(OWN, 100).to_be_bytes());
         assert_eq!(icmp_checksum(v6, &seen), 0);
         // Of another connection.
@@ -191,7 +191,7 @@ fn case_p22_an_icmp_error_quotes_the_guests_own_number() {
                 ports: (80, 1),
                 ..Tcp::ack(1, 1)
             })
-            .frame()[14..14 + header + 8],
+            .frame()[IP_AT..IP_AT + header + 8],
         );
         let mut seen = other.clone();
         inbound(&mut translator, &mut seen);
@@ -216,9 +216,9 @@ fn icmp_error(v6: bool, quoted: &[u8]) -> Vec<u8> {
 fn icmp_checksum(v6: bool, frame: &[u8]) -> u16 {
     let (from, to) = ends(v6, true);
     if v6 {
-        crate::checksum::transport(from, to, 58, &frame[54..])
+        crate::checksum::transport(from, to, 58, &frame[TRANSPORT_V6_AT..])
     } else {
-        crate::checksum::header(&frame[34..])
+        crate::checksum::header(&frame[TRANSPORT_AT..])
     }
 }
 

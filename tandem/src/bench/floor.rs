@@ -14,7 +14,7 @@ use machine::devices::net::FRAME_BYTES_MAX;
 use machine::devices::{block, net};
 use machine::floor::Stop;
 use machine::tap::Tap;
-use machine::{CopyBuffer, KvmVm, MachineConfig, Mapping, Vm};
+use machine::{CardConfig, CopyBuffer, KvmVm, MachineConfig, Mapping, Vm};
 
 use crate::bundle::GUEST_IMAGE;
 use crate::clients::{Target, http_get};
@@ -46,8 +46,10 @@ impl Floor {
         let config = MachineConfig {
             memory_bytes: memory.0,
             mapping: Mapping::Shared,
-            macs: vec![MAC],
-            offloads: false,
+            cards: vec![CardConfig {
+                mac: MAC,
+                offloads: false,
+            }],
             console: Box::new(io::sink()),
             // A guest that has ended no longer answers, and that is told.
             on_power: Arc::new(|event| tracing::warn!(?event, "the floor's guest has ended")),

@@ -3,9 +3,10 @@
 //! Driven by `fuzz_targets/` and, with random bytes, by `proxy/tests/fuzz.rs`. Any bytes mean something, so nothing is rejected.
 
 use bytes::Bytes;
+use checkpoint::limits::FRAME_HEADER_BYTES;
 use checkpoint::{Duration, Epoch, EpochMode, Instant};
 use etherparse::{Ethernet2Header, IpFragOffset, IpNumber, Ipv4Header, PacketBuilder, SlicedPacket, TransportSlice};
-use proxy::{Comparator, ComparatorLimits, FlowPatience, NetworkPicture, Pending, Verdict};
+use proxy::{Comparator, ComparatorLimits, FlowPatience, NetworkPicture, Pending, Verdict, on_wire};
 
 const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const CLIENT: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -53,7 +54,43 @@ impl Source<'_> {
         if self.below(16) == 0 {
             frame.truncate(usize::from(self.byte()));
         }
-        frame
+        self.headed(frame)
+    }
+
+    /// Puts a header before a frame that says what is left to do; mostly nothing.
+    fn headed(&mut self, mut frame: Vec<u8>) -> Vec<u8> {
+        let mut header = vec![0; FRAME_HEADER_BYTES];
+        match self.below(8) {
+            0 => header = self.bytes(FRAME_HEADER_BYTES),
+            1 | 2 if kind_on_wire(&frame) == Kind::Tcp && frame.len() > 60 => {
+                // The checksum is to be filled in, and, perhaps, the segment to be cut.
+                let v6 = frame[12..14] == [0x86, 0xdd];
+                let start = if v6 { 54 } else { 34 };
+                let addresses = if v6 { &frame[22..54] } else { &frame[26..34] };
+                let length = u16::try_from(frame.len() - start).expect("short").to_be_bytes();
+                let words = addresses.chunks(2).chain([&[0, 6][..], &length]);
+                let sum: u32 = words
+                    .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
+                    .sum();
+                let sum = (sum & 0xffff) + (sum >> 16);
+                let sum = u16::try_from((sum & 0xffff) + (sum >> 16))
+                    .expect("two bytes")
+                    .to_be_bytes();
+                frame[start + 16..start + 18].copy_from_slice(&sum);
+                header[0] = 1;
+                header[6] = u8::try_from(start).expect("one byte");
+                header[8] = 16;
+                if self.below(2) == 0 {
+                    header[1] = if v6 { 4 } else { 1 };
+                    header[4] = 1 + self.below(9);
+                }
+            }
+            _ => {}
+        }
+        if self.below(32) == 0 {
+            header.truncate(usize::from(self.below(12)));
+        }
+        [header, frame].concat()
     }
 
     fn tcp(&mut self, inbound: bool) -> Vec<u8> {
@@ -177,6 +214,10 @@ enum Kind {
 }
 
 fn kind(frame: &[u8]) -> Kind {
+    kind_on_wire(frame.get(FRAME_HEADER_BYTES..).unwrap_or_default())
+}
+
+fn kind_on_wire(frame: &[u8]) -> Kind {
     let Ok(packet) = SlicedPacket::from_ethernet(frame) else {
         return Kind::Other;
     };
@@ -358,7 +399,7 @@ pub fn picture(data: &[u8]) {
             }
             4 => {
                 for frame in picture.announcements() {
-                    assert!(SlicedPacket::from_ethernet(&frame).is_ok());
+                    assert!(SlicedPacket::from_ethernet(&on_wire(&frame)).is_ok());
                 }
             }
             5..=9 => {
@@ -380,9 +421,9 @@ pub fn picture(data: &[u8]) {
 }
 
 /// Only numbers of TCP change, and a right checksum stays right.
-fn translated(before: &[u8], after: &[u8]) {
+fn translated(before: &Bytes, after: &Bytes) {
     assert_eq!(before.len(), after.len());
-    let is_error = SlicedPacket::from_ethernet(before).is_ok_and(|packet| {
+    let is_error = SlicedPacket::from_ethernet(&on_wire(before)).is_ok_and(|packet| {
         matches!(
             packet.transport,
             Some(TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_))
@@ -401,8 +442,9 @@ fn translated(before: &[u8], after: &[u8]) {
 }
 
 /// Says whether the checksum of TCP is right, if it is TCP.
-fn is_right(frame: &[u8]) -> Option<bool> {
-    let packet = SlicedPacket::from_ethernet(frame).ok()?;
+fn is_right(frame: &Bytes) -> Option<bool> {
+    let frame = on_wire(frame);
+    let packet = SlicedPacket::from_ethernet(&frame).ok()?;
     let Some(TransportSlice::Tcp(tcp)) = &packet.transport else {
         return None;
     };

@@ -116,7 +116,7 @@ fn udp(client: u16, inbound: bool, payload: &[u8]) -> Bytes {
         .udp(ports.0, ports.1);
     let mut frame = Vec::new();
     builder.write(&mut frame, payload).expect("a vector takes all");
-    frame.into()
+    proxy::complete(&frame)
 }
 
 fn tcp(client: u16, inbound: bool, details: &[String]) -> Result<Bytes, String> {
@@ -163,12 +163,13 @@ fn tcp(client: u16, inbound: bool, details: &[String]) -> Result<Bytes, String> 
     builder
         .write(&mut frame, payload.as_bytes())
         .expect("a vector takes all");
-    Ok(frame.into())
+    Ok(proxy::complete(&frame))
 }
 
 /// Says what a frame without a name is.
 fn describe(frame: &Bytes) -> String {
-    let Ok(packet) = SlicedPacket::from_ethernet(frame) else {
+    let frame = proxy::on_wire(frame);
+    let Ok(packet) = SlicedPacket::from_ethernet(&frame) else {
         return format!("{} bytes", frame.len());
     };
     if let Some(NetSlice::Arp(arp)) = &packet.net {

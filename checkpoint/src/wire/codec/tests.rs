@@ -382,7 +382,7 @@ fn an_own_message_over_its_bound_is_a_fault() {
     let _ = encode(&Message::Output(Output {
         tag: Tag::default(),
         nic: Nic::FIRST,
-        frame: Bytes::from(vec![0; 10_000]),
+        frame: Bytes::from(vec![0; crate::limits::FRAME_BYTES_MAX + 1]),
     }));
 }
 
