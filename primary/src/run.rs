@@ -479,6 +479,8 @@ impl Role {
     }
 
     fn drop_link(&mut self) {
+        // The peer may take the connections' end for the end of all output.
+        self.clients.flush();
         let Some((link, _)) = self.link.take() else { return };
         if self.goodbye {
             self.finishing = Some(tokio::spawn(async move { link.finish(GOODBYE_MAX).await }));

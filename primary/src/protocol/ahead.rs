@@ -8,8 +8,8 @@
 //! after a checkpoint whose answers said so; the pages are looked at all the same.
 
 use super::{
-    Action, AheadShipment, Duration, Instant, Look, Mutant, PageMatches, Primary, Report, State, Tag, Taken, Trigger,
-    mutants,
+    Action, AheadShipment, Duration, EpochMode, Instant, Look, Mutant, PageMatches, Primary, Report, State, Tag, Taken,
+    Trigger, mutants,
 };
 
 /// So much of what was asked about must have been alike for the pages to be left for the stop.
@@ -88,7 +88,7 @@ impl Primary {
             return self.look_in_flight(actions);
         }
         self.ahead.round = Some(now);
-        let alike = self.ahead.alike && self.comparators.mode() == proxy::Mode::Comparing;
+        let alike = self.ahead.alike && self.epoch_mode == EpochMode::Lockstep;
         let budget = self.options.ahead.filter(|_| !alike);
         let pages = budget.map_or(0, |budget| budget.round_pages());
         self.ahead.ordered |= pages > 0;
