@@ -649,6 +649,7 @@ impl Comparator {
         self.waiting.clear();
         self.suspects.clear();
         self.crossings.clear();
+        self.forget_beginning();
         self.early.clear();
         self.early_bytes = 0;
         self.pending = Pending::default();

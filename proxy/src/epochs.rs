@@ -75,6 +75,7 @@ impl Comparator {
         self.waiting.clear();
         self.suspects.clear();
         self.crossings.clear();
+        self.forget_beginning();
         self.pending = Pending::default();
         self.flows.committed();
         self.catch_up(now, verdicts);
@@ -118,15 +119,6 @@ impl Comparator {
         self.mode = Mode::Alone;
         self.uncommitted = None;
         self.behind = false;
-    }
-
-    /// Says that a secondary is being synchronised; output goes on leaving at once.
-    pub fn sync(&mut self) {
-        assert!(
-            self.mode != Mode::Comparing,
-            "a comparator stops comparing by release_all only"
-        );
-        self.mode = Mode::Syncing;
     }
 
     /// Holds and compares from `epoch` on, the one now running, which is run in this mode. To be called before the primary's guest may run past

@@ -325,7 +325,11 @@ impl Lane {
 
     /// Says whether something waits of which a part may leave, and nothing did before.
     pub(crate) fn comes_to_wait(&mut self, hold: &Hold) -> bool {
-        self.may_begin(hold).is_some() && !std::mem::replace(&mut self.begins, true)
+        if self.begins || self.may_begin(hold).is_none() {
+            return false;
+        }
+        self.begins = true;
+        true
     }
 
     /// Returns what may leave of a held segment though the rest may not: its first bytes, or a lower acknowledgement. With the
@@ -338,7 +342,7 @@ impl Lane {
         let Kind::Stream(stream, order) = &mut self.kind else {
             return None;
         };
-        let (first, last) = order.acknowledgements()?;
+        let (first, last) = order.acknowledgements(stream)?;
         let ack = stream.lowers(&last.note)?;
         let segment = last.note.segment();
         let mut begun = lowered(segment, hold.get(last.serial)?.frame.clone(), ack);

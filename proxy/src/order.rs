@@ -172,44 +172,48 @@ impl Order {
             .min_by_key(|next| next.serial)
     }
 
-    /// Returns the frames of which a part may leave before the rest: the next with something new, and the next acknowledgement.
+    /// Returns the frames of which a part may leave before the rest: the next of each kind.
     pub(crate) fn firsts(&self) -> impl Iterator<Item = &Entry> {
-        let acknowledgement = self.acknowledgements().map(|(first, _)| first);
-        let new = self.queues.get().and_then(|queues| queues.new.front());
-        new.into_iter().chain(acknowledgement)
+        let queues = self.queues.get();
+        let new = queues.and_then(|queues| queues.new.front());
+        let others = queues.filter(|_| !self.is_barred());
+        let others = others.map(|queues| [queues.acknowledgements.front(), queues.again.front()]);
+        new.into_iter().chain(others.into_iter().flatten().flatten())
     }
 
     /// Takes note that the first bytes of a frame leave, and returns it and how. What is new leaves once, as far as it goes; what is
-    /// said again leaves once for each frame that says it.
+    /// said again leaves from its start, for each frame that says it.
     pub(crate) fn begin(&mut self, stream: &Stream) -> Option<Begun<'_>> {
+        let most = if self.is_barred() { 0 } else { AGAIN_MAX };
         let queues = self.queues.get_mut()?;
         let new = queues.new.front_mut().into_iter();
-        let again = queues.again.iter_mut().take(AGAIN_MAX);
-        new.chain(again.filter(|entry| entry.begun.is_none()))
-            .find_map(|entry| {
-                let (end, leave) = stream.begins(&entry.note)?;
-                let start = entry.begins_at();
-                if end.at_most(start) {
-                    return None;
-                }
-                entry.begun = Some(end);
-                Some(Begun {
-                    serial: entry.serial,
-                    segment: entry.note.segment(),
-                    part: start..end,
-                    leave,
-                })
+        new.chain(queues.again.iter_mut().take(most)).find_map(|entry| {
+            let (end, leave) = stream.begins(&entry.note)?;
+            let start = entry.begins_at();
+            if end.at_most(entry.begun.unwrap_or(start)) {
+                return None;
+            }
+            entry.begun = Some(end);
+            Some(Begun {
+                serial: entry.serial,
+                segment: entry.note.segment(),
+                part: start..end,
+                leave,
             })
+        })
     }
 
     /// Returns the next acknowledgement and the last, which says most. A guest that has sent nothing but its SYN has them among the
     /// new.
-    pub(crate) fn acknowledgements(&self) -> Option<(&Entry, &Entry)> {
-        let queues = self.queues.get()?;
+    pub(crate) fn acknowledgements(&self, stream: &Stream) -> Option<(&Entry, &Entry)> {
+        let queues = self.queues.get().filter(|_| !self.is_barred())?;
         let new = queues.new.iter().take_while(|entry| entry.note.only_acknowledges());
-        let ends = queues.new.front().zip(new.last());
-        let ends = ends.or_else(|| queues.acknowledgements.front().zip(queues.acknowledgements.back()));
-        ends.filter(|_| !self.is_barred())
+        if let Some(ends) = queues.new.front().zip(new.last()) {
+            return Some(ends);
+        }
+        let ends = queues.acknowledgements.front().zip(queues.acknowledgements.back());
+        // What overtakes has to be renumbered.
+        ends.filter(|(_, last)| stream.left_end().is_some() || self.first_new().is_none_or(|new| last.serial < new))
     }
 
     /// Takes out a frame that leaves.

@@ -93,6 +93,15 @@ impl Comparator {
         }
     }
 
+    /// Nothing waits for the rest of anything any more.
+    pub(crate) fn forget_beginning(&mut self) {
+        for (_, id) in self.beginning.drain(..) {
+            if let Some(lane) = self.flows.get_mut(id) {
+                lane.begins = false;
+            }
+        }
+    }
+
     /// Returns when the secondary began to run in the epoch being compared; nothing if no bound counts now.
     fn counting_since(&self) -> Option<Instant> {
         let compares = self.mode == Mode::Comparing && self.running_mode == EpochMode::Lockstep;

@@ -1,7 +1,7 @@
 //! The comparator case by case: what need not wait for what the guest sent before it.
 
 use bytes::Bytes;
-use checkpoint::{Duration, EpochMode, Role};
+use checkpoint::{Duration, Epoch, EpochMode, Role};
 
 use super::tests::{connected, is_held};
 use crate::testkit::*;
@@ -364,6 +364,29 @@ fn first_bytes_that_were_lost_leave_again_with_each_retransmission() {
     }
     let rest = data(1003, b" segment");
     assert_eq!(released(&bench.secondary(rest.clone())), [rest, whole.clone(), whole]);
+}
+
+#[test]
+fn what_left_before_the_pairing_begins_again_as_far_as_the_secondary_has_come_each_time() {
+    // The client has lost what nobody has compared: the primary's guest says it again, and what it said then is not known.
+    let mut bench = connected();
+    bench.comparator.release_all(&mut Vec::new());
+    assert_eq!(released(&bench.primary(data(1000, b"one segment"))).len(), 1);
+    assert_eq!(
+        bench.comparator.stop(EpochMode::Lockstep).0 + 1,
+        bench.comparator.running().0
+    );
+    let epoch = bench.comparator.running();
+    bench.comparator.protect(epoch, EpochMode::Lockstep);
+    bench.comparator.loaded(bench.now, Epoch(epoch.0 - 1));
+    let whole = data(1000, b"one segment");
+    assert!(is_held(&bench.primary(whole.clone())));
+    for (seq, payload, begun) in [(1000, &b"one"[..], &b"one"[..]), (1003, b" seg", b"one seg")] {
+        assert!(is_held(&bench.secondary(data(seq, payload))));
+        assert_eq!(released(&bench.wait(BEGIN)), [data(1000, begun)]);
+        assert!(is_held(&bench.wait(BEGIN)), "once");
+    }
+    assert_eq!(released(&bench.secondary(data(1007, b"ment"))), [whole]);
 }
 
 #[test]

@@ -113,6 +113,8 @@ struct Held {
     bytes: Vec<u8>,
     fin: bool,
     is_new: bool,
+    /// Where what has not left may begin, in bytes: its first bytes may have left by themselves, or the same of another frame.
+    starts: Vec<usize>,
 }
 
 struct World {
@@ -277,6 +279,7 @@ impl World {
                     bytes: tcp.payload.clone(),
                     fin,
                     is_new,
+                    starts: vec![0],
                 });
             }
             self.bench.primary(tcp.frame())
@@ -362,25 +365,34 @@ impl World {
         let model = &mut self.flows[number];
         let start = i64::from(got.seq.after(Seq(base)));
         if !payload.is_empty() || got.fin {
-            let same = |held: &Held| held.seq == got.seq && held.fin == got.fin && held.bytes == payload;
+            let rests = |held: &Held, fits: &dyn Fn(&[u8]) -> bool| {
+                let at = usize::try_from(got.seq.after(held.seq)).unwrap_or(usize::MAX);
+                held.starts.contains(&at) && fits(&held.bytes[at..])
+            };
+            let same = |held: &Held| held.fin == got.fin && rests(held, &|rest| rest == payload);
             let first_new = model.held.iter().position(|held| held.is_new);
             let may = |at: &usize| same(&model.held[*at]) && (!model.held[*at].is_new || first_new == Some(*at));
             let at = (0..model.held.len()).find(may);
             // Or its first bytes leave, and the rest after them; and those again of what is said again.
             let begins = |at: &usize| {
                 let held = &model.held[*at];
-                let begins = held.seq == got.seq && !got.fin && held.bytes.starts_with(&payload);
+                let begins = !got.fin && rests(held, &|rest| rest.starts_with(&payload));
                 begins && (!held.is_new || first_new == Some(*at))
             };
-            if let Some(at) = at {
-                model.held.remove(at);
-            } else {
-                let at = (0..model.held.len()).find(begins);
-                let held = &mut model.held[at.expect("what leaves was held, and what is new leaves in order")];
+            let begun: Vec<usize> = (0..model.held.len()).filter(begins).collect();
+            for &at in &begun {
+                let held = &mut model.held[at];
                 if held.is_new {
-                    held.bytes.drain(..payload.len());
-                    held.seq = got.end_seq();
+                    held.starts
+                        .push(usize::try_from(got.end_seq().after(held.seq)).unwrap());
                 }
+            }
+            match at {
+                Some(at) => drop(model.held.remove(at)),
+                None => assert!(
+                    !begun.is_empty(),
+                    "what leaves was held, and what is new leaves in order"
+                ),
             }
         }
         for (at, byte) in (start..).zip(&payload) {
