@@ -81,21 +81,30 @@ fn empty(mapping: Mapping) -> Machine {
 }
 
 fn sized(mapping: Mapping, memory_bytes: u64) -> Machine {
+    with_cards(mapping, memory_bytes, 1)
+}
+
+fn with_cards(mapping: Mapping, memory_bytes: u64, cards: u8) -> Machine {
     let (report, ends) = mpsc::channel();
+    let card = |number| CardConfig {
+        mac: [2, 0, 0, 0, 0, number],
+        offloads: false,
+    };
     let config = MachineConfig {
         memory_bytes,
         mapping,
-        cards: vec![CardConfig {
-            mac: [2, 0, 0, 0, 0, 1],
-            offloads: false,
-        }],
+        cards: (1..=cards).map(card).collect(),
         console: Box::new(io::sink()),
         on_power: Arc::new(move |event| drop(report.send(event))),
     };
     Machine {
-        vm: KvmVm::new(config, vec![Box::new(Nowhere)], Box::new(Blank(1 << 20))).unwrap(),
+        vm: KvmVm::new(config, nowhere(cards), Box::new(Blank(1 << 20))).unwrap(),
         ends,
     }
+}
+
+fn nowhere(cards: u8) -> Vec<Box<dyn net::Backend>> {
+    (0..cards).map(|_| Box::new(Nowhere) as _).collect()
 }
 
 fn booted(code: &[u8]) -> Machine {

@@ -323,3 +323,28 @@ fn memory_above_the_device_window_is_memory_too() {
         "what nobody touched costs nothing"
     );
 }
+
+#[test]
+fn the_state_of_a_machine_is_that_of_all_its_network_cards() {
+    if kvm_is_missing() {
+        return;
+    }
+    let cards = |count| with_cards(Mapping::Shared, MEMORY_MIN, count).vm;
+    let [mut one, mut eight, mut other] = [1, 8, 8].map(cards);
+    let mut saved = eight.save().unwrap();
+    let nets: Vec<_> = saved
+        .0
+        .iter()
+        .filter(|section| section.name.starts_with("net"))
+        .collect();
+    assert_eq!((nets.len(), eight.net_turns().len()), (8, 8));
+    assert!(matches!(
+        one.check(&saved),
+        Err(VmError::State(StateError::Unexpected { section })) if section == "net1"
+    ));
+    other.check(&saved).unwrap();
+    other.restore(&saved).unwrap();
+    other.set_backends(nowhere(8), Box::new(Blank(1 << 20))).unwrap();
+    saved.0.retain(|section| section.name != "net7");
+    assert!(other.check(&saved).is_err(), "a card that is there has a state");
+}
