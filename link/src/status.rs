@@ -45,6 +45,9 @@ pub struct Status {
     pub divergences: u64,
     /// What waits where.
     pub queues: Queues,
+    /// The VM's network cards, on the primary.
+    #[serde(default)]
+    pub cards: Vec<Card>,
     /// Memory that the pairing takes beside the guest's.
     #[serde(default)]
     pub memory: Memory,
@@ -282,6 +285,23 @@ pub struct Queues {
     pub staged_bytes: u64,
     /// Disk writes that the peer has not acknowledged.
     pub writes_unacknowledged_bytes: u64,
+}
+
+/// What has left by a network card, in frames, since this process started, and what waits.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Card {
+    /// The TAP device.
+    pub tap: String,
+    /// Frames released because the secondary's guest sent the same.
+    pub matched: u64,
+    /// Released because a checkpoint covers them.
+    pub released_by_checkpoint: u64,
+    /// Released unprotected.
+    pub released_unprotected: u64,
+    /// Frames that wait for release.
+    pub held_frames: u64,
+    /// Their bytes.
+    pub held_bytes: u64,
 }
 
 /// Memory that a pairing takes beside the guest's, in bytes.

@@ -117,6 +117,11 @@ impl Clients {
         }
     }
 
+    /// Returns the TAPs' names, one a card.
+    pub(crate) fn taps(&self) -> Vec<&str> {
+        self.taps.iter().map(|tap| tap.get_ref().0.name()).collect()
+    }
+
     pub(crate) fn lost(&self) -> Lost {
         self.lost
     }

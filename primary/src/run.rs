@@ -581,6 +581,7 @@ impl Role {
                 link_queued_bytes: self.link.as_ref().map_or(0, |(link, _)| link.queued_bytes() as u64),
                 rates: self.rates,
                 lost: self.clients.lost(),
+                taps: self.clients.taps(),
                 alarms: self.alarms.list(),
                 since: now.since(self.since),
                 last: self.traces.last(),

@@ -5,8 +5,10 @@ use std::net::SocketAddr;
 use checkpoint::pair::Trigger;
 use checkpoint::{Duration, Instant};
 use link::status::{
-    CheckpointTrace, Checkpoints, Lag, LastCheckpoint, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status,
+    Card, CheckpointTrace, Checkpoints, Lag, LastCheckpoint, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status,
 };
+
+use proxy::Comparator;
 
 use crate::clients::Lost;
 use crate::protocol::Primary;
@@ -19,6 +21,8 @@ pub(crate) struct Shell<'a> {
     pub(crate) link_queued_bytes: u64,
     pub(crate) rates: Rates,
     pub(crate) lost: Lost,
+    /// Names of the TAPs, one a network card.
+    pub(crate) taps: Vec<&'a str>,
     pub(crate) alarms: &'a [String],
     pub(crate) since: Duration,
     pub(crate) last: Option<CheckpointTrace>,
@@ -95,6 +99,7 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
             writes_unacknowledged_bytes: protocol.writes_uncommitted_bytes(),
             ..Queues::default()
         },
+        cards: cards(protocol, &shell.taps),
         memory: Memory {
             bases_bytes: shell.last.as_ref().map_or(0, |last| last.bases_bytes),
             bases_bytes_max: shell.last.as_ref().map_or(0, |last| last.bases_bytes_max),
@@ -109,6 +114,22 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
         since_ms: shell.since.as_millis(),
         pid: std::process::id(),
     }
+}
+
+fn cards(protocol: &Primary, taps: &[&str]) -> Vec<Card> {
+    let comparators = protocol.comparators().iter().zip(taps);
+    let card = |(comparator, tap): (&Comparator, &&str)| {
+        let (counters, held) = (comparator.counters(), comparator.held());
+        Card {
+            tap: (*tap).to_owned(),
+            matched: counters.matched,
+            released_by_checkpoint: counters.released_by_commit,
+            released_unprotected: counters.released_at_once,
+            held_frames: held.frames as u64,
+            held_bytes: held.bytes as u64,
+        }
+    };
+    comparators.map(card).collect()
 }
 
 /// Returns how far the secondary's output trails.

@@ -248,7 +248,7 @@ impl Comparators {
     /// Returns when to call [`Comparators::timeout`].
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.comparators().filter_map(Comparator::deadline).min()
+        self.iter().filter_map(Comparator::deadline).min()
     }
 
     /// Takes note that the time has come.
@@ -267,54 +267,59 @@ impl Comparators {
     /// Returns what is held of the primary's output, on all cards.
     #[must_use]
     pub fn held(&self) -> Held {
-        held(self.comparators())
+        held(self.iter())
     }
 
     /// Says whether no more output of the primary's guest should be taken until a commit. Between the divergence that a limit
     /// tells and this there is as much room again, for what is under way.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        let (bytes, slots) = room_taken(self.comparators());
+        let (bytes, slots) = room_taken(self.iter());
         bytes > self.limits.held_bytes.saturating_mul(2) || slots > self.limits.held_frames.saturating_mul(2)
     }
 
     /// Returns what is kept of the secondary's output, on all cards.
     #[must_use]
     pub fn pending(&self) -> Pending {
-        pending(self.comparators())
+        pending(self.iter())
+    }
+
+    /// Returns the comparator of each card.
+    pub fn iter(&self) -> impl Iterator<Item = &Comparator> {
+        self.cards.iter().map(|card| &card.comparator)
     }
 
     /// Returns the sums over all flows of all cards.
     #[must_use]
     pub fn counters(&self) -> Counters {
         let mut sum = Counters::default();
-        self.comparators().for_each(|one| sum.add(&one.counters()));
+        self.iter().for_each(|one| sum.add(&one.counters()));
         sum
     }
 
     /// Says whether output of the running epoch waits that only its commit can release, though the epoch is compared.
     #[must_use]
     pub fn waits_for_commit(&self) -> bool {
-        self.comparators().any(Comparator::waits_for_commit)
+        self.iter().any(Comparator::waits_for_commit)
     }
 
     /// Returns how many flows wait for commits, uncompared, those of buffered services aside.
     #[must_use]
     pub fn buffered_flows(&self) -> usize {
-        self.comparators().map(Comparator::buffered_flows).sum()
+        self.iter().map(Comparator::buffered_flows).sum()
     }
 
     /// Returns how many services' flows all wait for commits, uncompared.
     #[must_use]
     pub fn buffered_services(&self) -> usize {
-        self.comparators().map(Comparator::buffered_services).sum()
+        self.iter().map(Comparator::buffered_services).sum()
     }
 
     /// Returns how far the secondary's output trails, and how long output of the primary may wait for it: on the card where
     /// that is most.
     #[must_use]
     pub fn lag(&self) -> Lag {
-        let lags = || self.comparators().map(Comparator::lag);
+        let lags = || self.iter().map(Comparator::lag);
         Lag {
             most: lags().map(|lag| lag.most).max().unwrap_or_default(),
             matches: lags().map(|lag| lag.matches).sum(),
@@ -326,10 +331,6 @@ impl Comparators {
     pub fn flows(&self) -> impl Iterator<Item = (Nic, FlowReport)> + '_ {
         let cards = Nic::all(self.cards.len()).zip(&self.cards);
         cards.flat_map(|(nic, card)| card.comparator.flows().map(move |flow| (nic, flow)))
-    }
-
-    fn comparators(&self) -> impl Iterator<Item = &Comparator> {
-        self.cards.iter().map(|card| &card.comparator)
     }
 
     fn each(&mut self, act: impl FnMut(&mut Comparator)) {
@@ -361,4 +362,108 @@ fn pending<'a>(comparators: impl Iterator<Item = &'a Comparator>) -> Pending {
             frames: sum.frames + one.frames,
             bytes: sum.bytes + one.bytes,
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verdict::{Limit, Reason, Why};
+
+    const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
+
+    fn frame(byte: u8) -> Bytes {
+        vec![byte; 60].into()
+    }
+
+    fn comparing(limits: ComparatorLimits) -> Comparators {
+        let mut cards = Comparators::new(2, limits, Epoch(1));
+        cards.protect(Epoch(1), EpochMode::Lockstep);
+        cards.loaded(Instant(1), Epoch(0));
+        cards
+    }
+
+    fn taken(cards: &mut Comparators) -> Vec<Vec<Verdict>> {
+        Nic::all(2).map(|nic| cards.verdicts(nic).drain(..).collect()).collect()
+    }
+
+    #[test]
+    fn the_pictures_of_a_checkpoint_are_those_of_all_cards_and_no_more() {
+        let pictures = Pictures::of(&MACS);
+        let bytes = pictures.encode().encoded;
+        let again = Pictures::decode(&bytes, 2).unwrap();
+        assert!(again.announcements().eq(pictures.announcements()));
+        let sources: Vec<_> = again
+            .announcements()
+            .map(|(_, frames)| frames[0][6..12].to_vec())
+            .collect();
+        assert_eq!(sources, MACS.map(Vec::from));
+        assert!(matches!(
+            Pictures::decode(&bytes, 1),
+            Err(StateError::TooMany { count: 2, .. })
+        ));
+        assert_eq!(
+            Pictures::decode(&bytes, 3).unwrap_err(),
+            StateError::Invalid("number of network cards")
+        );
+        for end in 0..bytes.len() {
+            assert!(Pictures::decode(&bytes[..end], 2).is_err(), "{end} bytes");
+        }
+        let longer = [&bytes[..], &[0]].concat();
+        assert_eq!(Pictures::decode(&longer, 2).unwrap_err(), StateError::Excess(1));
+    }
+
+    #[test]
+    fn what_one_card_said_is_no_equal_of_what_another_does() {
+        let mut cards = comparing(ComparatorLimits::default());
+        let [first, second] = [0, 1].map(|number| Nic::new(number).unwrap());
+        cards.primary_output(Instant(2), first, frame(7));
+        cards.secondary_output(Instant(3), second, Epoch(1), frame(7));
+        assert_eq!(taken(&mut cards), [vec![], vec![]]);
+        cards.secondary_output(Instant(4), first, Epoch(1), frame(7));
+        assert_eq!(
+            taken(&mut cards),
+            [vec![Verdict::Release(frame(7), Why::Equal)], vec![]]
+        );
+    }
+
+    #[test]
+    fn one_commit_covers_every_card() {
+        let mut cards = comparing(ComparatorLimits::default());
+        for (byte, nic) in (1..).zip(Nic::all(2)) {
+            cards.primary_output(Instant(2), nic, frame(byte));
+        }
+        assert_eq!(cards.held().frames, 2);
+        let epoch = cards.stop(EpochMode::Lockstep);
+        cards.commit(Instant(3), epoch);
+        let released = |byte| vec![Verdict::Release(frame(byte), Why::Committed(Epoch(1)))];
+        assert_eq!(taken(&mut cards), [released(1), released(2)]);
+        assert_eq!(cards.held().frames, 0);
+    }
+
+    #[test]
+    fn what_may_be_held_is_the_guests_whichever_card_needs_it() {
+        let limits = ComparatorLimits {
+            held_bytes: 150,
+            ..ComparatorLimits::default()
+        };
+        let [first, second] = [0, 1].map(|number| Nic::new(number).unwrap());
+        let full = |verdicts: &[Verdict]| {
+            let limit = Reason::Limit(Limit::Held);
+            matches!(verdicts, [Verdict::Diverged(divergence)] if divergence.reason == limit)
+        };
+        // Two fit, on one card or on both; the third is too much, on whichever.
+        for (one, two, three) in [(first, first, second), (first, second, first), (second, second, second)] {
+            let mut cards = comparing(limits);
+            cards.primary_output(Instant(2), one, frame(1));
+            cards.primary_output(Instant(2), two, frame(2));
+            assert_eq!(taken(&mut cards), [vec![], vec![]]);
+            cards.primary_output(Instant(2), three, frame(3));
+            assert!(full(&taken(&mut cards)[three.index()]));
+            assert!(!cards.is_full());
+            for byte in 4..7 {
+                cards.primary_output(Instant(2), one, frame(byte));
+            }
+            assert!(cards.is_full(), "twice as much is held");
+        }
+    }
 }

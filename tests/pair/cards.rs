@@ -4,7 +4,7 @@ use link::control::Command;
 use link::flows::Flows;
 use link::status::State;
 use tandem::clients::Target;
-use tandem::lab::{Host, SECOND_TAP};
+use tandem::lab::{Host, SECOND_TAP, TAP};
 
 use crate::load::Work;
 use crate::stage::{Setup, Stage, await_fact};
@@ -35,6 +35,10 @@ fn clients_on_both_cards_live_through_the_deaths_of_their_hosts() {
         (equal(0) && equal(1)).then_some(flows)
     });
     assert_eq!(flows.cards, 2);
+    let told = stage.status(Host::A).expect("the primary answers").cards;
+    let taps: Vec<&str> = told.iter().map(|card| card.tap.as_str()).collect();
+    assert_eq!(taps, [TAP, SECOND_TAP]);
+    assert!(told.iter().all(|card| card.matched > 0), "{told:?}");
     for victim in [Host::A, Host::B] {
         let survivor = victim.other();
         stage.kill(victim);

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display, Write};
 
-use super::{Checkpoints, Lag, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status};
+use super::{Card, Checkpoints, Lag, LastSync, Memory, Mode, Peer, Queues, Rates, State, Status};
 
 impl Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -41,6 +41,10 @@ impl Display for Status {
         }
         lines.add("divergences", &self.divergences.to_string());
         lines.add("output", &self.queues.output());
+        // With one card there is nothing to tell that was not told.
+        for (number, card) in self.cards.iter().enumerate().filter(|_| self.cards.len() > 1) {
+            lines.add(&format!("net{number}"), &card.to_string());
+        }
         if let Some(lag) = &self.lag {
             lines.add("lag", &lag.to_string());
         }
@@ -156,6 +160,21 @@ impl Display for Mode {
             }
         }
         Ok(())
+    }
+}
+
+impl Display for Card {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: {} frames equal on both sides, {} by checkpoints, {} unprotected, {} held ({})",
+            printable(&self.tap),
+            self.matched,
+            self.released_by_checkpoint,
+            self.released_unprotected,
+            self.held_frames,
+            size(self.held_bytes)
+        )
     }
 }
 
@@ -281,8 +300,8 @@ fn span_us(us: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::status::Memory;
     use crate::status::tests::example;
+    use crate::status::{Card, Memory};
 
     #[test]
     fn the_text_for_humans_is_aligned_and_harmless_to_a_terminal() {
@@ -321,5 +340,23 @@ mod tests {
             "{text}"
         );
         assert_eq!(text.lines().filter(|line| line.starts_with("ALARM")).count(), 1);
+    }
+
+    #[test]
+    fn cards_are_told_apart_where_there_are_several() {
+        let card = |tap: &str| Card {
+            tap: tap.to_owned(),
+            matched: 9,
+            ..Card::default()
+        };
+        let mut status = example();
+        status.cards = vec![card("tap0")];
+        assert!(!status.to_string().contains("net0"), "{status}");
+        status.cards.push(card("tap1"));
+        let text = status.to_string();
+        assert!(
+            text.contains("net1         tap1: 9 frames equal on both sides, 0 by"),
+            "{text}"
+        );
     }
 }
