@@ -376,7 +376,7 @@ mod tests {
     }
 
     fn comparing(limits: ComparatorLimits) -> Comparators {
-        let mut cards = Comparators::new(2, limits, Epoch(1));
+        let mut cards = Comparators::new(2, limits, Epoch(1), 7);
         cards.protect(Epoch(1), EpochMode::Lockstep);
         cards.loaded(Instant(1), Epoch(0));
         cards
