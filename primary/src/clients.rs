@@ -172,8 +172,15 @@ impl Clients {
         let watched = &self.taps[nic.index()];
         let frame = &mut self.frame[..];
         loop {
-            let read = watched.try_io(Interest::READABLE, |tap| {
-                tap.0.recv(frame)?.ok_or_else(|| ErrorKind::WouldBlock.into())
+            let mut failure = None;
+            let read = watched.try_io(Interest::READABLE, |tap| match tap.0.recv(frame) {
+                Ok(Some(length)) => Ok(length),
+                Ok(None) => Err(ErrorKind::WouldBlock.into()),
+                Err(error) => {
+                    failure = Some(error);
+                    // To the runtime the same: it is looked at again when there is news of it.
+                    Err(io::Error::from(ErrorKind::WouldBlock))
+                }
             });
             match read {
                 Ok(length) if length > FRAME_BYTES_MAX => {
@@ -189,9 +196,10 @@ impl Clients {
                 }
                 Ok(length) => return Some(self.pool.copy(&frame[..length])),
                 // Nothing more, which the runtime knows now, too.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
-                Err(error) => {
-                    warn!(%error, "the TAP can't be read");
+                Err(_) => {
+                    if let Some(error) = failure {
+                        warn!(%error, tap = watched.get_ref().0.name(), "the TAP can't be read: is it still there?");
+                    }
                     return None;
                 }
             }

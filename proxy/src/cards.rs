@@ -366,6 +366,8 @@ fn pending<'a>(comparators: impl Iterator<Item = &'a Comparator>) -> Pending {
 
 #[cfg(test)]
 mod tests {
+    use checkpoint::limits::FRAME_HEADER_BYTES;
+
     use super::*;
     use crate::verdict::{Limit, Reason, Why};
 
@@ -394,7 +396,7 @@ mod tests {
         assert!(again.announcements().eq(pictures.announcements()));
         let sources: Vec<_> = again
             .announcements()
-            .map(|(_, frames)| frames[0][6..12].to_vec())
+            .map(|(_, frames)| frames[0][FRAME_HEADER_BYTES + 6..][..6].to_vec())
             .collect();
         assert_eq!(sources, MACS.map(Vec::from));
         assert!(matches!(

@@ -14,7 +14,7 @@ use checkpoint::{Instant, Role};
 
 use crate::frame::Shape;
 use crate::hold::Hold;
-use crate::shared::{Lent, Shared, Spare};
+use crate::shared::{Lent, Room, Shared, Spare};
 use crate::verdict::{Difference, Fact, Reason, context};
 
 /// How many waiting frames of the other side are looked at.
@@ -35,6 +35,12 @@ pub(crate) struct Queues {
     unequal: VecDeque<(u64, Shape)>,
     /// The secondary's, oldest first.
     waiting: VecDeque<(Bytes, Shape, Instant)>,
+}
+
+impl Room for Queues {
+    fn room(&self) -> usize {
+        self.unequal.capacity() + self.waiting.capacity()
+    }
 }
 
 impl Whole {

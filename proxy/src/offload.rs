@@ -87,18 +87,16 @@ pub fn on_wire(frame: &Bytes) -> Bytes {
     let Some(offload) = Offload::of(frame) else {
         return Bytes::new();
     };
-    let bare = frame.slice(FRAME_HEADER_BYTES..);
-    let (Some((start, field)), true) = (offload.checksum, offload.is_known) else {
-        return bare;
-    };
-    if field + 2 > frame.len() {
-        return bare;
+    // A copy: what it is cut out of may be much longer.
+    let mut wire = frame[FRAME_HEADER_BYTES..].to_vec();
+    if let (Some((start, field)), true) = (offload.checksum, offload.is_known)
+        && field + 2 <= frame.len()
+    {
+        let sum = checksum::header(&frame[start..]);
+        // Zero would say that there is none.
+        let sum = if sum == 0 { 0xffff } else { sum };
+        wire[field - FRAME_HEADER_BYTES..][..2].copy_from_slice(&sum.to_be_bytes());
     }
-    let sum = checksum::header(&frame[start..]);
-    // Zero would say that there is none.
-    let sum = if sum == 0 { 0xffff } else { sum };
-    let mut wire = bare.to_vec();
-    wire[field - FRAME_HEADER_BYTES..][..2].copy_from_slice(&sum.to_be_bytes());
     wire.into()
 }
 

@@ -18,7 +18,7 @@ use checkpoint::mutants::{self, Mutant};
 
 use crate::frame::Segment;
 use crate::seq::Seq;
-use crate::shared::{Lent, Spare};
+use crate::shared::{Lent, Room, Spare};
 use crate::stream::{Leave, Note, Stream, Turn};
 use crate::verdict::Why;
 
@@ -101,6 +101,12 @@ impl Entry {
             return frame;
         }
         segment.part(&frame, from..segment.end_seq()).into()
+    }
+}
+
+impl Room for Queues {
+    fn room(&self) -> usize {
+        self.new.capacity() + self.acknowledgements.capacity() + self.again.capacity()
     }
 }
 

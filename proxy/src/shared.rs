@@ -8,6 +8,8 @@ use crate::said::Said;
 
 /// Most spare queues of a kind.
 const SPARE_MAX: usize = 1_024;
+/// Entries for which spare queues may have room: what a burst needed is not kept for ever.
+const SPARE_ROOM_MAX: usize = 512;
 
 /// It; see the module.
 #[derive(Debug, Default)]
@@ -34,7 +36,13 @@ impl<T> Default for Lent<T> {
     }
 }
 
-impl<T: Default> Lent<T> {
+/// Queues, which keep their room while they are empty.
+pub(crate) trait Room {
+    /// Returns for how many entries there is room.
+    fn room(&self) -> usize;
+}
+
+impl<T: Default + Room> Lent<T> {
     pub(crate) fn get(&self) -> Option<&T> {
         self.0.as_deref()
     }
@@ -52,6 +60,7 @@ impl<T: Default> Lent<T> {
     pub(crate) fn give_back(&mut self, spare: &mut Spare<T>) {
         if let Some(queues) = self.0.take()
             && spare.0.len() < SPARE_MAX
+            && queues.room() <= SPARE_ROOM_MAX
         {
             spare.0.push(queues);
         }

@@ -12,6 +12,9 @@ use hashbrown::HashTable;
 
 use crate::flow::{Class, Endpoint, FlowKey};
 
+/// Places behind one that may be forgotten in which one is looked for that is no loss.
+const LOOK_FURTHER: usize = 64;
+
 /// A flow's place in its table; valid until the flow is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FlowId(usize);
@@ -21,7 +24,8 @@ pub(crate) trait Flow {
     /// Returns its key.
     fn key(&self) -> &FlowKey;
 
-    /// Says whether it may be forgotten to make room: nothing of it is held, waits or is noted for the next commit.
+    /// Says whether it may be forgotten to make room: nothing of it is held, waits or is noted for the next commit. What goes with
+    /// it is how its sides have agreed so far; it is compared again as one that is seen for the first time.
     fn is_idle(&self) -> bool;
 
     /// Says whether there is nothing worth remembering.
@@ -120,24 +124,39 @@ impl<T: Flow> FlowTable<T> {
         self.in_vain = false;
     }
 
-    /// Forgets a flow that may be: the first in one round of which nothing is worth remembering, or else the first that has
-    /// not been used since the round before.
+    /// Forgets a flow that may be: the first that has not been used since the round before, or one near it of which nothing is
+    /// worth remembering.
     fn forget_one(&mut self) -> bool {
         if self.in_vain {
             return false;
         }
         // Each round goes on where the one before ended, so all flows together are visited a few times for as many forgotten.
+        let mut unused = None;
+        let mut further = LOOK_FURTHER;
         for _ in 0..self.slots.len() * 2 {
+            if further == 0 {
+                break;
+            }
+            further -= usize::from(unused.is_some());
             let slot = self.hand;
             self.hand = (self.hand + 1) % self.slots.len();
             let Some(flow) = &mut self.slots[slot] else { continue };
-            if flow.is_idle() && (flow.is_over() || !flow.was_used()) {
+            if !flow.is_idle() {
+                continue;
+            }
+            if flow.is_over() {
                 self.remove(slot);
                 return true;
             }
+            if unused.is_none() && !flow.was_used() {
+                unused = Some(slot);
+            }
         }
-        self.in_vain = true;
-        false
+        self.in_vain = unused.is_none();
+        unused.is_some_and(|slot| {
+            self.remove(slot);
+            true
+        })
     }
 
     fn remove(&mut self, slot: usize) {
@@ -266,6 +285,20 @@ mod tests {
         assert_eq!(known(&table), [0, 1, 4, 5], "the one that was not used since");
         table.insert(toy(6, false, false)).unwrap();
         assert_eq!(known(&table), [1, 4, 5, 6]);
+        let id = table.find(&key(5)).unwrap();
+        *table.get_mut(id).unwrap() = toy(5, true, true);
+        let id = table.find(&key(4)).unwrap();
+        *table.get_mut(id).unwrap() = Toy {
+            used: false,
+            ..toy(4, true, false)
+        };
+        table.insert(toy(8, false, false)).unwrap();
+        assert_eq!(
+            known(&table),
+            [1, 4, 6, 8],
+            "one that is over behind one that was not used"
+        );
+        table.get_mut(id).unwrap().idle = false;
         assert_eq!(table.insert(toy(7, true, true)), None, "nothing may be forgotten");
         table.iter_mut().for_each(|toy| toy.idle = true);
         assert_eq!(table.insert(toy(7, true, true)), None, "not before the next commit");
