@@ -335,12 +335,15 @@ mod tests {
                 socket.connect((address, 7)).unwrap();
                 socket
             });
-            server.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+            let waits = |limit| server.set_read_timeout(Some(Duration::from_millis(limit))).unwrap();
+            waits(10_000);
             client.send(b"hello").unwrap();
             assert_eq!(server.recv(&mut [0; 8]).unwrap(), 5);
             lab.cut_client_port(host).unwrap();
             client.send(b"lost").unwrap();
+            waits(300);
             server.recv(&mut [0; 8]).unwrap_err();
+            waits(10_000);
             lab.heal_client_port(host).unwrap();
             client.send(b"again").unwrap();
             assert_eq!(server.recv(&mut [0; 8]).unwrap(), 5);
