@@ -12,6 +12,7 @@
 //! Never holds a frame, never reads a clock; knows one epoch at a time.
 
 mod begin;
+mod note;
 
 use std::ops::Range;
 
@@ -27,6 +28,8 @@ use crate::settle::settle;
 use crate::span::{Chunks, Ranges, length};
 use crate::verdict::{Difference, Fact, Limit, Reason, context};
 
+pub(crate) use note::{Leave, Note, Turn};
+
 /// The position of a connection's first known sequence number; leaves room below for late retransmissions.
 pub(crate) const ORIGIN: u64 = 1 << 40;
 /// More gaps than this in what is settled are a reason for a checkpoint.
@@ -38,40 +41,6 @@ const CHUNKS_MAX: usize = 16_384;
 const ISN_NEAR: u32 = 1 << 20;
 /// Urgent positions of the secondary that are remembered.
 const URGENT_MAX: usize = 4;
-
-/// What a segment of the primary needs to leave.
-#[derive(Clone, Debug)]
-pub(crate) struct Note {
-    data: Range<u64>,
-    fin: Option<u64>,
-    syn: Option<(Seq, bool)>,
-    rst: bool,
-    urgent: Option<u64>,
-    turn: Turn,
-    segment: Segment,
-}
-
-/// Whether a segment has to wait for those before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Turn {
-    /// It says something new, or must not be changed.
-    InOrder,
-    /// It only acknowledges.
-    Acknowledgement,
-    /// It says nothing new: a retransmission or a probe.
-    Again,
-}
-
-/// Whether and how a segment may leave.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Leave {
-    /// Not yet.
-    Wait,
-    /// As it is.
-    Whole,
-    /// With its acknowledgement lowered to this and its SACK blocks blanked.
-    Lowered(Seq),
-}
 
 /// One connection, or what is known of it.
 #[derive(Clone, Debug, Default)]
@@ -660,18 +629,6 @@ impl Side {
         for urgent in &mut self.urgent {
             *urgent = urgent.wrapping_sub(shift);
         }
-    }
-}
-
-impl Note {
-    /// Returns when its turn to leave is.
-    pub(crate) fn turn(&self) -> Turn {
-        self.turn
-    }
-
-    /// Returns the segment.
-    pub(crate) fn segment(&self) -> &Segment {
-        &self.segment
     }
 }
 
