@@ -275,7 +275,7 @@ impl Comparators {
     #[must_use]
     pub fn is_full(&self) -> bool {
         let (bytes, slots) = room_taken(self.iter());
-        bytes > self.limits.held_bytes.saturating_mul(2) || slots > self.limits.held_frames.saturating_mul(2)
+        self.limits.are_passed_twice(bytes, slots)
     }
 
     /// Returns what is kept of the secondary's output, on all cards.

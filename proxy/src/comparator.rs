@@ -118,6 +118,14 @@ pub struct Comparator {
     pub(crate) beginning: VecDeque<(Instant, FlowId)>,
 }
 
+impl ComparatorLimits {
+    /// Says whether so many bytes and slots of held output are more than what is under way may add to what makes a checkpoint
+    /// necessary.
+    pub(crate) fn are_passed_twice(&self, bytes: usize, slots: usize) -> bool {
+        bytes > self.held_bytes.saturating_mul(2) || slots > self.held_frames.saturating_mul(2)
+    }
+}
+
 impl Default for ComparatorLimits {
     fn default() -> Self {
         Self {
@@ -262,8 +270,7 @@ impl Comparator {
     /// divergence that a limit tells and this there is as much room again, for what is under way.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.hold.bytes() > self.limits.held_bytes.saturating_mul(2)
-            || self.hold.slots() > self.limits.held_frames.saturating_mul(2)
+        self.limits.are_passed_twice(self.hold.bytes(), self.hold.slots())
     }
 
     /// Returns what is kept of the secondary's output.

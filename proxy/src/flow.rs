@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 const VLANS_MAX: usize = 3;
 
 /// What kind of traffic a flow is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Class {
     /// ARP.
     Arp,
@@ -35,14 +35,14 @@ pub enum Class {
 }
 
 /// The VLAN tags of a frame, outermost first; priorities left out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Vlans {
     count: u8,
     tags: [(u16, u16); VLANS_MAX],
 }
 
 /// One end of a flow; the port is 0 where there are none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Endpoint {
     /// Network address, for ARP the protocol's; unspecified for other flows below IP.
     pub address: IpAddr,
@@ -51,7 +51,7 @@ pub struct Endpoint {
 }
 
 /// The key of a flow, directed as the guest sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FlowKey {
     /// Kind of traffic.
     pub class: Class,

@@ -401,6 +401,9 @@ impl Lane {
             return frame;
         }
         self.raw.pop_front();
+        if matches!(self.kind, Kind::Whole(_)) {
+            return frame;
+        }
         match frame::parse(&frame).body {
             Body::Tcp(segment) => {
                 self.follow(&segment, Some((&frame, said)));
