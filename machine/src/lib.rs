@@ -33,6 +33,8 @@ pub mod memory;
 pub mod netns;
 pub mod offload;
 pub mod pageset;
+#[allow(dead_code, reason = "machines that are PCs come next")]
+mod pc;
 pub mod sentinel;
 pub mod state;
 pub mod tap;
@@ -40,7 +42,7 @@ mod vcpu;
 mod vm;
 mod written;
 
-pub use boot::BootError;
+pub use boot::{BootError, LinuxError};
 pub use copy::CopyBuffer;
 pub use doorbell::Interrupt;
 pub use heat::Heat;

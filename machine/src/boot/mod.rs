@@ -3,6 +3,8 @@
 //! The guest is entered in ring 3 of 64-bit mode; `guest::abi` says where things lie. Everything is
 //! written through the machine's memory, so all of it counts as dirty.
 
+#[allow(dead_code, unused_imports, reason = "machines that are PCs come next")]
+pub(crate) mod linux;
 mod tables;
 
 use std::io::Cursor;
@@ -14,6 +16,7 @@ use linux_loader::loader::elf::Elf;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
+pub use self::linux::LinuxError;
 use crate::memory::GuestRam;
 use crate::vcpu::state::{RegisterError, Registers};
 
@@ -51,6 +54,9 @@ pub enum BootError {
         /// Its length.
         bytes: usize,
     },
+    /// The Linux kernel can't be loaded.
+    #[error(transparent)]
+    Linux(#[from] LinuxError),
     /// KVM doesn't take the registers to start with.
     #[error("the vCPU can't be set up for the guest")]
     Registers(#[from] RegisterError),
