@@ -158,7 +158,7 @@ fn write_initrd(ram: &GuestRam, initrd: &[u8], kernel_end: u64, limit: u64) -> R
     const PAGE: u64 = PAGE_BYTES as u64;
     let bytes = initrd.len() as u64;
     let (floor, limit) = (
-        kernel_end.next_multiple_of(PAGE),
+        kernel_end.max(RESERVED.end).next_multiple_of(PAGE),
         limit.min(ram.low_end()) / PAGE * PAGE,
     );
     let room = limit.saturating_sub(floor);

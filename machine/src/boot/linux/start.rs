@@ -166,3 +166,90 @@ fn write_page_tables(ram: &GuestRam) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{MEMORY_MIN, Mapping};
+
+    fn started(entry: Entry) -> (GuestRam, Registers) {
+        let ram = GuestRam::new(MEMORY_MIN, Mapping::Shared).unwrap();
+        let mut registers = Registers {
+            regs: kvm_regs {
+                rdx: 1,
+                ..Default::default()
+            },
+            sregs: Default::default(),
+            xsave: Default::default(),
+            xcrs: Default::default(),
+            debug: Default::default(),
+            events: Default::default(),
+            run_state: Default::default(),
+            msrs: Vec::new(),
+        };
+        start_at(entry, &ram, &mut registers);
+        (ram, registers)
+    }
+
+    fn entry(ram: &GuestRam, address: u64) -> u64 {
+        ram.memory().read_obj(GuestAddress(address)).unwrap()
+    }
+
+    #[test]
+    fn descriptors_are_those_of_the_registers() {
+        let read = |ram: &GuestRam| {
+            [SELECTOR_CODE, SELECTOR_DATA, SELECTOR_TASK, SELECTOR_TASK + 8]
+                .map(|selector| entry(ram, DESCRIPTORS + u64::from(selector)))
+        };
+        let (ram, long) = started(Entry::Long(0x100_0200));
+        assert_eq!(
+            read(&ram),
+            [0xaf_9b00_0000_ffff, 0xcf_9300_0000_ffff, 0x8b00_0000_0067, 0]
+        );
+        assert_eq!(
+            (long.sregs.cs.selector, long.sregs.cs.l, long.sregs.cs.db),
+            (0x10, 1, 0)
+        );
+        assert_eq!(long.sregs.gdt.limit, 47);
+        let (ram, pvh) = started(Entry::Pvh(0x100_0000));
+        assert_eq!(read(&ram)[..2], [0xcf_9b00_0000_ffff, 0xcf_9300_0000_ffff]);
+        assert_eq!((pvh.sregs.cs.l, pvh.sregs.cs.db), (0, 1));
+    }
+
+    #[test]
+    fn a_bzimage_starts_in_64_bit_mode_with_everything_mapped_to_itself() {
+        let (ram, registers) = started(Entry::Long(0x100_0200));
+        assert_eq!(registers.regs.rip, 0x100_0200);
+        assert_eq!(registers.regs.rsi, ZERO_PAGE);
+        assert_eq!(registers.regs.rdx, 0, "nothing is left of before");
+        assert_eq!(registers.sregs.efer, 0x500);
+        assert_eq!(registers.sregs.cr0 & 0x8000_0001, 0x8000_0001);
+        for address in [0, 0x9000, 0x1234_5678, 0xbfff_ffff, 0xfee0_0000, 0xffff_ffff_u64] {
+            let present = |entry: u64| {
+                assert_eq!(entry & 3, 3);
+                entry & !0xfff
+            };
+            let upper = present(entry(&ram, registers.sregs.cr3 + (address >> 39) * 8));
+            let middle = present(entry(&ram, upper + ((address >> 30) & 511) * 8));
+            let leaf = entry(&ram, middle + ((address >> 21) & 511) * 8);
+            assert_eq!(leaf, (address & !0x1f_ffff) | 0x83, "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn a_pvh_kernel_starts_in_32_bit_mode_without_paging() {
+        let (_, registers) = started(Entry::Pvh(0x100_0040));
+        assert_eq!((registers.regs.rip, registers.regs.rbx), (0x100_0040, START_INFO));
+        assert_eq!(registers.regs.rflags, 2);
+        let sregs = registers.sregs;
+        assert_eq!((sregs.cr0, sregs.cr4, sregs.efer), (0x11, 0, 0));
+    }
+
+    #[test]
+    fn memory_can_be_cached() {
+        let (_, mut registers) = started(Entry::Pvh(0));
+        firmware(&mut registers);
+        let msrs: Vec<_> = registers.msrs.iter().map(|msr| (msr.index, msr.data)).collect();
+        assert_eq!(msrs, [(0x2ff, 0x806)]);
+    }
+}
