@@ -4,7 +4,7 @@
 #   host_run a 'script'                          runs a script there, prints its output, returns its exit code
 #   host_kill a                                  ends it like a power failure
 #
-# A host has what is in $payload, a folder, under /run/lab; what is in its bin/ is on the PATH. The Linux guest of $guest is in linux/.
+# A host has what is in $payload, a folder, under /run/lab; what is in its bin/ is on the PATH. The Linux guest of $linux is in linux/.
 
 # Boots a host. Two hosts on the wire, the one that listens first, have a card of that name.
 host_start() {
@@ -24,7 +24,7 @@ host_start() {
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check" \
         -drive "file=$image/root.img,format=raw,if=none,id=root,snapshot=on,cache=unsafe" -device virtio-blk-pci,drive=root \
         -drive "file=$at/payload.tar,format=raw,if=none,id=payload,readonly=on" -device virtio-blk-pci,drive=payload \
-        -drive "file=$guest/guest.img,format=raw,if=none,id=guest,snapshot=on,cache=unsafe" -device virtio-blk-pci,drive=guest \
+        -drive "file=$linux/guest.img,format=raw,if=none,id=guest,snapshot=on,cache=unsafe" -device virtio-blk-pci,drive=guest \
         -netdev "user,id=agent,restrict=on,hostfwd=tcp:127.0.0.1:$port-:5000" \
         -device virtio-net-pci,netdev=agent,mac=52:54:00:00:00:aa "${cards[@]}" \
         -serial "file:$at/console" >"$at/qemu" 2>&1 &
