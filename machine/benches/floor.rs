@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use machine::devices::{block, net};
 use machine::floor::{self, Stop};
-use machine::{CardConfig, CopyBuffer, KvmVm, MachineConfig, Mapping, PageSet, Vm, host_check};
+use machine::{CardConfig, CopyBuffer, KvmVm, MachineConfig, Mapping, PageSet, Platform, Vm, host_check};
 
 const ROUNDS: usize = 100;
 
@@ -64,6 +64,7 @@ fn machine(mib: u64, command_line: &str) -> KvmVm {
     let config = MachineConfig {
         memory_bytes: mib << 20,
         mapping: Mapping::Shared,
+        platform: Platform::Bundled,
         cards: vec![CardConfig {
             mac: [2, 0, 0, 0, 0, 1],
             offloads: false,

@@ -32,14 +32,7 @@ pub(crate) struct GuestClock {
 impl GuestClock {
     /// Makes a clock at guest time 0 for this vCPU.
     pub(crate) fn new(vcpu: &VcpuFd) -> Result<Self, HostError> {
-        let khz = vcpu
-            .get_tsc_khz()
-            .map_err(refused("say how fast the time stamp counter is"))?;
-        if khz == 0 {
-            return Err(HostError::Capability {
-                capability: "a stable time stamp counter",
-            });
-        }
+        let khz = tsc_khz(vcpu)?;
         let multiplier = (1_000_000_u64 << 32) / u64::from(khz);
         let tsc_offset = tsc_offset(vcpu)?;
         Ok(Self {
@@ -71,6 +64,17 @@ impl GuestClock {
         page.multiplier = self.multiplier;
         page.wall_offset_ns = wall_ns().wrapping_sub(now);
         write(memory, page);
+    }
+}
+
+/// Returns how fast the guest's time stamp counter is, in kHz.
+pub(crate) fn tsc_khz(vcpu: &VcpuFd) -> Result<u32, HostError> {
+    match vcpu.get_tsc_khz() {
+        Ok(0) => Err(HostError::Capability {
+            capability: "a stable time stamp counter",
+        }),
+        Ok(khz) => Ok(khz),
+        Err(error) => Err(refused("say how fast the time stamp counter is")(error)),
     }
 }
 
@@ -112,7 +116,8 @@ fn tsc_offset(vcpu: &VcpuFd) -> Result<u64, HostError> {
     Ok(if distance < SAME_TSC { 0 } else { offset })
 }
 
-fn host_tsc() -> u64 {
+/// Returns the host's time stamp counter.
+pub(crate) fn host_tsc() -> u64 {
     // SAFETY: every x86-64 processor has the instruction, and KVM needs a host that allows it.
     unsafe { core::arch::x86_64::_rdtsc() }
 }

@@ -7,8 +7,9 @@ use std::ffi::CStr;
 use std::io;
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MAX_CPUID_ENTRIES, kvm_clear_dirty_log,
-    kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    CpuId, KVM_API_VERSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_device_attr, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -81,6 +82,15 @@ pub fn cpu_identity() -> Result<u64, HostError> {
     Ok(digest)
 }
 
+/// What interrupts and time there are in a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chips {
+    /// None: the guest asks its devices, and waits at a doorbell.
+    None,
+    /// Those of a PC, in the kernel: local APICs, an I/O APIC, two PICs, a PIT, and KVM's clock.
+    Pc,
+}
+
 /// An open /dev/kvm that has all that a machine needs.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -114,6 +124,10 @@ impl Host {
             (Cap::VcpuEvents, "saving pending events"),
             (Cap::MpState, "saving the processor's run state"),
             (Cap::GetTscKhz, "the frequency of the time stamp counter"),
+            (Cap::Irqchip, "interrupt controllers"),
+            (Cap::Pit2, "a programmable timer"),
+            (Cap::PitState2, "saving the programmable timer"),
+            (Cap::AdjustClock, "setting its clock"),
         ];
         if let Some((_, capability)) = needed.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
             return Err(HostError::Capability { capability });
@@ -128,29 +142,64 @@ impl Host {
 
     /// Tries what only shows when a VM is made.
     fn probe(&self) -> Result<(), HostError> {
-        let vm = self.create_vm()?;
-        self.create_vcpu(&vm, &self.cpuid()?)?;
+        let vm = self.create_vm(Chips::None)?;
+        self.create_vcpu(&vm, 0, &self.cpuid()?)?;
         Ok(())
     }
 
     /// Makes a VM without memory.
-    pub(crate) fn create_vm(&self) -> Result<VmFd, HostError> {
+    pub(crate) fn create_vm(&self, chips: Chips) -> Result<VmFd, HostError> {
         let vm = self.kvm.create_vm().map_err(refused("create a VM"))?;
+        // Intel processors that can't run real mode natively keep pages there, between the
+        // device window and the end of the first 4 GiB, where no machine has anything.
+        if self.kvm.check_extension(Cap::SetIdentityMapAddr) {
+            vm.set_identity_map_address(0xfffb_c000)
+                .map_err(refused("set the address of the identity map"))?;
+        }
         if self.kvm.check_extension(Cap::SetTssAddr) {
-            // Intel processors that can't run real mode natively keep three pages there, between the
-            // device window and the end of the first 4 GiB, where no machine has anything.
             vm.set_tss_address(0xfffb_d000)
                 .map_err(refused("set the TSS address"))?;
+        }
+        if chips == Chips::Pc {
+            vm.create_irq_chip().map_err(refused("make interrupt controllers"))?;
+            let speaker = kvm_pit_config {
+                flags: KVM_PIT_SPEAKER_DUMMY,
+                ..Default::default()
+            };
+            vm.create_pit2(speaker).map_err(refused("make a timer"))?;
         }
         Ok(vm)
     }
 
-    /// Makes the vCPU of a VM, with this CPUID, whose time stamp counter is that of the host.
-    pub(crate) fn create_vcpu(&self, vm: &VmFd, cpuid: &CpuId) -> Result<VcpuFd, HostError> {
-        let vcpu = vm.create_vcpu(0).map_err(refused("create a vCPU"))?;
+    /// Makes a vCPU of a VM, with this CPUID, whose time stamp counter is that of the host.
+    pub(crate) fn create_vcpu(&self, vm: &VmFd, number: u8, cpuid: &CpuId) -> Result<VcpuFd, HostError> {
+        let vcpu = vm.create_vcpu(number.into()).map_err(refused("create a vCPU"))?;
         vcpu.set_cpuid2(cpuid).map_err(refused("set the guest's CPUID"))?;
-        clear_tsc_offset(&vcpu);
+        if !set_tsc_offset(&vcpu, 0) {
+            tracing::debug!(error = %io::Error::last_os_error(), "KVM has no control of the TSC offset");
+        }
         Ok(vcpu)
+    }
+
+    /// Returns the CPUID of each of so many vCPUs.
+    pub(crate) fn cpuids(&self, vcpus: u8) -> Result<Vec<CpuId>, HostError> {
+        let all = self.cpuid()?;
+        let of = |number: u8| {
+            let mut cpuid = all.clone();
+            for entry in cpuid.as_mut_slice() {
+                match entry.function {
+                    1 => {
+                        entry.ebx |= u32::from(number) << 24;
+                        // A hypervisor is there, and timers that go by the time stamp counter: KVM leaves both to us.
+                        entry.ecx |= 1 << 31 | 1 << 24;
+                    }
+                    0xb | 0x1f => entry.edx = number.into(),
+                    _ => {}
+                }
+            }
+            cpuid
+        };
+        Ok((0..vcpus).map(of).collect())
     }
 
     /// Returns the CPUID that guests on this host see.
@@ -190,6 +239,7 @@ pub(crate) fn refused<E: Into<io::Error>>(call: &'static str) -> impl FnOnce(E) 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
 const KVMIO: u32 = kvm_bindings::KVMIO;
 
@@ -240,20 +290,30 @@ pub(crate) fn clear_dirty_log(
     ioctl_status(status, "clear the dirty log")
 }
 
-/// Makes the guest's time stamp counter that of the host where KVM knows how (Linux 5.16 on). Where it
+/// Makes the guest's time stamp counter that of the host and `offset` more, where KVM knows how (Linux 5.16 on). Where it
 /// does not, the clock measures the difference.
-fn clear_tsc_offset(vcpu: &VcpuFd) {
-    let offset = 0_u64;
-    let attribute = kvm_device_attr {
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> bool {
+    let attribute = tsc_offset_attribute((&raw const offset) as u64);
+    // SAFETY: KVM reads eight bytes at the attribute's address, which is a local variable that outlives the call.
+    let status = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) };
+    status == 0
+}
+
+/// Returns by how much the guest's time stamp counter is ahead of the host's, where KVM tells.
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
+    let mut offset = 0_u64;
+    let attribute = tsc_offset_attribute((&raw mut offset) as u64);
+    // SAFETY: KVM writes eight bytes at the attribute's address, which is a local variable that outlives the call.
+    let status = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attribute) };
+    (status == 0).then_some(offset)
+}
+
+fn tsc_offset_attribute(addr: u64) -> kvm_device_attr {
+    kvm_device_attr {
         group: kvm_bindings::KVM_VCPU_TSC_CTRL,
         attr: kvm_bindings::KVM_VCPU_TSC_OFFSET.into(),
-        addr: (&raw const offset) as u64,
+        addr,
         flags: 0,
-    };
-    // SAFETY: KVM reads eight bytes at `addr`, which is a local variable that outlives the call.
-    let status = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attribute) };
-    if status != 0 {
-        tracing::debug!(error = %io::Error::last_os_error(), "KVM has no control of the TSC offset");
     }
 }
 

@@ -1,10 +1,11 @@
 //! One virtual machine on KVM that can be paused, saved and restored.
 //!
 //! ```text
-//!   shells ──► trait Vm ──► KvmVm ─┬─ vcpu      the vCPU's thread, its registers saved and loaded
+//!   shells ──► trait Vm ──► KvmVm ─┬─ vcpu      a thread for each vCPU, its registers saved and loaded
 //!                                  ├─ memory    guest RAM on a memfd, and which pages were written
 //!                                  ├─ clock     the guest's clock page
-//!                                  ├─ doorbell  where an idle guest waits
+//!                                  ├─ doorbell  where the idle bundled guest waits
+//!                                  ├─ pc        what Linux needs: chips, ACPI, serial port, clock, power
 //!                                  └─ devices   virtio-mmio: net, block, console, entropy
 //! ```
 //!
@@ -33,7 +34,6 @@ pub mod memory;
 pub mod netns;
 pub mod offload;
 pub mod pageset;
-#[allow(dead_code, reason = "machines that are PCs come next")]
 mod pc;
 pub mod sentinel;
 pub mod state;
@@ -47,9 +47,11 @@ pub use copy::CopyBuffer;
 pub use doorbell::Interrupt;
 pub use heat::Heat;
 pub use kvm::{HostError, cpu_identity, host_check};
-pub use kvm_vm::{BuildError, CardConfig, KvmVm, MachineConfig};
+pub use kvm_vm::{BuildError, CardConfig, KvmVm, MachineConfig, PcConfig, Platform, Program};
 pub use memory::{GuestRam, Mapping, Memory, MemoryError, PAGE_BYTES};
 pub use pageset::PageSet;
+pub use pc::VCPUS_MAX;
+pub use pc::serial::Serial;
 pub use state::{MachineState, Section, StateError};
 pub use vcpu::state::RegisterError;
 pub use vcpu::{PowerEvent, PowerHook};

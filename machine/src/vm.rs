@@ -11,6 +11,7 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::boot::BootError;
 use crate::devices::{DeviceError, Turns, block, net};
 use crate::kvm::HostError;
 use crate::vcpu::state::RegisterError;
@@ -24,6 +25,10 @@ pub trait Vm: Send {
 
     /// Lets the devices go on, then the guest. A device that was restored looks at all its queues first.
     fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Lets a guest that has asked to start again do so; `false` if this machine doesn't know how to. While it is paused nothing
+    /// happens: the guest asks again when it is resumed.
+    fn restart(&mut self) -> Result<bool, VmError>;
 
     /// Saves all but the memory.
     ///
@@ -98,6 +103,9 @@ pub enum VmError {
     /// The saved state can't be read.
     #[error("the saved state does not fit this machine")]
     State(#[from] StateError),
+    /// The guest can't be booted again.
+    #[error("the guest has asked for a reset, and can't be booted again")]
+    Boot(#[from] BootError),
     /// The registers can't be saved or loaded.
     #[error("the processor's registers can't be saved or loaded")]
     Registers(#[from] RegisterError),

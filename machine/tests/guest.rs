@@ -18,7 +18,7 @@ use bundled::guest_image;
 use bytes::Bytes;
 use machine::devices::{block, net};
 use machine::offload::HEADER_BYTES;
-use machine::{CardConfig, KvmVm, MachineConfig, Mapping, PAGE_BYTES, PowerEvent, Vm, host_check};
+use machine::{CardConfig, KvmVm, MachineConfig, Mapping, PAGE_BYTES, Platform, PowerEvent, Vm, host_check};
 
 const MEMORY: u64 = 64 << 20;
 const DISK: usize = 4 << 20;
@@ -139,6 +139,7 @@ fn host(mapping: Mapping) -> Host {
     let config = MachineConfig {
         memory_bytes: MEMORY,
         mapping,
+        platform: Platform::Bundled,
         cards: vec![CardConfig {
             mac: GUEST_MAC,
             offloads: false,

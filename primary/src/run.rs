@@ -243,7 +243,7 @@ impl Role {
                 }
                 Some(established) = answers.recv() => self.connected(established),
                 nic = self.clients.readable(&self.ports), if !self.hold => self.read_tap(nic),
-                Some(event) = power.recv() => self.step(guest_stopped(event)),
+                Some(event) = power.recv() => self.guest_ended(event),
                 Some(request) = outside.control.recv() => self.answer(request),
                 _ = outside.stop.changed(), if !stopping => {
                     stopping = true;
@@ -500,6 +500,19 @@ impl Role {
         }
     }
 
+    fn guest_ended(&mut self, event: PowerEvent) {
+        match event {
+            PowerEvent::Off => self.step(Event::GuestStopped(GuestEnd::PowerOff)),
+            PowerEvent::Reset => self.vm.send(Command::Restart),
+            PowerEvent::Panic => {
+                self.step(Event::GuestStopped(GuestEnd::Crashed(
+                    "it panicked; see its console".to_owned(),
+                )));
+            }
+            PowerEvent::Crashed { reason } => self.step(Event::VmFailed(reason)),
+        }
+    }
+
     fn answer(&mut self, request: ControlRequest) {
         let reply = match request.command {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
@@ -597,14 +610,5 @@ async fn next_link_event(link: &mut Option<(Link, LinkEvents)>) -> LinkEvent {
             None => core::future::pending().await,
         },
         None => core::future::pending().await,
-    }
-}
-
-fn guest_stopped(event: PowerEvent) -> Event {
-    match event {
-        PowerEvent::Off => Event::GuestStopped(GuestEnd::PowerOff),
-        PowerEvent::Reset => Event::GuestStopped(GuestEnd::Reset),
-        PowerEvent::Panic => Event::GuestStopped(GuestEnd::Crashed("it panicked; see its console".to_owned())),
-        PowerEvent::Crashed { reason } => Event::VmFailed(reason),
     }
 }

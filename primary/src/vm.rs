@@ -20,7 +20,7 @@ use storage::verify::{BlockHash, HashKey, block_count};
 use storage::{FileImage, Image as _};
 
 use crate::encoding::Encoding;
-use crate::event::{Event, Look, Shipment};
+use crate::event::{Event, GuestEnd, Look, Shipment};
 use crate::lanes;
 use crate::scout::Scout;
 use crate::ship::{Courier, Parcel, ShipError, read_block, send};
@@ -35,6 +35,8 @@ pub(crate) enum Command {
     KeepDirty,
     Pause,
     Reseed,
+    /// The guest has asked for a reset.
+    Restart,
     Resume,
     Seed(Option<[u8; 32]>),
     Ship(Box<ShipOrder>),
@@ -121,6 +123,7 @@ impl Keeper {
                     self.vm.reseed(seed);
                     Ok(None)
                 }
+                Command::Restart => self.restart(),
                 Command::Seed(seed) => {
                     self.vm.set_entropy_seed(seed);
                     Ok(None)
@@ -177,6 +180,11 @@ impl Keeper {
             self.traces.resumed(&watch);
         }
         Ok(())
+    }
+
+    fn restart(&mut self) -> Result<Option<Event>, ShipError> {
+        let restarts = self.vm.restart()?;
+        Ok((!restarts).then_some(Event::GuestStopped(GuestEnd::Reset)))
     }
 
     /// Gives the courier what was copied, if it does not have it yet.

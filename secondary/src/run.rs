@@ -205,7 +205,7 @@ impl Role {
                         self.link_event(event);
                     }
                 }
-                Some(event) = power.recv() => self.step(guest_stopped(event)),
+                Some(event) = power.recv() => self.guest_ended(event),
                 Some(request) = control.recv() => self.answer(request),
                 _ = stop.changed(), if !stopping => {
                     stopping = true;
@@ -403,6 +403,16 @@ impl Role {
         }
     }
 
+    fn guest_ended(&mut self, event: PowerEvent) {
+        let reason = match event {
+            PowerEvent::Off => "it powered off".to_owned(),
+            PowerEvent::Reset => return self.vm.send(Command::Restart),
+            PowerEvent::Panic => "it panicked".to_owned(),
+            PowerEvent::Crashed { reason } => reason,
+        };
+        self.step(Event::GuestStopped(reason));
+    }
+
     fn answer(&mut self, request: ControlRequest) {
         let reply = match request.command {
             Question::Status => Ok(Answer::Status(Box::new(self.status()))),
@@ -492,14 +502,5 @@ fn link_end(which: Which, cause: CloseCause) -> LinkEnd {
         CloseCause::Broken(error) => LinkEnd::Broken(format!("{which} connection: it broke: {error}")),
         CloseCause::Garbage(error) => LinkEnd::Broken(format!("{which} connection: {error}")),
         CloseCause::Misplaced(_) => LinkEnd::Broken(format!("{which} connection: {cause}")),
-    }
-}
-
-fn guest_stopped(event: PowerEvent) -> Event {
-    match event {
-        PowerEvent::Off => Event::GuestStopped("it powered off".to_owned()),
-        PowerEvent::Reset => Event::GuestStopped("it asked for a reset".to_owned()),
-        PowerEvent::Panic => Event::GuestStopped("it panicked".to_owned()),
-        PowerEvent::Crashed { reason } => Event::GuestStopped(reason),
     }
 }

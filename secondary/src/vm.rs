@@ -29,6 +29,8 @@ pub(crate) enum Command {
     DropStage,
     Load(Tag),
     Pause,
+    /// The guest has asked for a reset.
+    Restart,
     Resume,
     Seed([u8; 32]),
     StageDevices(DeviceState),
@@ -116,6 +118,11 @@ impl Loader {
                     .pause()
                     .map_or_else(|error| Event::VmFailed(describe(&error)), |()| Event::Paused),
             ),
+            Command::Restart => match self.vm.restart() {
+                Ok(true) => None,
+                Ok(false) => Some(Event::GuestStopped("it asked for a reset".to_owned())),
+                Err(error) => Some(Event::VmFailed(describe(&error))),
+            },
             Command::Resume => self.vm.resume().err().map(|error| Event::VmFailed(describe(&error))),
             Command::Seed(seed) => {
                 self.vm.set_entropy_seed(Some(seed));

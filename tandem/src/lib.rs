@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   main ─► cli ─┬─ args, options, settings, units     what is wanted
-//!                ├─ role, bundle                       a role, run with it
+//!                ├─ role, bundle, linux, serial        a role, run with it
 //!                ├─ operator                           questions to a running role
 //!                ├─ demo ─┐  ┌─ stage                   roles as real processes
 //!                └─ bench ┴──┼─ lab                     two hosts and a client on one machine
@@ -20,9 +20,11 @@ pub mod cli;
 pub mod clients;
 pub mod demo;
 pub mod lab;
+pub mod linux;
 pub mod operator;
 pub mod options;
 pub mod role;
+mod serial;
 pub mod settings;
 mod stage;
 pub mod units;

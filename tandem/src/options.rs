@@ -22,6 +22,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::cards::CardOption;
+use crate::linux::LinuxOptions;
 use crate::settings::{Mac, Witness};
 use crate::units::{ByteSize, Span};
 
@@ -61,12 +62,16 @@ pub struct VmOptions {
     /// The MAC address of the VM's first network card [default: derived from the pair's name]
     #[arg(long, value_name = "MAC")]
     pub mac: Option<Mac>,
-    /// Settings of the bundled guest, such as "ip=192.168.1.5/24 gw=192.168.1.1"
+    /// Settings of the bundled guest, such as "ip=192.168.1.5/24 gw=192.168.1.1", or a Linux kernel's command line
+    /// [default: none, or "console=ttyS0 root=/dev/vda rw"]
     #[arg(long, value_name = "SETTINGS")]
     pub cmdline: Option<String>,
     /// The control socket [default: /run/tandem/<pair>-<node>.sock]
     #[arg(long, value_name = "PATH")]
     pub control: Option<PathBuf>,
+    /// What Linux needs.
+    #[command(flatten)]
+    pub linux: LinuxOptions,
     /// How to log.
     #[command(flatten)]
     pub logging: LogOptions,
@@ -180,7 +185,7 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 23] = [
+const KEYS: [&str; 27] = [
     "ahead-rate",
     "checkpoint-every",
     "checkpoint-memory",
@@ -188,6 +193,8 @@ const KEYS: [&str; 23] = [
     "control",
     "epoch-max-age",
     "image",
+    "initrd",
+    "kernel",
     "listen",
     "log",
     "log-json",
@@ -199,10 +206,12 @@ const KEYS: [&str; 23] = [
     "pause-budget",
     "peer",
     "resume-after",
+    "serial",
     "streams",
     "takeover-limit",
     "tap",
     "unmatched-limit",
+    "vcpus",
     "witness",
 ];
 
@@ -244,6 +253,8 @@ impl PairOptions {
             "control" => self.vm.control = Some(value.into()),
             "epoch-max-age" => self.epoch_max_age = Some(parsed(value)?),
             "image" => self.vm.image = Some(value.into()),
+            "initrd" => self.vm.linux.initrd = Some(value.into()),
+            "kernel" => self.vm.linux.kernel = Some(value.into()),
             "listen" => self.listen = Some(parsed(value).map_err(|e| format!("'{value}': {e}, as in 10.0.0.1:7100"))?),
             "log" => self.vm.logging.log = Some(value.to_owned()),
             "log-json" => self.vm.logging.log_json = parsed(value).map_err(|_| "write true or false")?,
@@ -256,10 +267,12 @@ impl PairOptions {
             "pause-budget" => self.pause_budget = Some(parsed(value)?),
             "peer" => self.peer = Some(value.to_owned()),
             "resume-after" => self.resume_after = Some(parsed(value)?),
+            "serial" => self.vm.linux.serial = Some(parsed(value)?),
             "streams" => self.streams = Some(parsed(value).map_err(|_| "write a whole number")?),
             "takeover-limit" => self.takeover_limit = Some(parsed(value)?),
             "tap" => self.vm.tap.push(parsed(value)?),
             "unmatched-limit" => self.unmatched_limit = Some(parsed(value)?),
+            "vcpus" => self.vm.linux.vcpus = Some(parsed(value).map_err(|_| "write a whole number")?),
             "witness" => self.witness = Some(parsed(value)?),
             _ => unreachable!("the keys are checked before"),
         }
@@ -293,6 +306,7 @@ impl VmOptions {
             mac: self.mac.or(file.mac),
             cmdline: self.cmdline.or(file.cmdline),
             control: self.control.or(file.control),
+            linux: self.linux.or(file.linux),
             logging: LogOptions {
                 log: self.logging.log.or(file.logging.log),
                 log_json: self.logging.log_json || file.logging.log_json,

@@ -5,7 +5,6 @@
 
 mod follow;
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use link::record::RecordPlace;
 use link::{Established, Sentinel};
 use machine::devices::net;
 use machine::tap::Tap;
-use machine::{KvmVm, MachineConfig, Mapping, PowerEvent, Vm};
+use machine::{KvmVm, MachineConfig, Mapping, PcConfig, Platform, PowerEvent, Vm};
 use primary::Outside;
 use primary::event::Outcome as PrimaryOutcome;
 use primary::protocol::pace::Budget;
@@ -37,6 +36,7 @@ use tracing::info;
 
 use crate::bundle::GUEST_IMAGE;
 use crate::cards::Card;
+use crate::serial::{LogLines, Terminal};
 use crate::settings::{RunSettings, Settings, VmSettings, Witness};
 
 /// How a role's process ends when nothing failed.
@@ -113,8 +113,11 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let mut outside = Outside { control, stop };
     let ports = host.ports();
     let (mut vm, power) = host.machine(Mapping::Shared, &ports)?;
-    vm.boot(GUEST_IMAGE, &host.settings.vm.cmdline)
-        .context("the guest can't be booted")?;
+    match host.settings.vm.linux {
+        Some(_) => vm.start_pc(),
+        None => vm.boot(GUEST_IMAGE, &host.settings.vm.cmdline),
+    }
+    .context("the guest can't be booted")?;
     info!(node = host.settings.node, generation = generation.0, "running");
     let start = Start::Boot { generation, last_epoch };
     host.be_primary(Box::new(vm), ports, power, start, (met, None), &mut outside)
@@ -204,6 +207,8 @@ struct Host {
     taps: Vec<Arc<Tap>>,
     witness: Option<Arc<DirectoryWitness>>,
     sentinel: Arc<Sentinel>,
+    /// Where the serial port of a Linux guest is.
+    terminal: Option<Terminal>,
     cpu: u64,
 }
 
@@ -239,6 +244,12 @@ impl Host {
             }
             _ => None,
         };
+        let linux = settings.vm.linux.as_ref();
+        if let Some(linux) = linux {
+            // Refused now, and opened again when there is a machine for it.
+            linux.program(&settings.vm.cmdline)?;
+        }
+        let terminal = linux.map(|linux| Terminal::open(&linux.serial)).transpose()?;
         // Only now: a refused start leaves no file behind.
         let batch = Limits::default().batch(image.size());
         let journal = Arc::new(FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?);
@@ -250,6 +261,7 @@ impl Host {
             taps,
             witness,
             sentinel,
+            terminal,
             cpu,
         };
         host.recover()?;
@@ -300,9 +312,13 @@ impl Host {
         let cards = self.settings.vm.cards.iter();
         let mut devices: Vec<String> = cards.map(Card::to_string).collect();
         devices.extend(["block", "console", "entropy"].map(str::to_owned));
+        let linux = self.settings.vm.linux.as_ref();
+        if linux.is_some() {
+            devices.push("pc".to_owned());
+        }
         MachineShape {
             memory_bytes: self.settings.vm.memory,
-            vcpus: 1,
+            vcpus: linux.map_or(1, |linux| linux.vcpus.into()),
             devices,
             disk_bytes: self.image.size(),
             cpu: self.cpu,
@@ -399,11 +415,20 @@ impl Host {
 
     fn machine(&self, mapping: Mapping, ports: &[Arc<Port>]) -> Result<(KvmVm, mpsc::UnboundedReceiver<PowerEvent>)> {
         let (sender, power) = mpsc::unbounded_channel();
+        let platform = match (&self.settings.vm.linux, &self.terminal) {
+            (Some(linux), Some(terminal)) => Platform::Pc(PcConfig {
+                vcpus: linux.vcpus,
+                serial: terminal.output(),
+                program: linux.program(&self.settings.vm.cmdline)?,
+            }),
+            _ => Platform::Bundled,
+        };
         let config = MachineConfig {
             memory_bytes: self.settings.vm.memory,
             mapping,
+            platform,
             cards: self.settings.vm.cards.iter().map(Card::config).collect(),
-            console: Box::new(Console(Vec::new())),
+            console: Box::new(LogLines::default()),
             on_power: Arc::new(move |event| {
                 // A closed channel means that the role has ended.
                 let _ = sender.send(event);
@@ -411,6 +436,9 @@ impl Host {
         };
         let (nets, disk) = self.unattached(ports);
         let vm = KvmVm::new(config, nets, Box::new(disk)).context("the machine can't be built")?;
+        if let (Some(terminal), Some(port)) = (&self.terminal, vm.serial()) {
+            terminal.feed(&port)?;
+        }
         Ok((vm, power))
     }
 
@@ -475,27 +503,5 @@ impl Host {
             }
             PrimaryOutcome::Fenced(reason) => Ending::Fenced(reason),
         })
-    }
-}
-
-/// The guest's console, a log line for each of its lines.
-struct Console(Vec<u8>);
-
-impl Write for Console {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        const LINE_BYTES_MAX: usize = 4_096;
-        for &byte in bytes {
-            if byte == b'\n' || self.0.len() == LINE_BYTES_MAX {
-                info!(target: "guest", "{}", String::from_utf8_lossy(&self.0).trim_end());
-                self.0.clear();
-            } else {
-                self.0.push(byte);
-            }
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
     }
 }

@@ -16,6 +16,7 @@ use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Resume};
 
 use crate::cards::{Card, cards};
+use crate::linux::LinuxSettings;
 use crate::options::{ConfigError, LogOptions, PairOptions, VmOptions};
 use crate::units::{ByteSize, Span};
 
@@ -23,6 +24,7 @@ use crate::units::{ByteSize, Span};
 pub const CONTROL_FOLDER: &str = "/run/tandem";
 
 const MEMORY_DEFAULT: ByteSize = ByteSize::mib(256);
+const LINUX_CMDLINE: &str = "console=ttyS0 root=/dev/vda rw";
 const MEMORY_UNIT: ByteSize = ByteSize::mib(2);
 const MEMORY: RangeInclusive<ByteSize> = ByteSize::mib(32)..=ByteSize::mib(1 << 20);
 const TAKEOVER_LIMIT_DEFAULT: Span = Span::ms(300);
@@ -87,8 +89,10 @@ pub struct VmSettings {
     pub memory: u64,
     /// Its network cards.
     pub cards: Vec<Card>,
-    /// The bundled guest's settings, checked.
+    /// The bundled guest's settings, checked, or the kernel's command line.
     pub cmdline: String,
+    /// What is there to run Linux; without it the bundled guest runs.
+    pub linux: Option<LinuxSettings>,
     /// The control socket.
     pub control: PathBuf,
     /// How to log.
@@ -128,6 +132,12 @@ pub enum SettingsError {
         option: &'static str,
         /// What to write.
         cure: &'static str,
+    },
+    /// An option that only Linux has a use for.
+    #[error("--{option} is for Linux guests: give the kernel with --kernel, or leave --{option} out")]
+    Linux {
+        /// The option's name.
+        option: &'static str,
     },
     /// A value that can't be used.
     #[error("--{option} {value}: {reason}")]
@@ -228,15 +238,11 @@ impl VmSettings {
             .image
             .ok_or_else(|| missing("image", "give the path of the VM's raw image file"))?;
         let cards = cards(options.tap, options.mac, pair)?;
-        let cmdline = options.cmdline.unwrap_or_default();
-        GuestSettings::parse(&cmdline).map_err(|error| wrong("cmdline", &cmdline, error.to_string()))?;
-        if cmdline.len() > guest::abi::COMMAND_LINE_MAX {
-            return Err(wrong(
-                "cmdline",
-                "…",
-                format!("longer than {} bytes", guest::abi::COMMAND_LINE_MAX),
-            ));
-        }
+        let linux = LinuxSettings::from_options(options.linux)?;
+        let cmdline = match linux {
+            Some(_) => options.cmdline.unwrap_or_else(|| LINUX_CMDLINE.to_owned()),
+            None => bundled_cmdline(options.cmdline.unwrap_or_default())?,
+        };
         let control = options
             .control
             .unwrap_or_else(|| Path::new(CONTROL_FOLDER).join(format!("{pair}-{node}.sock")));
@@ -245,10 +251,24 @@ impl VmSettings {
             memory: memory(options.memory.unwrap_or(MEMORY_DEFAULT))?,
             cards,
             cmdline,
+            linux,
             control,
             logging: options.logging,
         })
     }
+}
+
+/// Checks the bundled guest's settings.
+fn bundled_cmdline(cmdline: String) -> Result<String, SettingsError> {
+    GuestSettings::parse(&cmdline).map_err(|error| wrong("cmdline", &cmdline, error.to_string()))?;
+    if cmdline.len() > guest::abi::COMMAND_LINE_MAX {
+        return Err(wrong(
+            "cmdline",
+            "…",
+            format!("longer than {} bytes", guest::abi::COMMAND_LINE_MAX),
+        ));
+    }
+    Ok(cmdline)
 }
 
 impl Mac {

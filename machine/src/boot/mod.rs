@@ -3,11 +3,10 @@
 //! The guest is entered in ring 3 of 64-bit mode; `guest::abi` says where things lie. Everything is
 //! written through the machine's memory, so all of it counts as dirty.
 
-#[allow(dead_code, unused_imports, reason = "machines that are PCs come next")]
 pub(crate) mod linux;
 mod tables;
 
-use std::io::Cursor;
+use std::io::{self, Cursor};
 
 use guest::abi::{BOOT_INFO, BOOT_MAGIC, COMMAND_LINE, COMMAND_LINE_MAX, IMAGE_BASE, PAGE_TABLES, STACK_TOP};
 use kvm_bindings::{kvm_dtable, kvm_segment};
@@ -54,9 +53,18 @@ pub enum BootError {
         /// Its length.
         bytes: usize,
     },
-    /// The Linux kernel can't be loaded.
+    /// The kernel can't be loaded.
     #[error(transparent)]
     Linux(#[from] LinuxError),
+    /// A file can't be read.
+    #[error("the {what} can't be read")]
+    File {
+        /// Which.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// KVM doesn't take the registers to start with.
     #[error("the vCPU can't be set up for the guest")]
     Registers(#[from] RegisterError),

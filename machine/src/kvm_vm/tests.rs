@@ -93,6 +93,7 @@ fn with_cards(mapping: Mapping, memory_bytes: u64, cards: u8) -> Machine {
     let config = MachineConfig {
         memory_bytes,
         mapping,
+        platform: Platform::Bundled,
         cards: (1..=cards).map(card).collect(),
         console: Box::new(io::sink()),
         on_power: Arc::new(move |event| drop(report.send(event))),
@@ -100,6 +101,16 @@ fn with_cards(mapping: Mapping, memory_bytes: u64, cards: u8) -> Machine {
     Machine {
         vm: KvmVm::new(config, nowhere(cards), Box::new(Blank(1 << 20))).unwrap(),
         ends,
+    }
+}
+
+impl KvmVm {
+    /// The doorbell of the bundled guest's machine.
+    fn doorbell(&self) -> &Doorbell {
+        match &self.kind {
+            Kind::Bundled(doorbell) => doorbell,
+            Kind::Pc(_) => panic!("a PC has no doorbell"),
+        }
     }
 }
 
@@ -125,15 +136,18 @@ impl Machine {
     fn registers(&mut self) -> Vec<u8> {
         let mut writer = Writer::new();
         let msrs = self.vm.msrs.clone();
-        let cpu = self.vm.vcpu.cpu();
-        cpu.save(&msrs).unwrap().registers.encode(&mut writer);
+        let cpu = self.vm.vcpus[0].cpu();
+        cpu.save(&msrs, crate::clock::host_tsc())
+            .unwrap()
+            .registers
+            .encode(&mut writer);
         writer.finish("", 0).bytes
     }
 
     /// Waits until the guest is asleep at its doorbell.
     fn settle(&self) {
         let start = Instant::now();
-        while !self.vm.doorbell.sleeps() {
+        while !self.vm.doorbell().sleeps() {
             assert!(start.elapsed() < PATIENCE, "the guest falls asleep");
             thread::sleep(Duration::from_millis(1));
         }
@@ -180,7 +194,11 @@ fn runs_natively_and_stops_when_told() {
     machine.vm.pause().unwrap();
     assert_eq!(machine.registers(), registers);
     machine.run_until(|machine| machine.word(DATA) > first);
-    let registers = machine.vm.vcpu.cpu().save(&machine.vm.msrs).unwrap().registers;
+    let registers = machine.vm.vcpus[0]
+        .cpu()
+        .save(&machine.vm.msrs, crate::clock::host_tsc())
+        .unwrap()
+        .registers;
     assert_eq!((registers.regs.rdi, registers.regs.rsp), (BOOT_INFO, STACK_TOP));
 }
 
@@ -210,7 +228,7 @@ fn restored_in_the_middle_it_ends_as_if_never_stopped() {
     }
     let fs = |registers: &mut Registers| registers.sregs.fs.base = DATA;
     let mut original = booted(compute());
-    original.vm.vcpu.cpu().edit(fs, &original.vm.msrs).unwrap();
+    original.vm.vcpus[0].cpu().edit(fs, &original.vm.msrs).unwrap();
     original.run_until(|machine| machine.word(DATA + 0x10) != 0);
     let mut copy = empty(Mapping::Private);
     original.copy_to(&mut copy);
@@ -256,7 +274,7 @@ fn deadlines_wake_on_time_and_guest_time_never_runs_backwards() {
     assert!(ticks >= 10, "deadlines pass");
     assert!(u128::from(ticks) <= elapsed / 2 + 2, "and not before their time");
     let seen = machine.word(DATA);
-    let now = machine.vm.vcpu.cpu().clock.now();
+    let now = machine.vm.vcpus[0].cpu().clock.unwrap().now();
     assert!(
         seen <= now && now - seen < 1_000_000_000,
         "guest and machine agree on guest time: {seen} and {now}"
@@ -272,7 +290,7 @@ fn deadlines_wake_on_time_and_guest_time_never_runs_backwards() {
     thread::sleep(Duration::from_secs(1));
     copy.vm.restore(&saved).unwrap();
     copy.run_until(|machine| machine.word(DATA + 8) > later);
-    let (seen_after, now_after) = (copy.word(DATA), copy.vm.vcpu.cpu().clock.now());
+    let (seen_after, now_after) = (copy.word(DATA), copy.vm.vcpus[0].cpu().clock.unwrap().now());
     assert!(
         seen_after > seen && seen_after >= stopped_at,
         "guest time never runs backwards"
@@ -290,7 +308,7 @@ fn deadlines_wake_on_time_and_guest_time_never_runs_backwards() {
     machine.vm.resume().unwrap();
     thread::sleep(Duration::from_millis(50));
     machine.vm.pause().unwrap();
-    let total = machine.vm.vcpu.cpu().clock.now();
+    let total = machine.vm.vcpus[0].cpu().clock.unwrap().now();
     let real = u64::try_from(start.elapsed().as_nanos()).unwrap();
     assert!(
         total.abs_diff(real) < 100_000_000,
@@ -308,7 +326,7 @@ fn sleeper_wakes_for_a_device_and_after_a_restore() {
     machine.settle();
     assert_eq!(machine.word(DATA + 8), 1, "without a deadline it sleeps for ever");
     for round in 2..20 {
-        machine.vm.doorbell.trigger();
+        machine.vm.doorbell().trigger();
         let start = Instant::now();
         while machine.word(DATA + 8) < round {
             assert!(start.elapsed() < PATIENCE, "a report wakes it");

@@ -21,6 +21,7 @@
 //! ACPI tables, which are of the hardware-reduced kind.
 
 pub(crate) mod acpi;
+pub(crate) mod chipset;
 pub(crate) mod cmos;
 pub(crate) mod generation;
 pub(crate) mod power;
@@ -31,7 +32,7 @@ use std::ops::Range;
 use guest::abi::{VIRTIO_BASE, VIRTIO_STRIDE};
 
 /// The most vCPUs of a machine.
-pub(crate) const VCPUS_MAX: u8 = 8;
+pub const VCPUS_MAX: u8 = 8;
 
 /// The guest's descriptor table at its start.
 pub(crate) const DESCRIPTORS: u64 = 0x500;

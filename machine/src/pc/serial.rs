@@ -27,7 +27,7 @@ const QUEUE_BYTES: usize = 64;
 const DATA_READY: u8 = 1;
 
 /// A serial port.
-pub(crate) struct Serial {
+pub struct Serial {
     line: Arc<dyn Interrupt>,
     inner: Mutex<Inner>,
 }
@@ -64,17 +64,12 @@ impl Serial {
     }
 
     /// Gives the guest input, and says how much of it was taken: there is only so much room.
-    pub(crate) fn input(&self, input: &[u8]) -> usize {
+    pub fn input(&self, input: &[u8]) -> usize {
         let mut inner = self.lock();
         let taken = input.len().min(INPUT_BYTES_MAX - inner.waiting.len());
         inner.waiting.extend(&input[..taken]);
         inner.deliver();
         taken
-    }
-
-    /// Prints to `output` from now on.
-    pub(crate) fn set_output(&self, output: Box<dyn Write + Send>) {
-        *self.lock().uart.writer_mut() = output;
     }
 
     /// Saves what the port is.

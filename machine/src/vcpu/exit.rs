@@ -1,4 +1,4 @@
-//! What the guest asks for when it leaves the vCPU: device registers, the doorbell, the power register.
+//! What the guest asks for when it leaves the vCPU: device registers, ports, the doorbell, the power registers.
 //!
 //! Every address, size and value here is the guest's choice. Reads of nothing give all ones, writes
 //! to nothing are ignored, and none of it can fail.
@@ -6,10 +6,27 @@
 use guest::abi::{DOORBELL, DOORBELL_IDLE, DOORBELL_POWER, POWER_OFF, POWER_PANIC, POWER_RESET};
 use kvm_ioctls::VcpuExit;
 
+use std::sync::Arc;
+
 use super::PowerEvent;
 use crate::bus::Bus;
+use crate::doorbell::Doorbell;
+use crate::pc::power::Power;
 
 const DOORBELL_END: u64 = DOORBELL + 0x1000;
+
+/// What the guest reaches when it leaves a vCPU.
+#[derive(Default)]
+pub(crate) struct Board {
+    /// What is mapped into memory.
+    pub(crate) bus: Bus,
+    /// I/O ports.
+    pub(crate) ports: Bus,
+    /// Where the bundled guest waits. Its page is on no bus.
+    pub(crate) doorbell: Option<Arc<Doorbell>>,
+    /// A PC's power registers, which are among the ports.
+    pub(crate) power: Option<Arc<Power>>,
+}
 
 /// What an exit asks of the vCPU's thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,27 +41,36 @@ pub(crate) enum Request {
 
 /// Carries out what can be done at once, and says what is left. The flag says whether the
 /// instruction is only complete once the vCPU is entered again.
-pub(crate) fn handle(exit: VcpuExit<'_>, bus: &Bus) -> (Request, bool) {
+pub(crate) fn handle(exit: VcpuExit<'_>, board: &Board) -> (Request, bool) {
     match exit {
         VcpuExit::MmioRead(address, data) => {
-            bus.read(address, data);
+            board.bus.read(address, data);
             (Request::Continue, true)
         }
         VcpuExit::MmioWrite(address, data) => {
-            let request = if (DOORBELL..DOORBELL_END).contains(&address) {
+            let request = if board.doorbell.is_some() && (DOORBELL..DOORBELL_END).contains(&address) {
                 doorbell(address - DOORBELL, data)
             } else {
-                bus.write(address, data);
+                board.bus.write(address, data);
                 Request::Continue
             };
             (request, true)
         }
-        VcpuExit::IoIn(_, data) => {
-            data.fill(0xff);
+        VcpuExit::IoIn(port, data) => {
+            board.ports.read(port.into(), data);
             (Request::Continue, true)
         }
-        VcpuExit::IoOut(..) => (Request::Continue, true),
+        VcpuExit::IoOut(port, data) => {
+            board.ports.write(port.into(), data);
+            let event = board.power.as_ref().and_then(|power| power.take());
+            (event.map_or(Request::Continue, Request::End), true)
+        }
         VcpuExit::Intr => (Request::Continue, false),
+        VcpuExit::Shutdown if board.power.is_some() => {
+            // That is how an operating system resets a PC when nothing else has worked.
+            tracing::warn!("the guest's processor shut down (a fault without a handler): a PC starts again then");
+            (Request::End(PowerEvent::Reset), false)
+        }
         VcpuExit::Shutdown => crashed("its processor shut down (a fault without a handler)"),
         VcpuExit::InternalError => crashed("KVM could not emulate an instruction"),
         VcpuExit::FailEntry(reason, _) => crashed(&format!("the processor refused its registers (reason {reason:#x})")),
@@ -80,8 +106,15 @@ fn doorbell(offset: u64, data: &[u8]) -> Request {
 mod tests {
     use super::*;
 
+    fn board() -> Board {
+        Board {
+            doorbell: Some(Arc::default()),
+            ..Board::default()
+        }
+    }
+
     fn write(address: u64, data: &[u8]) -> Request {
-        handle(VcpuExit::MmioWrite(address, data), &Bus::default()).0
+        handle(VcpuExit::MmioWrite(address, data), &board()).0
     }
 
     #[test]
@@ -99,12 +132,18 @@ mod tests {
     }
 
     #[test]
+    fn a_pc_has_no_doorbell() {
+        let (request, _) = handle(VcpuExit::MmioWrite(DOORBELL, &7_u64.to_le_bytes()), &Board::default());
+        assert_eq!(request, Request::Continue);
+    }
+
+    #[test]
     fn reads_of_nothing_give_all_ones() {
         for size in 0..=8 {
             let mut data = vec![0; size];
             let mut port = vec![0; size];
-            handle(VcpuExit::MmioRead(u64::MAX, &mut data), &Bus::default());
-            handle(VcpuExit::IoIn(0x60, &mut port), &Bus::default());
+            handle(VcpuExit::MmioRead(u64::MAX, &mut data), &board());
+            handle(VcpuExit::IoIn(0x60, &mut port), &board());
             assert!(data.iter().chain(&port).all(|byte| *byte == 0xff));
         }
     }
@@ -117,7 +156,7 @@ mod tests {
             VcpuExit::FailEntry(3, 0),
             VcpuExit::Hlt,
         ] {
-            let (Request::End(PowerEvent::Crashed { reason }), _) = handle(exit, &Bus::default()) else {
+            let (Request::End(PowerEvent::Crashed { reason }), _) = handle(exit, &board()) else {
                 panic!("must end the guest");
             };
             assert!(!reason.is_empty());

@@ -10,10 +10,11 @@
 //! The thread owns the vCPU from `resume` until it reports that it has stopped; in between, the
 //! handle's owner may read and write the registers. When it stops it first completes the instruction
 //! that left the guest: only then do the registers say what is to happen next. A guest that waits at
-//! its doorbell stops as one that waits, with its deadline.
+//! its doorbell stops as one that waits, with its deadline. Of several vCPUs each has a thread; all are asked to stop
+//! before the first is waited for.
 //!
-//! The guest ends on its own by the power register or by a crash; the vCPU then stops and says so
-//! through the [`PowerHook`], again at each `resume`, until other registers are loaded.
+//! The guest ends on its own by a power register or by a crash; the vCPU then stops and says so
+//! through the [`PowerHook`], again at each `resume`, until other registers are loaded. Other vCPUs go on until they are stopped.
 
 mod exit;
 pub(crate) mod state;
@@ -29,11 +30,12 @@ use guest::abi::{POWER_OFF, POWER_PANIC, POWER_RESET};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
+pub(crate) use self::exit::Board;
 use self::exit::Request;
 use self::state::{MsrList, RegisterError, Registers};
-use crate::bus::Bus;
-use crate::clock::GuestClock;
-use crate::doorbell::{Doorbell, Woken};
+use crate::clock::{self, GuestClock};
+use crate::doorbell::Woken;
+use crate::kvm::Chips;
 use crate::memory::GuestRam;
 use crate::state::{Reader, StateError, Writer};
 
@@ -67,7 +69,8 @@ pub(crate) struct Cpu {
     fd: VcpuFd,
     /// The guest writes it for as long as `fd` is open.
     _ram: GuestRam,
-    pub(crate) clock: GuestClock,
+    /// The clock of a guest that reads it from a page; others have KVM's.
+    pub(crate) clock: Option<GuestClock>,
     /// The guest waits at its doorbell for this guest time (0: however long).
     waiting: Option<u64>,
     ended: Option<PowerEvent>,
@@ -87,8 +90,7 @@ struct Shared {
     changed: Condvar,
     stop: AtomicBool,
     exit_at_once: ExitAtOnce,
-    doorbell: Arc<Doorbell>,
-    bus: Bus,
+    board: Arc<Board>,
     hook: PowerHook,
 }
 
@@ -104,10 +106,9 @@ impl Vcpu {
     pub(crate) fn new(
         mut fd: VcpuFd,
         ram: GuestRam,
-        clock: GuestClock,
-        doorbell: Arc<Doorbell>,
-        bus: Bus,
-        hook: PowerHook,
+        clock: Option<GuestClock>,
+        board: &Arc<Board>,
+        hook: &PowerHook,
     ) -> io::Result<Self> {
         install_kick()?;
         let exit_at_once = ExitAtOnce(&raw mut fd.get_kvm_run().immediate_exit);
@@ -125,9 +126,8 @@ impl Vcpu {
             changed: Condvar::new(),
             stop: AtomicBool::new(true),
             exit_at_once,
-            doorbell,
-            bus,
-            hook,
+            board: Arc::clone(board),
+            hook: Arc::clone(hook),
         });
         let thread = thread::Builder::new().name("vcpu".to_owned()).spawn({
             let shared = Arc::clone(&shared);
@@ -146,23 +146,34 @@ impl Vcpu {
         if *phase == Phase::Stopped {
             shared.stop.store(false, Ordering::Release);
             shared.exit_at_once.set(false);
-            shared.doorbell.pause(false);
+            if let Some(doorbell) = &shared.board.doorbell {
+                doorbell.pause(false);
+            }
             *phase = Phase::Running;
             shared.changed.notify_all();
         }
     }
 
-    /// Stops the guest between two instructions.
-    pub(crate) fn pause(&mut self) -> io::Result<()> {
-        self.leave();
+    /// Asks the guest to stop between two instructions.
+    pub(crate) fn ask_to_stop(&self) -> io::Result<()> {
         let shared = &*self.shared;
-        let phase = lock(&shared.phase);
-        if *phase != Phase::Running {
-            return Ok(());
+        shared.stop.store(true, Ordering::Release);
+        shared.exit_at_once.set(true);
+        if let Some(doorbell) = &shared.board.doorbell {
+            doorbell.pause(true);
         }
-        if let Some(thread) = &self.thread {
+        if *lock(&shared.phase) == Phase::Running
+            && let Some(thread) = &self.thread
+        {
             thread.kill(SIGRTMIN())?;
         }
+        Ok(())
+    }
+
+    /// Waits until a guest that was asked to has stopped.
+    pub(crate) fn wait_until_stopped(&self) -> io::Result<()> {
+        let shared = &*self.shared;
+        let phase = lock(&shared.phase);
         let running = |phase: &mut Phase| *phase == Phase::Running;
         let wait = shared.changed.wait_timeout_while(phase, STOP_LIMIT, running);
         let (_phase, outcome) = wait.unwrap_or_else(PoisonError::into_inner);
@@ -181,18 +192,11 @@ impl Vcpu {
         );
         lock(&self.shared.cpu)
     }
-
-    /// Makes the thread leave the guest, and stay out of it.
-    fn leave(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.shared.exit_at_once.set(true);
-        self.shared.doorbell.pause(true);
-    }
 }
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        if let Err(error) = self.pause() {
+        if let Err(error) = self.ask_to_stop().and_then(|()| self.wait_until_stopped()) {
             tracing::error!(%error, "the vCPU does not stop; its thread is left behind");
             return;
         }
@@ -251,15 +255,18 @@ impl Shared {
             if let Some(deadline) = cpu.waiting {
                 return State::Waiting(cpu, deadline);
             }
-            cpu.enter(&self.bus);
+            cpu.enter(&self.board);
         }
     }
 
     fn waiting<'a>(&'a self, mut cpu: MutexGuard<'a, Cpu>, deadline: u64) -> State<'a> {
+        let (Some(doorbell), Some(clock)) = (&self.board.doorbell, &cpu.clock) else {
+            unreachable!("only a guest with a doorbell waits at it");
+        };
         let at = (deadline != 0)
-            .then(|| Instant::now().checked_add(cpu.clock.until(deadline)))
+            .then(|| Instant::now().checked_add(clock.until(deadline)))
             .flatten();
-        match self.doorbell.wait(at) {
+        match doorbell.wait(at) {
             Woken::Guest => {
                 cpu.waiting = None;
                 State::Running(cpu)
@@ -270,7 +277,7 @@ impl Shared {
 
     fn stopping<'a>(&'a self, mut cpu: MutexGuard<'a, Cpu>) -> State<'a> {
         self.exit_at_once.set(true);
-        cpu.complete(&self.bus);
+        cpu.complete(&self.board);
         let ended = cpu.ended.clone();
         drop(cpu);
         *lock(&self.phase) = Phase::Stopped;
@@ -284,9 +291,9 @@ impl Shared {
 
 impl Cpu {
     /// Enters the guest once, and carries out what it left for.
-    fn enter(&mut self, bus: &Bus) {
+    fn enter(&mut self, board: &Board) {
         let (request, incomplete) = match self.fd.run() {
-            Ok(exit) => exit::handle(exit, bus),
+            Ok(exit) => exit::handle(exit, board),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => (Request::Continue, false),
             Err(error) => (
                 Request::End(PowerEvent::Crashed {
@@ -304,12 +311,12 @@ impl Cpu {
     }
 
     /// Completes the last instruction; the exit request is set, so the guest does not go on after it.
-    fn complete(&mut self, bus: &Bus) {
+    fn complete(&mut self, board: &Board) {
         for _ in 0..PARTS_MAX {
             if !self.incomplete {
                 return;
             }
-            self.enter(bus);
+            self.enter(board);
         }
         self.ended = Some(PowerEvent::Crashed {
             reason: "one instruction of it has no end".to_owned(),
@@ -318,9 +325,10 @@ impl Cpu {
 
     /// Sets the registers with which the guest starts.
     pub(crate) fn edit(&self, change: impl FnOnce(&mut Registers), msrs: &MsrList) -> Result<(), RegisterError> {
-        let mut registers = Registers::save(&self.fd, msrs)?;
+        let at = clock::host_tsc();
+        let mut registers = Registers::save(&self.fd, msrs, at)?;
         change(&mut registers);
-        registers.load(&self.fd)
+        registers.load(&self.fd, at)
     }
 
     /// Says how the guest has ended, if it has.
@@ -328,18 +336,24 @@ impl Cpu {
         self.ended.as_ref()
     }
 
-    /// Saves everything of the vCPU. The guest has not crashed.
-    pub(crate) fn save(&self, msrs: &MsrList) -> Result<CpuState, RegisterError> {
+    /// Saves everything of the vCPU, at the host's counter `at`. The guest has not crashed.
+    pub(crate) fn save(&self, msrs: &MsrList, at: u64) -> Result<CpuState, RegisterError> {
         Ok(CpuState {
-            registers: Registers::save(&self.fd, msrs)?,
+            registers: Registers::save(&self.fd, msrs, at)?,
             waiting: self.waiting,
             ended: self.ended.clone(),
-            now: self.clock.now(),
+            now: self.clock.map_or(0, |clock| clock.now()),
         })
     }
 
-    /// Becomes what was saved. After an error this vCPU must never run.
-    pub(crate) fn load(&mut self, state: &CpuState) -> Result<(), RegisterError> {
+    /// Tells a guest that has KVM's clock that it was stopped, so that it doesn't take the time for a hang of its own.
+    pub(crate) fn tell_of_pause(&self) {
+        // Fails where the guest doesn't use the clock, and then there is nobody to tell.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    /// Becomes what was saved, at the host's counter `at`. After an error this vCPU must never run.
+    pub(crate) fn load(&mut self, state: &CpuState, at: u64) -> Result<(), RegisterError> {
         if self.incomplete {
             let source = io::ErrorKind::ResourceBusy.into();
             return Err(RegisterError::Refused {
@@ -347,7 +361,7 @@ impl Cpu {
                 source,
             });
         }
-        state.registers.load(&self.fd)?;
+        state.registers.load(&self.fd, at)?;
         self.waiting = state.waiting;
         self.ended.clone_from(&state.ended);
         Ok(())
@@ -359,7 +373,7 @@ pub(crate) struct CpuState {
     pub(crate) registers: Registers,
     waiting: Option<u64>,
     ended: Option<PowerEvent>,
-    /// Guest time of the stop.
+    /// Guest time of the stop by the clock page.
     pub(crate) now: u64,
 }
 
@@ -376,7 +390,7 @@ impl CpuState {
         self.registers.encode(to);
     }
 
-    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, StateError> {
+    pub(crate) fn decode(from: &mut Reader<'_>, chips: Chips) -> Result<Self, StateError> {
         let now = from.u64("the guest time")?;
         let ended = match from.u32("the power register")? {
             0 => None,
@@ -387,7 +401,7 @@ impl CpuState {
         };
         let waits = from.bool("whether the guest waits")?;
         let deadline = from.u64("the guest's deadline")?;
-        let registers = Registers::decode(from)?;
+        let registers = Registers::decode(from, chips)?;
         Ok(Self {
             registers,
             waiting: waits.then_some(deadline),

@@ -8,20 +8,24 @@
 use std::io;
 
 use kvm_bindings::{
-    CpuId, Msrs, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::kvm::{Host, HostError};
+use crate::clock;
+use crate::kvm::{self, Chips, Host, HostError};
+use crate::pc::chipset::ChipsetState;
 use crate::state::{Reader, StateError, Writer};
 
 /// MSRs in one saved state, at most; hosts have between 40 and 200.
 const MSRS_MAX: usize = 1024;
 
-/// MSRs that say where the time stamp counter is. The guest's clock page does that, so they stay as they are.
-const TIME_MSRS: [u32; 3] = [0x10, 0x3b, 0x6e0];
+const MSR_TSC: u32 = 0x10;
+/// MSRs that follow from where the time stamp counter is. A guest with a clock page has no use for them.
+const TSC_MSRS: [u32; 2] = [0x3b, 0x6e0];
 
 /// Why registers can't be saved or loaded.
 #[derive(Debug, Error)]
@@ -44,6 +48,16 @@ pub enum RegisterError {
         #[source]
         source: io::Error,
     },
+    /// The hosts' time stamp counters differ.
+    #[error(
+        "the guest's time stamp counter runs at {saved} kHz, this host's at {host} kHz: use hosts with processors of the same speed"
+    )]
+    Frequency {
+        /// The guest's.
+        saved: u32,
+        /// This host's.
+        host: u32,
+    },
     /// KVM doesn't take a model-specific register.
     #[error(
         "this host's KVM refuses the saved MSR {index:#x} = {value:#x}: the two hosts' processors or kernels differ too much"
@@ -65,17 +79,26 @@ pub(crate) struct Registers {
     pub(crate) debug: kvm_debugregs,
     pub(crate) events: kvm_vcpu_events,
     pub(crate) run_state: kvm_mp_state,
+    /// Only with the chips of a PC.
+    pub(crate) timing: Option<Timing>,
     pub(crate) msrs: Vec<kvm_msr_entry>,
 }
 
-fn save<T, E: Into<io::Error>>(register: &'static str, result: Result<T, E>) -> Result<T, RegisterError> {
+/// A vCPU's interrupts and its time.
+pub(crate) struct Timing {
+    pub(crate) apic: Box<kvm_lapic_state>,
+    /// The guest's time stamp counter.
+    pub(crate) tsc: u64,
+}
+
+pub(crate) fn save<T, E: Into<io::Error>>(register: &'static str, result: Result<T, E>) -> Result<T, RegisterError> {
     result.map_err(|error| RegisterError::Save {
         register,
         source: error.into(),
     })
 }
 
-fn load<E: Into<io::Error>>(register: &'static str, result: Result<(), E>) -> Result<(), RegisterError> {
+pub(crate) fn load<E: Into<io::Error>>(register: &'static str, result: Result<(), E>) -> Result<(), RegisterError> {
     result.map_err(|error| RegisterError::Refused {
         register,
         source: error.into(),
@@ -83,8 +106,18 @@ fn load<E: Into<io::Error>>(register: &'static str, result: Result<(), E>) -> Re
 }
 
 impl Registers {
-    /// Saves the registers of a vCPU that is not running and has completed its last exit.
-    pub(crate) fn save(vcpu: &VcpuFd, msrs: &MsrList) -> Result<Self, RegisterError> {
+    /// Saves the registers of a vCPU that is not running and has completed its last exit. With the chips of a PC its time
+    /// is that at the host's counter `at`.
+    pub(crate) fn save(vcpu: &VcpuFd, msrs: &MsrList, at: u64) -> Result<Self, RegisterError> {
+        // First: KVM takes note of start-up interrupts then, which change the others.
+        let run_state = save("run state", vcpu.get_mp_state())?;
+        let timing = match msrs.chips {
+            Chips::None => None,
+            Chips::Pc => Some(Timing {
+                apic: Box::new(save("local APIC", vcpu.get_lapic())?),
+                tsc: guest_tsc(vcpu, at)?,
+            }),
+        };
         Ok(Self {
             regs: save("general registers", vcpu.get_regs())?,
             sregs: save("special registers", vcpu.get_sregs())?,
@@ -92,19 +125,25 @@ impl Registers {
             xcrs: save("XCR registers", vcpu.get_xcrs())?,
             debug: save("debug registers", vcpu.get_debug_regs())?,
             events: save("pending events", vcpu.get_vcpu_events())?,
-            run_state: save("run state", vcpu.get_mp_state())?,
+            run_state,
+            timing,
             msrs: msrs.read(vcpu)?,
         })
     }
 
-    /// Loads the registers into a vCPU that is not running.
-    pub(crate) fn load(&self, vcpu: &VcpuFd) -> Result<(), RegisterError> {
+    /// Loads the registers into a vCPU that is not running; its time goes on from the host's counter `at`.
+    pub(crate) fn load(&self, vcpu: &VcpuFd, at: u64) -> Result<(), RegisterError> {
         load("general registers", vcpu.set_regs(&self.regs))?;
         load("special registers", vcpu.set_sregs(&self.sregs))?;
         load("XCR registers", vcpu.set_xcrs(&self.xcrs))?;
         // SAFETY: KVM reads the 4096 bytes of the structure; no dynamically enabled feature, which would
         // need more, is ever asked for.
         load("XSAVE state", unsafe { vcpu.set_xsave(&self.xsave) })?;
+        if let Some(timing) = &self.timing {
+            // The APIC says what its timer counts, the MSRs until when, and both go by the counter.
+            set_guest_tsc(vcpu, timing.tsc, at)?;
+            load("local APIC", vcpu.set_lapic(&timing.apic))?;
+        }
         write_msrs(vcpu, &self.msrs)?;
         load("run state", vcpu.set_mp_state(self.run_state))?;
         load("pending events", vcpu.set_vcpu_events(&self.events))?;
@@ -120,14 +159,17 @@ impl Registers {
             .bytes(self.debug.as_bytes())
             .bytes(self.events.as_bytes());
         to.bytes(self.run_state.as_bytes());
+        if let Some(timing) = &self.timing {
+            to.bytes(timing.apic.as_bytes()).u64(timing.tsc);
+        }
         to.u32(u32::try_from(self.msrs.len()).expect("KVM lists few MSRs"));
         for msr in &self.msrs {
             to.u32(msr.index).u64(msr.data);
         }
     }
 
-    /// Reads the registers from a section.
-    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, StateError> {
+    /// Reads the registers of a machine with these chips from a section.
+    pub(crate) fn decode(from: &mut Reader<'_>, chips: Chips) -> Result<Self, StateError> {
         let registers = Self {
             regs: group(from, "general registers")?,
             sregs: group(from, "special registers")?,
@@ -136,6 +178,13 @@ impl Registers {
             debug: group(from, "debug registers")?,
             events: group(from, "pending events")?,
             run_state: group(from, "run state")?,
+            timing: match chips {
+                Chips::None => None,
+                Chips::Pc => Some(Timing {
+                    apic: Box::new(group(from, "local APIC")?),
+                    tsc: from.u64("time stamp counter")?,
+                }),
+            },
             msrs: Vec::new(),
         };
         let count = crate::index(from.u32("the number of MSRs")?.into());
@@ -154,26 +203,58 @@ impl Registers {
     }
 }
 
-fn group<T: FromBytes + IntoBytes + Immutable>(from: &mut Reader<'_>, register: &'static str) -> Result<T, StateError> {
+/// Returns the guest's time stamp counter at the host's counter `at`.
+fn guest_tsc(vcpu: &VcpuFd, at: u64) -> Result<u64, RegisterError> {
+    if let Some(offset) = kvm::tsc_offset(vcpu) {
+        return Ok(at.wrapping_add(offset));
+    }
+    let msrs = read_msrs(vcpu, &[MSR_TSC]).ok_or_else(|| RegisterError::Save {
+        register: "time stamp counter",
+        source: io::ErrorKind::Unsupported.into(),
+    })?;
+    Ok(msrs[0].data)
+}
+
+/// Lets the guest's time stamp counter go on with `tsc` at the host's counter `at`.
+fn set_guest_tsc(vcpu: &VcpuFd, tsc: u64, at: u64) -> Result<(), RegisterError> {
+    if kvm::set_tsc_offset(vcpu, tsc.wrapping_sub(at)) {
+        return Ok(());
+    }
+    let entry = kvm_msr_entry {
+        index: MSR_TSC,
+        data: tsc,
+        ..Default::default()
+    };
+    write_msrs(vcpu, &[entry])
+}
+
+pub(crate) fn group<T: FromBytes + IntoBytes + Immutable>(
+    from: &mut Reader<'_>,
+    register: &'static str,
+) -> Result<T, StateError> {
     let bytes = from.bytes(register, size_of::<T>())?;
     T::read_from_bytes(bytes).map_err(|_| from.value(register))
 }
 
-/// The MSRs that this host can both save and load.
+/// The MSRs that this host can both save and load, in machines with these chips.
 #[derive(Clone, Debug)]
-pub(crate) struct MsrList(Vec<u32>);
+pub(crate) struct MsrList {
+    indexes: Vec<u32>,
+    chips: Chips,
+}
 
 impl MsrList {
     /// Finds them by trying each on a vCPU that never runs.
-    fn probe(host: &Host, vcpu: &VcpuFd) -> Result<Self, HostError> {
-        let usable = |index: &u32| {
-            !TIME_MSRS.contains(index) && read_msrs(vcpu, &[*index]).is_some_and(|msr| write_msrs(vcpu, &msr).is_ok())
-        };
-        Ok(Self(host.msr_indexes()?.into_iter().filter(usable).collect()))
+    fn probe(host: &Host, vcpu: &VcpuFd, chips: Chips) -> Result<Self, HostError> {
+        let wanted = |index: &u32| *index != MSR_TSC && (chips == Chips::Pc || !TSC_MSRS.contains(index));
+        let usable =
+            |index: &u32| wanted(index) && read_msrs(vcpu, &[*index]).is_some_and(|msr| write_msrs(vcpu, &msr).is_ok());
+        let indexes = host.msr_indexes()?.into_iter().filter(usable).collect();
+        Ok(Self { indexes, chips })
     }
 
     fn read(&self, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, RegisterError> {
-        read_msrs(vcpu, &self.0).ok_or_else(|| RegisterError::Save {
+        read_msrs(vcpu, &self.indexes).ok_or_else(|| RegisterError::Save {
             register: "model-specific registers",
             source: io::ErrorKind::Unsupported.into(),
         })
@@ -209,27 +290,42 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), RegisterEr
     }
 }
 
-/// A vCPU that never runs. What KVM could refuse is tried here while the machine runs.
+/// vCPUs that never run. What KVM could refuse is tried here while the machine runs.
 pub(crate) struct Scratch {
-    vcpu: VcpuFd,
-    /// Keeps the vCPU's VM.
-    _vm: VmFd,
+    vcpus: Vec<VcpuFd>,
+    vm: VmFd,
+    chips: Chips,
 }
 
 impl Scratch {
-    pub(crate) fn new(host: &Host, cpuid: &CpuId) -> Result<Self, HostError> {
-        let vm = host.create_vm()?;
-        let vcpu = host.create_vcpu(&vm, cpuid)?;
-        Ok(Self { vcpu, _vm: vm })
+    /// Makes a vCPU for each of these CPUIDs.
+    pub(crate) fn new(host: &Host, chips: Chips, cpuids: &[CpuId]) -> Result<Self, HostError> {
+        let vm = host.create_vm(chips)?;
+        let vcpus = (0..).zip(cpuids);
+        let vcpus = vcpus.map(|(number, cpuid)| host.create_vcpu(&vm, number, cpuid));
+        Ok(Self {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vm,
+            chips,
+        })
     }
 
     /// Finds the MSRs that this host can both save and load.
     pub(crate) fn msrs(&self, host: &Host) -> Result<MsrList, HostError> {
-        MsrList::probe(host, &self.vcpu)
+        MsrList::probe(host, &self.vcpus[0], self.chips)
     }
 
-    /// Loads the registers. After an error this vCPU is spoilt for further trials.
-    pub(crate) fn try_load(&self, registers: &Registers) -> Result<(), RegisterError> {
-        registers.load(&self.vcpu)
+    /// Loads the registers of all vCPUs, and then what they share. After an error these vCPUs are spoilt for further trials.
+    pub(crate) fn try_load<'a>(
+        &self,
+        registers: impl Iterator<Item = &'a Registers>,
+        chipset: Option<&ChipsetState>,
+    ) -> Result<(), RegisterError> {
+        let at = clock::host_tsc();
+        if let Some(chipset) = chipset {
+            chipset.load(&self.vm)?;
+        }
+        let mut vcpus = self.vcpus.iter().zip(registers);
+        vcpus.try_for_each(|(vcpu, registers)| registers.load(vcpu, at))
     }
 }

@@ -14,7 +14,7 @@ use machine::devices::net::FRAME_BYTES_MAX;
 use machine::devices::{block, net};
 use machine::floor::Stop;
 use machine::tap::Tap;
-use machine::{CardConfig, CopyBuffer, KvmVm, MachineConfig, Mapping, Vm};
+use machine::{CardConfig, CopyBuffer, KvmVm, MachineConfig, Mapping, Platform, Vm};
 
 use crate::bundle::GUEST_IMAGE;
 use crate::clients::{Target, http_get};
@@ -46,6 +46,7 @@ impl Floor {
         let config = MachineConfig {
             memory_bytes: memory.0,
             mapping: Mapping::Shared,
+            platform: Platform::Bundled,
             cards: vec![CardConfig {
                 mac: MAC,
                 offloads: false,

@@ -27,7 +27,6 @@ const LARGE: u64 = 1 << 7;
 
 /// Sets the registers of the first vCPU to `entry`, and writes its descriptors and page tables.
 pub(crate) fn start_at(entry: Entry, ram: &GuestRam, registers: &mut Registers) {
-    firmware(registers);
     registers.regs = kvm_regs {
         rflags: RFLAGS_RESERVED,
         ..Default::default()

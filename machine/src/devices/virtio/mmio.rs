@@ -207,6 +207,12 @@ impl VirtioMmio {
         Ok(())
     }
 
+    /// Raises the interrupt again if the driver has not acknowledged the last: one that was on its way when the machine was
+    /// saved may be lost.
+    pub(crate) fn report_again(&self) {
+        self.shared().signal.again();
+    }
+
     /// Brings the device back to how it was made, as a driver's reset does.
     pub fn reset(&self) {
         self.reset_locked(&mut self.registers());

@@ -142,6 +142,13 @@ impl Signal {
         self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
+    /// Reports what has not been acknowledged once more.
+    fn again(&self) {
+        if self.status.load(Ordering::Acquire) != 0 {
+            self.line.trigger();
+        }
+    }
+
     fn raise(&self, bits: u32) {
         self.status.fetch_or(bits, Ordering::AcqRel);
         self.line.trigger();

@@ -21,7 +21,7 @@ fn dirty_pages_are_those_of_the_guest_and_of_the_machine() {
     machine.settle();
     let first = machine.vm.take_dirty().unwrap();
     assert!(written.iter().all(|page| first.contains(*page)));
-    machine.vm.doorbell.trigger();
+    machine.vm.doorbell().trigger();
     machine.settle();
     assert_eq!(
         machine.vm.take_dirty().unwrap().iter().collect::<Vec<_>>(),
@@ -41,7 +41,7 @@ fn dirty_pages_are_those_of_the_guest_and_of_the_machine() {
         .write_obj(1_u8, GuestAddress(DATA + PAGE))
         .unwrap();
     machine.vm.ram.memory().write_obj(1_u8, GuestAddress(DATA)).unwrap();
-    machine.vm.doorbell.trigger();
+    machine.vm.doorbell().trigger();
     machine.settle();
     let mut both = written.clone();
     both.insert(1, DATA_PAGE + 1);
@@ -73,7 +73,7 @@ fn a_look_changes_nothing_and_a_clear_only_what_it_names() {
     machine.vm.resume().unwrap();
     machine.settle();
     machine.vm.take_dirty().unwrap();
-    machine.vm.doorbell.trigger();
+    machine.vm.doorbell().trigger();
     machine.settle();
     let memory = machine.vm.ram.memory().clone();
     let write = |page: u64| memory.write_obj(1_u8, GuestAddress(page * PAGE)).unwrap();
@@ -96,7 +96,7 @@ fn a_look_changes_nothing_and_a_clear_only_what_it_names() {
     assert_eq!(machine.vm.dirty_now().unwrap(), expected);
     machine.vm.clear_dirty(&some).unwrap();
     // What was cleared is noticed again, by both.
-    machine.vm.doorbell.trigger();
+    machine.vm.doorbell().trigger();
     machine.settle();
     write(DATA_PAGE + 1);
     expected.extend([0, 1, 3, 27].map(|offset| DATA_PAGE + offset));
