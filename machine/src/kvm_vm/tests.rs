@@ -106,7 +106,7 @@ fn with_cards(mapping: Mapping, memory_bytes: u64, cards: u8) -> Machine {
 
 impl KvmVm {
     /// The doorbell of the bundled guest's machine.
-    fn doorbell(&self) -> &Doorbell {
+    fn doorbell(&self) -> &Arc<Doorbell> {
         match &self.kind {
             Kind::Bundled(doorbell) => doorbell,
             Kind::Pc(_) => panic!("a PC has no doorbell"),
@@ -285,7 +285,7 @@ fn deadlines_wake_on_time_and_guest_time_never_runs_backwards() {
     machine.copy_to(&mut copy);
     let saved = machine.vm.save().unwrap();
     let mut reader = Reader::new(&saved.0[0], VCPU_VERSION).unwrap();
-    let stopped_at = CpuState::decode(&mut reader).unwrap().now;
+    let stopped_at = CpuState::decode(&mut reader, Chips::None).unwrap().now;
     let later = copy.word(DATA + 8) + 5;
     thread::sleep(Duration::from_secs(1));
     copy.vm.restore(&saved).unwrap();

@@ -111,7 +111,7 @@ fn what_was_shipped_ahead_is_good_unless_dirty_at_the_stop() {
         return;
     }
     let mut machine = booted(pages());
-    let (ram, doorbell) = (machine.vm.ram(), Arc::clone(&machine.vm.doorbell));
+    let (ram, doorbell) = (machine.vm.ram(), Arc::clone(machine.vm.doorbell()));
     let mut shipped: Vec<Option<[u8; PAGE_BYTES]>> = vec![None; crate::index(ram.pages())];
     let (mut good, mut spoilt) = (0_u64, 0_u64);
     for round in 0..100 {
@@ -193,11 +193,11 @@ fn check_names_what_this_host_would_refuse() {
     let spoil = |change: &dyn Fn(&mut CpuState)| {
         let mut state = good.clone();
         let mut reader = Reader::new(&good.0[0], VCPU_VERSION).unwrap();
-        let mut cpu = CpuState::decode(&mut reader).unwrap();
+        let mut cpu = CpuState::decode(&mut reader, Chips::None).unwrap();
         change(&mut cpu);
         let mut writer = Writer::new();
         cpu.encode(&mut writer);
-        state.0[0] = writer.finish(VCPU, VCPU_VERSION);
+        state.0[0] = writer.finish(vcpu_name(0), VCPU_VERSION);
         state
     };
     let cases: [(&str, MachineState); 6] = [
