@@ -116,6 +116,7 @@ pub(crate) fn load(
         return Err(LinuxError::Unknown);
     };
     pc::acpi::write(ram, layout);
+    pc::power::write_reset_program(ram);
     Ok(entry)
 }
 
@@ -187,4 +188,4 @@ fn write_command_line(ram: &GuestRam, command_line: &str, max: usize) -> Result<
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -2,6 +2,7 @@
 
 mod devices;
 mod guests;
+mod pc;
 mod state;
 
 use std::sync::mpsc::{self, Receiver};

@@ -10,9 +10,10 @@
 //!   0x0009_fc00  reserved, up to 1 MiB
 //!   0x000d_f000  generation of the machine        interrupt pins of the only IOAPIC
 //!   0x000e_0000  ACPI tables                      4             COM1
-//!   0x0010_0000  RAM, up to 3 GiB                 9             events: a new generation
-//!   0xd000_0000  virtio-mmio devices              16..23, then  virtio-mmio devices
-//!   0xfec0_0000  IOAPIC (in KVM)                  5 6 7 10 11
+//!   0x000f_fff0  a program that resets            9             events: a new generation
+//!   0x0010_0000  RAM, up to 3 GiB                 16..23, then  virtio-mmio devices
+//!   0xd000_0000  virtio-mmio devices              5 6 7 10 11
+//!   0xfec0_0000  IOAPIC (in KVM)
 //!   0xfee0_0000  local APICs (in KVM)
 //!   0x1_0000_0000  the rest of RAM
 //! ```
@@ -49,7 +50,9 @@ pub(crate) const RESERVED: Range<u64> = 0x9_fc00..0x10_0000;
 /// The page with the generation of the machine.
 pub(crate) const GENERATION: u64 = 0xd_f000;
 /// The ACPI tables, the root pointer first.
-pub(crate) const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub(crate) const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_0000;
+/// Where the processor of a PC starts, in real mode.
+pub(crate) const RESET_ENTRY: u64 = 0xf_fff0;
 
 /// The IOAPIC that KVM has.
 pub(crate) const IOAPIC: u32 = 0xfec0_0000;

@@ -2,11 +2,18 @@
 //!
 //! The vCPU that wrote to a port asks [`Power::take`] at once what that meant, and stops. So nothing of
 //! it is state of the machine.
+//!
+//! Where the processor of a PC starts there is a program that writes to the reset port, and nothing else. A Linux that
+//! was told of hardware-reduced ACPI leaves resets to EFI; where there is none it goes there, in real mode.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use vm_memory::{Bytes, GuestAddress};
+
+use super::RESET_ENTRY;
 use crate::bus::{Bus, BusDevice};
+use crate::memory::GuestRam;
 use crate::vcpu::PowerEvent;
 
 /// The panic notification (`QEMU0001`): what it can tell is read, what has happened is written.
@@ -22,6 +29,12 @@ pub(crate) const RESET_VALUE: u8 = 1;
 /// The type of sleep that is powered off.
 pub(crate) const SLEEP_TYPE_OFF: u8 = 5;
 
+const RESET_PROGRAM: [u8; 9] = {
+    let [low, high] = RESET_PORT.to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+    [0xba, low, high, 0xb0, RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
+};
+
 const KEYBOARD_PORT: u16 = 0x64;
 /// A keyboard controller that never says what it has, as if none were there, yet takes a command at once.
 const KEYBOARD_STATUS: u8 = 0xfd;
@@ -33,6 +46,13 @@ const NOTHING: u8 = 0;
 const OFF: u8 = 1;
 const RESET: u8 = 2;
 const PANIC: u8 = 3;
+
+/// Writes the program where the processor of a PC starts.
+pub(crate) fn write_reset_program(ram: &GuestRam) {
+    ram.memory()
+        .write_slice(&RESET_PROGRAM, GuestAddress(RESET_ENTRY))
+        .expect("low memory is RAM");
+}
 
 /// The power ports of one machine.
 #[derive(Debug, Default)]

@@ -185,6 +185,7 @@ mod tests {
             events: Default::default(),
             run_state: Default::default(),
             msrs: Vec::new(),
+            timing: None,
         };
         start_at(entry, &ram, &mut registers);
         (ram, registers)

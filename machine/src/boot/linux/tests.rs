@@ -57,9 +57,10 @@ fn image(header: setup_header) -> Vec<u8> {
     file
 }
 
-/// An ELF file with a PVH note, which is loaded at [`LOADED_AT`].
-fn elf() -> Vec<u8> {
-    let payload = [0xf4; 300];
+/// An ELF file with a PVH note, which is loaded at [`LOADED_AT`] and has this 32-bit code at its entry.
+pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
+    let mut payload = [0xf4; 300];
+    payload[crate::index(ENTRY_32)..][..code.len()].copy_from_slice(code);
     let note = [
         &4_u32.to_le_bytes()[..],
         &8_u32.to_le_bytes(),
@@ -271,7 +272,7 @@ fn the_kernel_says_how_long_its_command_line_is() {
 #[test]
 fn loads_a_pvh_kernel_and_tells_it_where_things_are() {
     let ram = ram(4096 * MIB);
-    let entry = load(&ram, &elf(), Some(&[7; 5000]), "quiet", &layout()).unwrap();
+    let entry = load(&ram, &elf(&[]), Some(&[7; 5000]), "quiet", &layout()).unwrap();
     assert_eq!(entry, Entry::Pvh(LOADED_AT + ENTRY_32));
     assert_eq!(bytes(&ram, LOADED_AT, 300), [0xf4; 300]);
     let info: hvm_start_info = read(&ram, START_INFO);
@@ -295,21 +296,21 @@ fn loads_a_pvh_kernel_and_tells_it_where_things_are() {
 #[test]
 fn refuses_elf_files_without_an_entry_or_room() {
     let load = |memory, file: &[u8], line: &str| load(&ram(memory), file, None, line, &layout());
-    let mut other = elf();
+    let mut other = elf(&[]);
     let note = other.len() - 12;
     other[note..note + 4].copy_from_slice(b"GNU\0");
     assert!(matches!(load(64 * MIB, &other, ""), Err(LinuxError::NoPvhEntry)));
-    assert!(matches!(load(MEMORY_MIN, &elf(), ""), Err(LinuxError::Elf(_))));
+    assert!(matches!(load(MEMORY_MIN, &elf(&[]), ""), Err(LinuxError::Elf(_))));
     // The file's part fits, the memory that it asks for does not.
-    let mut large = elf();
+    let mut large = elf(&[]);
     large[64 + 40..64 + 48].copy_from_slice(&(64 * MIB).to_le_bytes());
     assert!(matches!(load(64 * MIB, &large, ""), Err(LinuxError::TooLarge { .. })));
     assert!(matches!(
-        load(64 * MIB, &elf(), &"x".repeat(2048)),
+        load(64 * MIB, &elf(&[]), &"x".repeat(2048)),
         Err(LinuxError::CommandLine { max: 2047, .. })
     ));
-    for length in 4..elf().len() - 4 {
-        assert!(load(64 * MIB, &elf()[..length], "").is_err(), "{length}");
+    for length in 4..elf(&[]).len() - 4 {
+        assert!(load(64 * MIB, &elf(&[])[..length], "").is_err(), "{length}");
     }
 }
 
@@ -325,7 +326,7 @@ proptest! {
 
     #[test]
     fn never_panics_on_a_damaged_elf_file(changes in proptest::collection::vec((4..176_usize, any::<u8>()), 1..8)) {
-        let mut file = elf();
+        let mut file = elf(&[]);
         for (at, value) in changes {
             file[at] = value;
         }
