@@ -18,6 +18,8 @@ host_start() {
     tar -C "$payload" -cf "$at/payload.tar" .
     # The disk's changes are dropped with the process. `-cpu max` is slow, and other machines than q35 lose their clock at times.
     # With a thread for each processor QEMU's SVM makes guests write to, and read, pages that they no longer have.
+    # With several processors on one thread it gives a guest of several vCPUs interrupts while it has them off, and the guest hangs: such
+    # a guest needs a host of one processor.
     qemu-system-x86_64 -accel tcg,thread=single -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$image/vmlinux" -initrd "$image/boot.cpio" \
