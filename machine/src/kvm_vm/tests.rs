@@ -86,6 +86,10 @@ fn sized(mapping: Mapping, memory_bytes: u64) -> Machine {
 }
 
 fn with_cards(mapping: Mapping, memory_bytes: u64, cards: u8) -> Machine {
+    made(mapping, memory_bytes, cards, Platform::Bundled)
+}
+
+fn made(mapping: Mapping, memory_bytes: u64, cards: u8, platform: Platform) -> Machine {
     let (report, ends) = mpsc::channel();
     let card = |number| CardConfig {
         mac: [2, 0, 0, 0, 0, number],
@@ -94,7 +98,7 @@ fn with_cards(mapping: Mapping, memory_bytes: u64, cards: u8) -> Machine {
     let config = MachineConfig {
         memory_bytes,
         mapping,
-        platform: Platform::Bundled,
+        platform,
         cards: (1..=cards).map(card).collect(),
         console: Box::new(io::sink()),
         on_power: Arc::new(move |event| drop(report.send(event))),

@@ -24,7 +24,7 @@ pub(crate) struct ChipsetState {
     controllers: [kvm_irqchip; CONTROLLERS.len()],
     timer: kvm_pit_state2,
     /// Guest time in nanoseconds.
-    now: u64,
+    pub(crate) now: u64,
     /// How fast the guest's time stamp counter is.
     tsc_khz: u32,
 }

@@ -11,6 +11,8 @@ use crate::pc::{ACPI_TABLES, START_INFO, ZERO_PAGE};
 
 const LOADED_AT: u64 = 16 * MIB;
 const ENTRY_32: u64 = 0x40;
+/// Where the code of [`elf`] lies.
+pub(crate) const CODE: u64 = LOADED_AT + ENTRY_32;
 
 fn ram(bytes: u64) -> GuestRam {
     GuestRam::new(bytes, Mapping::Shared).unwrap()
@@ -59,7 +61,7 @@ fn image(header: setup_header) -> Vec<u8> {
 
 /// An ELF file with a PVH note, which is loaded at [`LOADED_AT`] and has this 32-bit code at its entry.
 pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
-    let mut payload = [0xf4; 300];
+    let mut payload = [0xf4; 600];
     payload[crate::index(ENTRY_32)..][..code.len()].copy_from_slice(code);
     let note = [
         &4_u32.to_le_bytes()[..],
@@ -68,7 +70,7 @@ pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
         b"Xen\0",
     ]
     .concat();
-    let note = [&note[..], &(LOADED_AT + ENTRY_32).to_le_bytes()].concat();
+    let note = [&note[..], &CODE.to_le_bytes()].concat();
     let (payload_at, note_at) = (64 + 2 * 56, 64 + 2 * 56 + payload.len() as u64);
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
     for field in [LOADED_AT, 64, 0] {
@@ -273,8 +275,8 @@ fn the_kernel_says_how_long_its_command_line_is() {
 fn loads_a_pvh_kernel_and_tells_it_where_things_are() {
     let ram = ram(4096 * MIB);
     let entry = load(&ram, &elf(&[]), Some(&[7; 5000]), "quiet", &layout()).unwrap();
-    assert_eq!(entry, Entry::Pvh(LOADED_AT + ENTRY_32));
-    assert_eq!(bytes(&ram, LOADED_AT, 300), [0xf4; 300]);
+    assert_eq!(entry, Entry::Pvh(CODE));
+    assert_eq!(bytes(&ram, LOADED_AT, 300), [0xf4; 600]);
     let info: hvm_start_info = read(&ram, START_INFO);
     assert_eq!((info.magic, info.version, info.nr_modules), (0x336e_c578, 1, 1));
     assert_eq!(info.rsdp_paddr, ACPI_TABLES.start);
