@@ -276,7 +276,7 @@ fn loads_a_pvh_kernel_and_tells_it_where_things_are() {
     let ram = ram(4096 * MIB);
     let entry = load(&ram, &elf(&[]), Some(&[7; 5000]), "quiet", &layout()).unwrap();
     assert_eq!(entry, Entry::Pvh(CODE));
-    assert_eq!(bytes(&ram, LOADED_AT, 300), [0xf4; 600]);
+    assert_eq!(bytes(&ram, LOADED_AT, 600), [0xf4; 600]);
     let info: hvm_start_info = read(&ram, START_INFO);
     assert_eq!((info.magic, info.version, info.nr_modules), (0x336e_c578, 1, 1));
     assert_eq!(info.rsdp_paddr, ACPI_TABLES.start);
