@@ -1,6 +1,6 @@
 # Lab hosts: QEMU processes with hardware KVM inside, emulated. Sourced by `run`, used by the cases.
 #
-#   host_start a [2 [3072 [listen|connect]]]     boots a host of that name: processors, MiB, and which end of the wire it is
+#   host_start a [1 [3072 [listen|connect]]]     boots a host of that name: processors, MiB, and which end of the wire it is
 #   host_run a 'script'                          runs a script there, prints its output, returns its exit code
 #   host_kill a                                  ends it like a power failure
 #
@@ -8,7 +8,7 @@
 
 # Boots a host. Two hosts on the wire, the one that listens first, have a card of that name.
 host_start() {
-    local name=$1 processors=${2:-2} memory=${3:-3072} wire=${4:-} at=$scratch/$1 port cards=()
+    local name=$1 processors=${2:-1} memory=${3:-3072} wire=${4:-} at=$scratch/$1 port cards=()
     mkdir "$at"
     port=$((20000 + $$ % 20000 + ${#hosts[@]}))
     if [ -n "$wire" ]; then
@@ -17,7 +17,9 @@ host_start() {
     fi
     tar -C "$payload" -cf "$at/payload.tar" .
     # The disk's changes are dropped with the process. `-cpu max` is slow, and other machines than q35 lose their clock at times.
-    # With a thread for each processor QEMU's SVM makes guests write to, and read, pages that they no longer have.
+    # With a thread for each processor QEMU's SVM makes guests write to, and read, pages that they no longer have. With several
+    # processors in one thread their turns end guests: an interrupt that the hypervisor injects comes a second time at the next turn, also to a
+    # guest that takes none (`helper_vmrun` leaves it in `exception_index`). Hence one processor; guests may have more.
     # With several processors on one thread it gives a guest of several vCPUs interrupts while it has them off, and the guest hangs: such
     # a guest needs a host of one processor.
     qemu-system-x86_64 -accel tcg,thread=single -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
