@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backlog;
+pub mod cpu;
 pub mod epoch;
 pub mod failover;
 pub mod frames;

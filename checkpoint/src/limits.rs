@@ -26,6 +26,10 @@ pub const SECTION_NAME_BYTES_MAX: usize = 64;
 pub const STREAMS_MAX: usize = 8;
 /// Network cards of a machine.
 pub const NICS_MAX: usize = 8;
+/// Leaves of a CPU's description.
+pub const CPU_LEAVES_MAX: usize = 128;
+/// Model-specific registers of a CPU's description; hosts have between 40 and 200.
+pub const CPU_MSRS_MAX: usize = 1024;
 /// Virtual CPUs of a machine.
 pub const VCPUS_MAX: u32 = 1024;
 /// Largest guest memory, in bytes.

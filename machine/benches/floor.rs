@@ -63,6 +63,7 @@ impl block::Backend for Blank {
 fn machine(mib: u64, command_line: &str) -> KvmVm {
     let config = MachineConfig {
         memory_bytes: mib << 20,
+        cpu: machine::CpuModel::host().unwrap(),
         mapping: Mapping::Shared,
         platform: Platform::Bundled,
         cards: vec![CardConfig {

@@ -59,29 +59,6 @@ pub fn host_check() -> Result<(), HostError> {
     Host::open()?.probe()
 }
 
-/// Returns a digest of the CPU that guests on this host see. Hosts with the same digest can take each
-/// other's machines.
-pub fn cpu_identity() -> Result<u64, HostError> {
-    let cpuid = Host::open()?.cpuid()?;
-    // FNV-1a: no secret is involved, and the value must not depend on the build.
-    let mut digest = 0xcbf2_9ce4_8422_2325_u64;
-    for entry in cpuid.as_slice() {
-        let words = [
-            entry.function,
-            entry.index,
-            entry.flags,
-            entry.eax,
-            entry.ebx,
-            entry.ecx,
-            entry.edx,
-        ];
-        for byte in words.iter().flat_map(|word| word.to_le_bytes()) {
-            digest = (digest ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-        }
-    }
-    Ok(digest)
-}
-
 /// What interrupts and time there are in a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Chips {
@@ -181,44 +158,16 @@ impl Host {
         Ok(vcpu)
     }
 
-    /// Returns the CPUID of each of so many vCPUs.
-    pub(crate) fn cpuids(&self, vcpus: u8) -> Result<Vec<CpuId>, HostError> {
-        let all = self.cpuid()?;
-        let of = |number: u8| {
-            let mut cpuid = all.clone();
-            for entry in cpuid.as_mut_slice() {
-                match entry.function {
-                    1 => {
-                        entry.ebx |= u32::from(number) << 24;
-                        // A hypervisor is there, and timers that go by the time stamp counter: KVM leaves both to us.
-                        entry.ecx |= 1 << 31 | 1 << 24;
-                    }
-                    0xb | 0x1f => entry.edx = number.into(),
-                    _ => {}
-                }
-            }
-            cpuid
-        };
-        Ok((0..vcpus).map(of).collect())
+    /// Returns the CPUID that KVM could give a guest on this host, in part that of whichever processor was asked.
+    pub(crate) fn cpuid(&self) -> Result<CpuId, HostError> {
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(refused("say which CPUID it supports"))
     }
 
-    /// Returns the CPUID that guests on this host see.
-    pub(crate) fn cpuid(&self) -> Result<CpuId, HostError> {
-        let mut cpuid = self
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(refused("say which CPUID it supports"))?;
-        for entry in cpuid.as_mut_slice() {
-            match entry.function {
-                // The number of the physical processor that was asked, which is another one each time.
-                1 => entry.ebx &= 0x0000_ffff,
-                0xb | 0x1f => entry.edx = 0,
-                // The size of the state enabled at the moment; KVM keeps it current itself.
-                0xd if entry.index <= 1 => entry.ebx = 0,
-                _ => {}
-            }
-        }
-        Ok(cpuid)
+    /// Tells whether the local APIC of a guest has a timer that follows the time stamp counter.
+    pub(crate) fn has_tsc_deadline(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
     /// Lists the MSRs that make up a guest's state on this host.

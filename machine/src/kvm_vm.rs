@@ -20,6 +20,7 @@ use crate::PageSet;
 use crate::boot::{self, BootError, linux};
 use crate::bus::Bus;
 use crate::clock::{self, GuestClock};
+use crate::cpu::CpuModel;
 use crate::devices::block::{self, Block};
 use crate::devices::console::Console;
 use crate::devices::entropy::{Entropy, EntropySource};
@@ -59,6 +60,8 @@ pub struct CardConfig {
 pub struct MachineConfig {
     /// Bytes of RAM, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// The CPU that the guest sees, which this host must be able to give.
+    pub cpu: CpuModel,
     /// Whose writes reach the committed memory image.
     pub mapping: Mapping,
     /// What kind of guest it is for.
@@ -222,7 +225,7 @@ impl KvmVm {
             Platform::Pc(pc) => (Chips::Pc, pc.vcpus),
         };
         let vm = Arc::new(host.create_vm(chips)?);
-        let cpuids = host.cpuids(count)?;
+        let cpuids: Vec<_> = (0..count).map(|number| config.cpu.cpuid_for(number, count, chips == Chips::Pc)).collect();
         let fds = (0..).zip(&cpuids);
         let fds = fds.map(|(number, cpuid)| host.create_vcpu(&vm, number, cpuid));
         let fds: Vec<_> = fds.collect::<Result<_, _>>()?;
@@ -252,7 +255,7 @@ impl KvmVm {
         let start = |fd| Vcpu::new(fd, ram.clone(), clock, &board, &config.on_power);
         let vcpus = fds.into_iter().map(start).collect::<Result<_, _>>();
         // The trials of MSRs may leave strange values, so they are not made on the vCPUs for the checks.
-        let msrs = Scratch::new(&host, chips, &cpuids)?.msrs(&host)?;
+        let msrs = Scratch::new(&host, chips, &cpuids)?.msrs(&config.cpu.msrs);
         let mut machine = Self {
             vcpus: vcpus.map_err(BuildError::Thread)?,
             devices,

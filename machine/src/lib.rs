@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   shells ──► trait Vm ──► KvmVm ─┬─ vcpu      a thread for each vCPU, its registers saved and loaded
+//!                                  ├─ cpu       what CPUID tells the guest
 //!                                  ├─ memory    guest RAM on a memfd, and which pages were written
 //!                                  ├─ clock     the guest's clock page
 //!                                  ├─ doorbell  where the idle bundled guest waits
@@ -23,6 +24,7 @@ pub mod boot;
 mod bus;
 mod clock;
 mod copy;
+mod cpu;
 pub mod devices;
 mod dirty;
 pub mod doorbell;
@@ -44,9 +46,10 @@ mod written;
 
 pub use boot::{BootError, LinuxError};
 pub use copy::CopyBuffer;
+pub use cpu::{CpuLeaf, CpuModel};
 pub use doorbell::Interrupt;
 pub use heat::Heat;
-pub use kvm::{HostError, cpu_identity, host_check};
+pub use kvm::{HostError, host_check};
 pub use kvm_vm::{BuildError, CardConfig, KvmVm, MachineConfig, PcConfig, Platform, Program};
 pub use memory::{GuestRam, Mapping, Memory, MemoryError, PAGE_BYTES};
 pub use pageset::PageSet;

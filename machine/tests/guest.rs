@@ -138,6 +138,7 @@ fn host(mapping: Mapping) -> Host {
     let paper = Paper::default();
     let config = MachineConfig {
         memory_bytes: MEMORY,
+        cpu: machine::CpuModel::host().unwrap(),
         mapping,
         platform: Platform::Bundled,
         cards: vec![CardConfig {

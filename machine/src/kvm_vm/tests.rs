@@ -97,6 +97,7 @@ fn made(mapping: Mapping, memory_bytes: u64, cards: u8, platform: Platform) -> M
     };
     let config = MachineConfig {
         memory_bytes,
+        cpu: CpuModel::host().unwrap(),
         mapping,
         platform,
         cards: (1..=cards).map(card).collect(),
@@ -410,14 +411,12 @@ fn guests_see_the_same_cpu_whichever_processor_is_asked() {
         thread::spawn(move || {
             // A container may forbid it; then the same processor is asked twice.
             let _ = rustix::thread::sched_setaffinity(None, &set);
-            crate::cpu_identity().unwrap()
+            CpuModel::host().unwrap()
         })
     };
-    let identities: Vec<_> = (0..4).map(on).map(|asked| asked.join().unwrap()).collect();
-    assert!(
-        identities.iter().all(|identity| *identity == identities[0]),
-        "{identities:x?}"
-    );
+    let models: Vec<_> = (0..4).map(on).map(|asked| asked.join().unwrap()).collect();
+    assert!(models.iter().all(|model| *model == models[0]), "{models:x?}");
+    assert!(models[0].leaves.is_sorted() && models[0].msrs.is_sorted() && !models[0].msrs.is_empty());
 }
 
 #[test]

@@ -244,13 +244,17 @@ pub(crate) struct MsrList {
 }
 
 impl MsrList {
-    /// Finds them by trying each on a vCPU that never runs.
-    fn probe(host: &Host, vcpu: &VcpuFd, chips: Chips) -> Result<Self, HostError> {
+    /// Finds them among these by trying each on a vCPU that never runs.
+    fn probe(indexes: &[u32], vcpu: &VcpuFd, chips: Chips) -> Self {
         let wanted = |index: &u32| *index != MSR_TSC && (chips == Chips::Pc || !TSC_MSRS.contains(index));
         let usable =
             |index: &u32| wanted(index) && read_msrs(vcpu, &[*index]).is_some_and(|msr| write_msrs(vcpu, &msr).is_ok());
-        let indexes = host.msr_indexes()?.into_iter().filter(usable).collect();
-        Ok(Self { indexes, chips })
+        let indexes = indexes.iter().copied().filter(usable).collect();
+        Self { indexes, chips }
+    }
+
+    pub(crate) fn indexes(&self) -> &[u32] {
+        &self.indexes
     }
 
     fn read(&self, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, RegisterError> {
@@ -310,9 +314,9 @@ impl Scratch {
         })
     }
 
-    /// Finds the MSRs that this host can both save and load.
-    pub(crate) fn msrs(&self, host: &Host) -> Result<MsrList, HostError> {
-        MsrList::probe(host, &self.vcpus[0], self.chips)
+    /// Finds the MSRs among these that this host can both save and load.
+    pub(crate) fn msrs(&self, indexes: &[u32]) -> MsrList {
+        MsrList::probe(indexes, &self.vcpus[0], self.chips)
     }
 
     /// Loads the registers of all vCPUs, and then what they share. After an error these vCPUs are spoilt for further trials.

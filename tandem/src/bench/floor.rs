@@ -45,6 +45,7 @@ impl Floor {
             .context("can't open the floor's TAP")?;
         let config = MachineConfig {
             memory_bytes: memory.0,
+            cpu: machine::CpuModel::host()?,
             mapping: Mapping::Shared,
             platform: Platform::Bundled,
             cards: vec![CardConfig {
