@@ -6,11 +6,13 @@
 //! ```
 //!
 //! Both must be set up alike, since the secondary runs what the primary sends: every field of the
-//! machine's shape is compared, and the refusal names the first that differs with both values. Their
-//! names must differ, since the witness knows them by nothing else.
+//! machine's shape is compared, and the refusal names the first that differs with both values. The VM's CPU
+//! is the primary's matter: the secondary's host must be able to give it. Their names must differ, since the
+//! witness knows them by nothing else.
 //!
 //! Driven by the protocols of both roles. Never trusts a value before its range was checked.
 
+use crate::cpu::{self, CpuError, CpuModel, Level};
 use crate::epoch::{Epoch, Generation};
 use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, NICS_MAX, PAGE_BYTES, STREAMS_MAX,
@@ -27,6 +29,8 @@ pub struct Local {
     pub node: String,
     /// The machine as this host would build it.
     pub shape: MachineShape,
+    /// As a primary: the VM is not made yet, so its CPU may become less than that of the shape.
+    pub adapts: bool,
     /// Last generation this side held a complete state of, 0 if none.
     pub generation: Generation,
     /// It was that generation's owner: it ran the VM without a peer, or may have.
@@ -71,6 +75,9 @@ pub enum LocalError {
     /// More devices, or longer descriptions of them, than a shape may hold.
     #[error("at most {DEVICES_MAX} devices of at most {DEVICE_NAME_BYTES_MAX} bytes each can be described to a peer")]
     Devices,
+    /// A CPU that is none.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
 }
 
 impl Local {
@@ -94,6 +101,7 @@ pub fn hello(local: &Local) -> Hello {
         pair: local.pair.clone(),
         node: local.node.clone(),
         shape: local.shape.clone(),
+        adapts: local.adapts,
         generation: local.generation.0,
         committed: local.committed.0,
         takeover_limit_ms: local.takeover_limit_ms,
@@ -123,6 +131,7 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
         return Err(Refusal::SameNode(local.node.clone()));
     }
     compare_shapes(&hello.shape, &local.shape)?;
+    let cpu = agree_on_cpu(&hello.shape.cpu, hello.adapts, &local.shape.cpu)?;
     let limit = |ms: u64| format!("{ms} ms");
     compare(
         "the takeover limit",
@@ -144,6 +153,7 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
     Ok(Welcome {
         node: local.node.clone(),
         session,
+        cpu,
         generation: local.generation.0,
         committed: local.committed.0,
         held: local.held,
@@ -159,7 +169,13 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
 pub fn judge_welcome(local: &Local, welcome: &Welcome) -> Result<(), Refusal> {
     check_name("node name", &welcome.node)
         .and_then(|()| check_streams(welcome.streams))
+        .and_then(|()| Ok(welcome.cpu.check()?))
         .map_err(|error| Refusal::Protocol(error.to_string()))?;
+    let offered = &local.shape.cpu;
+    if local.adapts && !welcome.cpu.missing_from(offered).is_empty() || !local.adapts && welcome.cpu != *offered {
+        let why = "it wants another CPU than the one that was offered";
+        return Err(Refusal::Protocol(why.to_owned()));
+    }
     if welcome.streams > wire_streams(local.streams) {
         let (theirs, ours) = (welcome.streams, local.streams);
         return Err(Refusal::Protocol(format!(
@@ -215,7 +231,7 @@ fn check_shape(shape: &MachineShape) -> Result<(), LocalError> {
     if shape.devices.len() > DEVICES_MAX || !shape.devices.iter().all(describable) {
         return Err(LocalError::Devices);
     }
-    Ok(())
+    Ok(shape.cpu.check()?)
 }
 
 fn check_takeover_limit(ms: u64) -> Result<(), LocalError> {
@@ -270,8 +286,54 @@ fn compare_shapes(primary: &MachineShape, secondary: &MachineShape) -> Result<()
         compare(&format!("device {slot}"), device(primary), device(secondary))?;
     }
     compare("the disk size", bytes(primary.disk_bytes), bytes(secondary.disk_bytes))?;
-    let digest = |cpu: u64| format!("features {cpu:016x}");
-    compare("the guest's CPU", digest(primary.cpu), digest(secondary.cpu))
+    Ok(())
+}
+
+/// Returns the CPU that the VM has on both hosts.
+fn agree_on_cpu(offered: &CpuModel, adapts: bool, host: &CpuModel) -> Result<CpuModel, Refusal> {
+    let common = if adapts { offered.intersection(host).ok() } else { None };
+    // What adapting can't help is told as it is of a VM that runs.
+    let model = common.as_ref().unwrap_or(offered);
+    let missing = model.missing_from(host);
+    if missing.is_empty() {
+        return Ok(model.clone());
+    }
+    Err(Refusal::Cpu {
+        cure: cure(model, host, &missing),
+        missing: cpu::listed(&missing),
+    })
+}
+
+/// Says what to do about a host that can't give a VM's CPU.
+fn cure(model: &CpuModel, host: &CpuModel, missing: &[String]) -> String {
+    if model.vendor() != host.vendor() {
+        return "a pair needs two processors of one vendor".to_owned();
+    }
+    let level = Level::ALL.into_iter().rev().map(|level| (level, level.of(model)));
+    let fits =
+        |(level, cpu): (Level, Result<CpuModel, CpuError>)| cpu.ok()?.missing_from(host).is_empty().then_some(level);
+    let level = level
+        .filter_map(fits)
+        .map(|level| format!("with --cpu {}", level.name()))
+        .next();
+    let names = || missing.iter().map(String::as_str);
+    let roots: Vec<_> = names()
+        .filter(|name| !names().any(|other| cpu::rests_on(name, other)))
+        .collect();
+    let hidable = model.without(roots.iter().copied()).missing_from(host).is_empty();
+    let hide = hidable.then(|| format!("with --hide {}", roots.join(",")));
+    let common = model
+        .intersection(host)
+        .is_ok_and(|common| common.missing_from(host).is_empty());
+    let common = common.then(|| "with --cpu host while this secondary waits".to_owned());
+    let ways: Vec<_> = level.into_iter().chain(hide).chain(common).collect();
+    if ways.is_empty() {
+        return "a pair needs two processors that are more alike".to_owned();
+    }
+    format!(
+        "a VM keeps its CPU until it is started again; start it {}",
+        ways.join(", or ")
+    )
 }
 
 /// Returns how many network cards a shape has.
@@ -282,6 +344,7 @@ fn nics(shape: &MachineShape) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::samples::{INTEL, made_by, server};
     use crate::epoch::Tag;
 
     const HELD: Held = Held {
@@ -301,8 +364,9 @@ mod tests {
                 vcpus: 2,
                 devices: vec!["serial".into(), "net=52:54:00:00:00:01".into()],
                 disk_bytes: 1 << 20,
-                cpu: 7,
+                cpu: server(),
             },
+            adapts: false,
             generation: Generation(5),
             owner: true,
             committed: Epoch(70),
@@ -340,6 +404,7 @@ mod tests {
             Welcome {
                 node: "b".into(),
                 session: Session(9),
+                cpu: server(),
                 generation: 4,
                 committed: 60,
                 held: HELD,
@@ -377,12 +442,88 @@ mod tests {
             refusal(|p| p.shape.disk_bytes = 512),
             differs("the disk size", "512 bytes", "1048576 bytes")
         );
-        assert!(matches!(refusal(|p| p.shape.cpu = 8), Refusal::Differs { what, .. } if what == "the guest's CPU"));
         assert_eq!(
             refusal(|p| p.takeover_limit_ms = 500),
             differs("the takeover limit", "500 ms", "300 ms")
         );
         assert_eq!(refusal(|p| p.witness = false), differs("the witness", "none", "one"));
+    }
+
+    fn told(vm: CpuModel, host: CpuModel, adapts: bool) -> Result<CpuModel, String> {
+        let (mut primary, mut secondary) = (primary(), secondary());
+        (primary.shape.cpu, primary.adapts, secondary.shape.cpu) = (vm, adapts, host);
+        let welcome = judge_hello(&secondary, &hello(&primary), Session(1)).map_err(|refusal| refusal.to_string())?;
+        assert_eq!(judge_welcome(&primary, &welcome), Ok(()));
+        Ok(welcome.cpu)
+    }
+
+    #[test]
+    fn a_cpu_that_the_secondary_lacks_is_refused_by_name() {
+        assert_eq!(told(server(), server(), false), Ok(server()));
+        let less = server().without(["rdrand"]);
+        assert_eq!(
+            told(less.clone(), server(), false),
+            Ok(less.clone()),
+            "the host may have more"
+        );
+        let lacks = "the secondary's processor, or its KVM, lacks what the VM's CPU has: ";
+        let again = "a VM keeps its CPU until it is started again; start it";
+        assert_eq!(
+            told(server(), less, false),
+            Err(format!(
+                "{lacks}rdrand: {again} with --cpu x86-64-v4, or with --hide rdrand, or with --cpu host while this secondary waits"
+            ))
+        );
+        let old = server().without(["avx512f", "sse4_2", "arch_capabilities"]);
+        let text = told(server(), old, false).unwrap_err();
+        assert!(text.starts_with(&format!("{lacks}sse4_2, avx512f, ")), "{text}");
+        assert!(
+            text.contains("start it with --hide sse4_2,avx512f,arch_capabilities, or ") && !text.contains("--cpu x86"),
+            "{text}"
+        );
+        let mut small = server();
+        small.msrs.clear();
+        assert_eq!(
+            told(server(), small, false),
+            Err(format!(
+                "{lacks}MSR 0x10a, MSR 0x174, MSR 0xc0000081: {again} with --cpu host while this secondary waits"
+            ))
+        );
+        let mut strange = server();
+        strange
+            .leaves
+            .iter_mut()
+            .filter(|leaf| leaf.function == 1)
+            .for_each(|leaf| leaf.ebx = 0x1000);
+        let text = told(server(), strange, true).unwrap_err();
+        assert!(
+            text.ends_with("cache lines of 64 bytes (it has 128): a pair needs two processors that are more alike"),
+            "{text}"
+        );
+        for adapts in [false, true] {
+            let text = told(server(), made_by(INTEL), adapts).unwrap_err();
+            assert!(text.ends_with("a pair needs two processors of one vendor"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_vm_that_is_not_made_yet_gets_what_both_hosts_have() {
+        let (ours, theirs) = (server().without(["rdrand"]), server().without(["avx512f"]));
+        let both = told(ours.clone(), theirs.clone(), true).unwrap();
+        assert_eq!(both, ours.intersection(&theirs).unwrap());
+        assert!(!both.has("rdrand") && !both.has("avx512vl") && both.has("avx2"));
+        let mut primary = primary();
+        let welcome = judge_hello(&secondary(), &hello(&primary), Session(1)).unwrap();
+        primary.shape.cpu = ours;
+        for adapts in [false, true] {
+            let primary = Local {
+                adapts,
+                ..primary.clone()
+            };
+            assert!(
+                matches!(judge_welcome(&primary, &welcome), Err(Refusal::Protocol(why)) if why.contains("another CPU"))
+            );
+        }
     }
 
     #[test]
@@ -440,6 +581,7 @@ mod tests {
         let newer = Welcome {
             node: "b".into(),
             session: Session(1),
+            cpu: server(),
             generation: 6,
             committed: 0,
             held: Held::default(),
@@ -456,7 +598,7 @@ mod tests {
 
     #[test]
     fn values_out_of_range_are_refused_before_they_are_compared() {
-        let changes: [fn(&mut Local); 10] = [
+        let changes: [fn(&mut Local); 11] = [
             |p| p.pair = String::new(),
             |p| p.node = "x".repeat(NAME_BYTES_MAX + 1),
             |p| p.node = "a\u{1b}".into(),
@@ -467,6 +609,7 @@ mod tests {
             |p| p.shape.devices = vec![String::new(); DEVICES_MAX + 1],
             |p| p.shape.devices = vec!["net=52:54:00:00:00:01".into(); NICS_MAX + 1],
             |p| p.takeover_limit_ms = 1,
+            |p| p.shape.cpu.leaves.reverse(),
         ];
         for (number, change) in changes.into_iter().enumerate() {
             assert!(matches!(refusal(change), Refusal::Protocol(_)), "change {number}");

@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
 use bytes::Bytes;
+use checkpoint::cpu::CpuModel;
 use checkpoint::wire::{
     Attach, DiskWrite, GoodbyeReason, Heartbeat, Held, Hello, Input, MachineShape, Message, PageBatch, Refusal,
     Session, Welcome, encode_into,
@@ -34,8 +35,9 @@ fn hello(node: &str) -> Hello {
             vcpus: 1,
             devices: vec!["net=52:54:00:00:00:01".into()],
             disk_bytes: 1 << 20,
-            cpu: 7,
+            cpu: CpuModel::default(),
         },
+        adapts: false,
         generation: 1,
         committed: 0,
         takeover_limit_ms: 300,
@@ -49,6 +51,7 @@ fn welcome(hello: &Hello, session: Session) -> Result<Welcome, Refusal> {
     Ok(Welcome {
         node: "b".into(),
         session,
+        cpu: hello.shape.cpu.clone(),
         generation: 0,
         committed: 0,
         held: Held::default(),

@@ -148,6 +148,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
             pair: setup.pair,
             node: setup.node,
             shape: setup.shape,
+            adapts: false,
             generation: Generation(0),
             owner: true,
             committed: Epoch(0),

@@ -18,6 +18,7 @@ pub mod capture;
 pub mod cards;
 pub mod cli;
 pub mod clients;
+pub mod cpu;
 pub mod demo;
 pub mod lab;
 pub mod linux;

@@ -22,6 +22,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::cards::CardOption;
+use crate::cpu::{Base, Hidden};
 use crate::linux::LinuxOptions;
 use crate::settings::{Mac, Witness};
 use crate::units::{ByteSize, Span};
@@ -54,6 +55,14 @@ pub struct VmOptions {
     /// The VM's memory, a multiple of 2M [default: 256M]
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<ByteSize>,
+    /// The processor that the guest sees, decided by the host that starts the VM and kept for the VM's life. `host`: what this host
+    /// has and, if the secondary is there already, that has, too. `x86-64-v2`, `x86-64-v3`, `x86-64-v4`: a level of the psABI,
+    /// alike on all hosts of one vendor that have it [default: host]
+    #[arg(long, value_name = "MODEL")]
+    pub cpu: Option<Base>,
+    /// Features of that processor that the guest does not see, by their names in /proc/cpuinfo, such as `rdrand,rdseed`
+    #[arg(long, value_name = "FEATURE[,FEATURE]")]
+    pub hide: Option<Hidden>,
     /// The TAP device, made beforehand, that connects the VM to the clients. May be given up to eight times, on both hosts alike: each
     /// is a network card of the VM, with a MAC address of its own [default: derived from the pair's name]. With `offloads=off`, to
     /// be said on both hosts, the guest computes checksums and cuts its TCP segments itself
@@ -159,7 +168,7 @@ pub enum ConfigError {
         source: toml::de::Error,
     },
     /// A key that is no option.
-    #[error("{}:{line}: unknown key '{key}'{}", path.display(), suggestion(nearest.as_deref()))]
+    #[error("{}:{line}: unknown key '{key}'{}", path.display(), suggestion(nearest.as_deref(), keys))]
     UnknownKey {
         /// The file.
         path: PathBuf,
@@ -185,13 +194,15 @@ pub enum ConfigError {
 }
 
 /// All keys of the file. `config` can't be in it.
-const KEYS: [&str; 27] = [
+const KEYS: [&str; 29] = [
     "ahead-rate",
     "checkpoint-every",
     "checkpoint-memory",
     "cmdline",
     "control",
+    "cpu",
     "epoch-max-age",
+    "hide",
     "image",
     "initrd",
     "kernel",
@@ -251,7 +262,9 @@ impl PairOptions {
             "checkpoint-every" => self.checkpoint_every = Some(parsed(value)?),
             "cmdline" => self.vm.cmdline = Some(value.to_owned()),
             "control" => self.vm.control = Some(value.into()),
+            "cpu" => self.vm.cpu = Some(parsed(value)?),
             "epoch-max-age" => self.epoch_max_age = Some(parsed(value)?),
+            "hide" => self.vm.hide = Some(parsed(value)?),
             "image" => self.vm.image = Some(value.into()),
             "initrd" => self.vm.linux.initrd = Some(value.into()),
             "kernel" => self.vm.linux.kernel = Some(value.into()),
@@ -302,6 +315,8 @@ impl VmOptions {
             name: self.name.or(file.name),
             image: self.image.or(file.image),
             memory: self.memory.or(file.memory),
+            cpu: self.cpu.or(file.cpu),
+            hide: self.hide.or(file.hide),
             tap: if self.tap.is_empty() { file.tap } else { self.tap },
             mac: self.mac.or(file.mac),
             cmdline: self.cmdline.or(file.cmdline),
@@ -337,7 +352,7 @@ fn parse(path: &Path, text: &str) -> Result<PairOptions, ConfigError> {
     for (spanned, value) in entries {
         let (key, line) = (spanned.get_ref().as_ref(), line_of(text, spanned.span().start));
         if !KEYS.contains(&key) {
-            let nearest = nearest(key).map(str::to_owned);
+            let nearest = nearest(&key.replace('_', "-"), KEYS).map(str::to_owned);
             return Err(ConfigError::UnknownKey {
                 path: path.to_owned(),
                 line,
@@ -377,18 +392,23 @@ fn line_of(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
 }
 
-fn nearest(key: &str) -> Option<&'static str> {
-    let key = key.to_ascii_lowercase().replace('_', "-");
-    let scored = KEYS.map(|known| (strsim::jaro_winkler(&key, known), known));
-    let best = scored.into_iter().max_by(|(a, _), (b, _)| a.total_cmp(b))?;
+/// Returns the known word that is most like this one, if one is.
+pub(crate) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_ascii_lowercase();
+    let scored = known
+        .into_iter()
+        .map(|known| (strsim::jaro_winkler(&word, known), known));
+    let best = scored.max_by(|(a, _), (b, _)| a.total_cmp(b))?;
     (best.0 >= SIMILARITY_MIN).then_some(best.1)
 }
 
-fn suggestion(nearest: Option<&str>) -> String {
-    nearest.map_or_else(
-        || format!(": the keys are {}", KEYS.join(", ")),
-        |near| format!(": did you mean '{near}'?"),
-    )
+/// Names the nearest right word, or says what else helps.
+pub(crate) fn suggestion(nearest: Option<&str>, otherwise: impl FnOnce() -> String) -> String {
+    nearest.map_or_else(otherwise, |near| format!(": did you mean '{near}'?"))
+}
+
+fn keys() -> String {
+    format!(": the keys are {}", KEYS.join(", "))
 }
 
 #[cfg(test)]

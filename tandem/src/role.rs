@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use checkpoint::cpu::{self, CpuModel};
 use checkpoint::failover::{self, Decision};
 use checkpoint::handshake::{self, Local};
 use checkpoint::pair::RecordUpdate;
@@ -107,12 +108,20 @@ fn stop_signals() -> Result<watch::Receiver<bool>> {
 }
 
 async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
-    let met = host.meet().await?;
+    let offered = host.settings.vm.cpu.model(&host.cpu, host.settings.vm.memory)?;
+    let met = host.meet(&offered).await?;
+    let cpu = met
+        .as_ref()
+        .map_or_else(|| offered.clone(), |met| met.welcome.cpu.clone());
+    let left_out = offered.missing_from(&cpu);
+    if !left_out.is_empty() {
+        info!("the secondary's host lacks {}: so does the VM", cpu::listed(&left_out));
+    }
     let (_server, control) = Server::start(&host.settings.vm.control)?;
     let (generation, last_epoch) = host.contest()?;
     let mut outside = Outside { control, stop };
     let ports = host.ports();
-    let (mut vm, power) = host.machine(Mapping::Shared, &ports)?;
+    let (mut vm, power) = host.machine(Mapping::Shared, &ports, &cpu)?;
     match host.settings.vm.linux {
         Some(_) => vm.start_pc(),
         None => vm.boot(GUEST_IMAGE, &host.settings.vm.cmdline),
@@ -120,7 +129,7 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     .context("the guest can't be booted")?;
     info!(node = host.settings.node, generation = generation.0, "running");
     let start = Start::Boot { generation, last_epoch };
-    host.be_primary(Box::new(vm), ports, power, start, (met, None), &mut outside)
+    host.be_primary((Box::new(vm), cpu), ports, power, start, (met, None), &mut outside)
         .await
 }
 
@@ -209,7 +218,8 @@ struct Host {
     sentinel: Arc<Sentinel>,
     /// Where the serial port of a Linux guest is.
     terminal: Option<Terminal>,
-    cpu: u64,
+    /// What it can give a VM.
+    cpu: CpuModel,
 }
 
 impl Host {
@@ -217,7 +227,7 @@ impl Host {
         machine::host_check()?;
         // Before guest memory is mapped: it must never be part of the sentinel.
         let sentinel = Arc::new(Sentinel::spawn()?);
-        let cpu = machine::cpu_identity()?;
+        let cpu = crate::cpu::of_host()?;
         let image = Arc::new(FileImage::open(&settings.vm.image)?);
         let record_path = Record::path_for(&settings.vm.image);
         let record = Record::load(&record_path)?;
@@ -308,7 +318,7 @@ impl Host {
         )
     }
 
-    fn shape(&self) -> MachineShape {
+    fn shape(&self, cpu: &CpuModel) -> MachineShape {
         let cards = self.settings.vm.cards.iter();
         let mut devices: Vec<String> = cards.map(Card::to_string).collect();
         devices.extend(["block", "console", "entropy"].map(str::to_owned));
@@ -321,15 +331,17 @@ impl Host {
             vcpus: linux.map_or(1, |linux| linux.vcpus.into()),
             devices,
             disk_bytes: self.image.size(),
-            cpu: self.cpu,
+            cpu: cpu.clone(),
         }
     }
 
-    fn local(&self, record: Option<&Record>) -> Local {
+    /// This host's side of a handshake with that CPU: the VM's, or what this host can give.
+    fn local(&self, record: Option<&Record>, cpu: &CpuModel) -> Local {
         Local {
             pair: self.pair().to_owned(),
             node: self.settings.node.clone(),
-            shape: self.shape(),
+            shape: self.shape(cpu),
+            adapts: false,
             generation: record.map_or(Generation(0), |record| record.tag.generation),
             owner: record.is_some_and(|record| record.role == Role::Primary),
             committed: record.map_or(Epoch(0), |record| record.tag.epoch),
@@ -341,11 +353,14 @@ impl Host {
     }
 
     /// Meets the secondary before anything is started, if there is one yet: one that refuses for good ends the start.
-    async fn meet(&self) -> Result<Option<Established>> {
+    async fn meet(&self, cpu: &CpuModel) -> Result<Option<Established>> {
         let Some(peer) = self.settings.peer else {
             return Ok(None);
         };
-        let local = self.local(self.record()?.as_ref());
+        let local = Local {
+            adapts: self.settings.vm.cpu.adapts(),
+            ..self.local(self.record()?.as_ref(), cpu)
+        };
         let judge = |welcome: &_| handshake::judge_welcome(&local, welcome);
         match link::connect(peer, handshake::hello(&local), judge).await {
             Ok(established) => Ok(Some(established)),
@@ -413,7 +428,12 @@ impl Host {
         self.settings.vm.cards.iter().map(|card| card.mac.0).collect()
     }
 
-    fn machine(&self, mapping: Mapping, ports: &[Arc<Port>]) -> Result<(KvmVm, mpsc::UnboundedReceiver<PowerEvent>)> {
+    fn machine(
+        &self,
+        mapping: Mapping,
+        ports: &[Arc<Port>],
+        cpu: &CpuModel,
+    ) -> Result<(KvmVm, mpsc::UnboundedReceiver<PowerEvent>)> {
         let (sender, power) = mpsc::unbounded_channel();
         let platform = match (&self.settings.vm.linux, &self.terminal) {
             (Some(linux), Some(terminal)) => Platform::Pc(PcConfig {
@@ -425,6 +445,7 @@ impl Host {
         };
         let config = MachineConfig {
             memory_bytes: self.settings.vm.memory,
+            cpu: crate::cpu::for_machine(cpu),
             mapping,
             platform,
             cards: self.settings.vm.cards.iter().map(Card::config).collect(),
@@ -449,7 +470,7 @@ impl Host {
 
     async fn be_primary(
         &self,
-        vm: Box<dyn Vm>,
+        (vm, cpu): (Box<dyn Vm>, CpuModel),
         ports: Vec<Arc<Port>>,
         power: mpsc::UnboundedReceiver<PowerEvent>,
         start: Start,
@@ -483,7 +504,7 @@ impl Host {
             node: self.settings.node.clone(),
             peer: self.settings.peer,
             streams: self.settings.streams,
-            shape: self.shape(),
+            shape: self.shape(&cpu),
             vm,
             ports,
             taps: self.taps.clone(),

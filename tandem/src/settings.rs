@@ -16,6 +16,7 @@ use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Resume};
 
 use crate::cards::{Card, cards};
+use crate::cpu::CpuChoice;
 use crate::linux::LinuxSettings;
 use crate::options::{ConfigError, LogOptions, PairOptions, VmOptions};
 use crate::units::{ByteSize, Span};
@@ -87,6 +88,8 @@ pub struct VmSettings {
     pub image: PathBuf,
     /// Bytes of memory, a multiple of 2 MiB.
     pub memory: u64,
+    /// Its processor, if this host boots it.
+    pub cpu: CpuChoice,
     /// Its network cards.
     pub cards: Vec<Card>,
     /// The bundled guest's settings, checked, or the kernel's command line.
@@ -249,6 +252,10 @@ impl VmSettings {
         Ok(Self {
             image,
             memory: memory(options.memory.unwrap_or(MEMORY_DEFAULT))?,
+            cpu: CpuChoice {
+                base: options.cpu.unwrap_or_default(),
+                hidden: options.hide.unwrap_or_default(),
+            },
             cards,
             cmdline,
             linux,

@@ -5,6 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use checkpoint::cpu::CpuModel;
 use checkpoint::wire::{self, Attach, Hello, MachineShape, Message, Session};
 use checkpoint::{Epoch, Generation, Tag};
 use link::status::State;
@@ -143,8 +144,9 @@ fn hello() -> Message {
             vcpus: 1,
             devices: vec!["net".to_owned()],
             disk_bytes: 64 << 20,
-            cpu: 1,
+            cpu: CpuModel::default(),
         },
+        adapts: false,
         generation: 99,
         committed: 0,
         takeover_limit_ms: 300,

@@ -43,6 +43,12 @@ const V4: [&str; 5] = ["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"
 /// Bits of a physical address: what the smallest processors have that can run a VM.
 const PHYSICAL_BITS: u32 = 39;
 
+/// Tells whether any 64-bit guest needs the feature of this name.
+#[must_use]
+pub fn is_needed(name: &str) -> bool {
+    V1.contains(&name)
+}
+
 /// A level of the x86-64 psABI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {

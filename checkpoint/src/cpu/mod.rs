@@ -14,10 +14,10 @@ mod tidy;
 
 use rkyv::{Archive, Deserialize, Serialize};
 
-pub use levels::Level;
+pub use levels::{Level, is_needed};
 
 use crate::limits::{CPU_LEAVES_MAX, CPU_MSRS_MAX};
-use names::{COMPONENTS, Register, WORDS, Word};
+use names::{COMPONENTS, NEEDS, Register, WORDS, Word};
 
 const VENDOR: u32 = 0;
 const VERSION: u32 = 1;
@@ -82,6 +82,16 @@ pub fn feature(name: &str) -> Option<&'static str> {
 pub fn feature_names() -> impl Iterator<Item = &'static str> {
     let names = WORDS.iter().flat_map(|word| word.names.iter().copied());
     names.filter(|name| !name.is_empty())
+}
+
+/// Tells whether the feature `name` is nothing without `other`.
+#[must_use]
+pub fn rests_on(name: &str, other: &str) -> bool {
+    let mut needed = NEEDS
+        .iter()
+        .filter(|(above, _)| *above == name)
+        .map(|(_, needed)| *needed);
+    needed.any(|needed| needed == other || rests_on(needed, other))
 }
 
 /// Writes a list of names, not all of a very long one.
@@ -175,7 +185,11 @@ impl CpuModel {
             missing.extend((0..32).filter(|bit| bits >> bit & 1 == 1).map(|bit| word.name(bit)));
         }
         let foreign = self.components() & !self.alike_components(host);
-        missing.extend((0..63).filter(|n| foreign >> n & 1 == 1).map(component_name));
+        let feature = |number| COMPONENTS.iter().find(|(component, _)| *component == number);
+        // Of a component that the host has not at all its feature says enough.
+        let placed =
+            |number: &u32| foreign >> number & 1 == 1 && feature(*number).is_none_or(|(_, name)| host.has(name));
+        missing.extend((0..63).filter(placed).map(component_name));
         let ([ours, our_linear], [theirs, their_linear]) = (self.address_bits(), host.address_bits());
         if ours > theirs {
             missing.push(format!("{ours} physical address bits (it has {theirs})"));
@@ -240,7 +254,7 @@ impl CpuModel {
             .find(|leaf| (leaf.function, leaf.index) == (function, index))
     }
 
-    fn vendor(&self) -> [u32; 3] {
+    pub(crate) fn vendor(&self) -> [u32; 3] {
         self.leaf(VENDOR, 0)
             .map_or([0; 3], |leaf| [leaf.ebx, leaf.edx, leaf.ecx])
     }
@@ -337,5 +351,7 @@ fn register_mut(leaf: &mut CpuLeaf, register: Register) -> &mut u32 {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod samples;
 #[cfg(test)]
 mod tests;

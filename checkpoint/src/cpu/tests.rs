@@ -1,44 +1,5 @@
+use super::samples::{INTEL, leaf, made_by, server};
 use super::*;
-
-const AMD: [u32; 3] = [0x6874_7541, 0x444d_4163, 0x6974_6e65];
-const INTEL: [u32; 3] = [0x756e_6547, 0x6c65_746e, 0x4965_6e69];
-
-fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuLeaf {
-    CpuLeaf {
-        function,
-        index,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    }
-}
-
-/// What KVM tells on a server of 2022 with AVX-512, roughly.
-fn server(vendor: [u32; 3]) -> CpuModel {
-    let [ebx, ecx, edx] = vendor;
-    let leaves = vec![
-        leaf(0x8000_0008, 0, [0x3030, 0x0100_d000, 0x7007, 0]),
-        leaf(0, 0, [0x20, ebx, ecx, edx]),
-        leaf(1, 0, [0x00a1_0f11, 0x0710_0800, 0xfffa_3203, 0x178b_fbff]),
-        leaf(6, 0, [4, 0, 1, 0]),
-        leaf(7, 0, [1, 0xf1bf_07ab, 0x0040_5fce, 0x2400_0010]),
-        leaf(7, 1, [0x20, 0, 0, 0]),
-        leaf(0xb, 0, [1, 2, 0x100, 0]),
-        leaf(0xd, 0, [0x2e7, 0x240, 0x988, 0]),
-        leaf(0xd, 1, [0xf, 0x240, 0x1800, 0]),
-        leaf(0xd, 2, [256, 576, 0, 0]),
-        leaf(0xd, 5, [64, 832, 0, 0]),
-        leaf(0xd, 6, [512, 896, 0, 0]),
-        leaf(0xd, 7, [1024, 1408, 0, 0]),
-        leaf(0xd, 9, [8, 2432, 0, 0]),
-        leaf(0x4000_0000, 0, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
-        leaf(0x4000_0001, 0, [0x0100_080a, 0, 0, 0]),
-        leaf(0x8000_0000, 0, [0x8000_0021, ebx, ecx, edx]),
-        leaf(0x8000_0001, 0, [0x00a1_0f11, 0, 0x0040_01f3, 0x2fd3_fbff]),
-    ];
-    CpuModel::new(leaves, vec![0xc000_0081, 0x174, 0x10a, 0x174])
-}
 
 fn names(list: &[&str]) -> Vec<String> {
     list.iter().map(|name| (*name).to_owned()).collect()
@@ -46,7 +7,7 @@ fn names(list: &[&str]) -> Vec<String> {
 
 #[test]
 fn a_model_has_one_form() {
-    let model = server(AMD);
+    let model = server();
     assert_eq!(model.check(), Ok(()));
     assert_eq!(model.msrs, [0x10a, 0x174, 0xc000_0081]);
     assert!(
@@ -76,7 +37,7 @@ fn a_malformed_model_is_told_from_a_good_one() {
         |model| model.msrs = vec![1; CPU_MSRS_MAX + 1],
     ];
     for (number, change) in wrong.into_iter().enumerate() {
-        let mut model = server(AMD);
+        let mut model = server();
         change(&mut model);
         assert!(matches!(model.check(), Err(CpuError::Malformed(_))), "change {number}");
     }
@@ -84,10 +45,10 @@ fn a_malformed_model_is_told_from_a_good_one() {
 
 #[test]
 fn what_a_host_lacks_is_named_as_linux_names_it() {
-    let vm = server(AMD);
-    assert_eq!(vm.missing_from(&server(AMD)), Vec::<String>::new());
+    let vm = server();
+    assert_eq!(vm.missing_from(&server()), Vec::<String>::new());
     let lacks = |change: &dyn Fn(&mut CpuModel)| {
-        let mut host = server(AMD);
+        let mut host = server();
         change(&mut host);
         host.tidy();
         vm.missing_from(&host)
@@ -124,10 +85,10 @@ fn what_a_host_lacks_is_named_as_linux_names_it() {
         names(&["cache lines of 64 bytes (it has 128)"])
     );
     assert_eq!(
-        vm.missing_from(&server(INTEL)),
+        vm.missing_from(&made_by(INTEL)),
         names(&["vendor AuthenticAMD (it is GenuineIntel)"])
     );
-    let mut unknown = server(AMD);
+    let mut unknown = server();
     unknown.leaf_mut(7, 0).unwrap().ebx |= 1 << 22;
     unknown.tidy();
     assert_eq!(unknown.missing_from(&vm), names(&["cpuid 7.0 ebx bit 22"]));
@@ -135,21 +96,21 @@ fn what_a_host_lacks_is_named_as_linux_names_it() {
 
 #[test]
 fn avx_takes_with_it_what_rests_on_it() {
-    let model = server(AMD).without(["avx"]);
+    let model = server().without(["avx"]);
     for name in ["avx2", "fma", "f16c", "avx512f", "avx512_bf16", "vaes"] {
         assert!(!model.has(name), "{name}");
     }
     assert!(model.has("sse4_2") && model.has("pku") && model.has("xsaveopt"));
     assert_eq!(model.components(), 0x203);
     assert!(model.leaf(0xd, 2).is_none());
-    let model = server(AMD).without(["xsave"]);
+    let model = server().without(["xsave"]);
     assert!(!model.has("pku") && model.leaf(0xd, 0).is_none());
     assert_eq!(model.check(), Ok(()));
 }
 
 #[test]
 fn a_component_in_another_place_is_no_common_one() {
-    let (a, mut b) = (server(AMD), server(AMD));
+    let (a, mut b) = (server(), server());
     b.leaf_mut(0xd, 9).unwrap().ebx = 2688;
     b.tidy();
     assert_eq!(a.missing_from(&b), names(&["xsave component 9 (pku) in this place"]));
@@ -160,8 +121,8 @@ fn a_component_in_another_place_is_no_common_one() {
 
 #[test]
 fn the_intersection_fits_both_and_lacks_nothing_that_both_have() {
-    let a = server(AMD).without(["rdrand", "sha_ni"]);
-    let mut b = server(AMD).without(["avx512f"]);
+    let a = server().without(["rdrand", "sha_ni"]);
+    let mut b = server().without(["avx512f"]);
     b.leaf_mut(SIZES, 0).unwrap().eax = 0x392b;
     b.msrs = vec![0x174, 0x175];
     b.tidy();
@@ -170,7 +131,7 @@ fn the_intersection_fits_both_and_lacks_nothing_that_both_have() {
     assert!(both.missing_from(&a).is_empty() && both.missing_from(&b).is_empty());
     assert!(!both.has("rdrand") && !both.has("avx512vl") && both.has("avx2"));
     assert_eq!((both.physical_bits(), both.msrs.as_slice()), (43, [0x174].as_slice()));
-    let vendors = a.intersection(&server(INTEL)).unwrap_err();
+    let vendors = a.intersection(&made_by(INTEL)).unwrap_err();
     assert!(
         vendors.to_string().starts_with("AuthenticAMD and GenuineIntel"),
         "{vendors}"
@@ -180,7 +141,7 @@ fn the_intersection_fits_both_and_lacks_nothing_that_both_have() {
 
 #[test]
 fn the_levels_are_those_of_the_psabi() {
-    let host = server(AMD);
+    let host = server();
     let [v2, v3, v4] = Level::ALL.map(|level| level.of(&host).unwrap());
     assert!(v2.has("sse4_2") && v2.has("popcnt") && v2.has("xsave") && v2.has("kvmclock") && v2.has("lm"));
     assert!(!v2.has("avx") && !v2.has("bmi1") && !v2.has("rdrand") && !v2.has("aes") && !v2.has("pku"));

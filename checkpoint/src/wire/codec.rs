@@ -18,6 +18,7 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
 
+use crate::cpu::CpuModel;
 use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
 use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX,
@@ -249,6 +250,7 @@ pub fn decode(header: &Header, body: Bytes) -> Result<Message, WireError> {
         Kind::Welcome => {
             let welcome: Welcome = unarchive(kind, &body)?;
             check_text(kind, "a name", &welcome.node, NAME_BYTES_MAX)?;
+            check_cpu(kind, &welcome.cpu)?;
             Message::Welcome(welcome)
         }
         Kind::Refuse => Message::Refuse(checked_refusal(unarchive(kind, &body)?)?),
@@ -511,6 +513,7 @@ fn check_hello(hello: &Hello) -> Result<(), WireError> {
         .devices
         .iter()
         .try_for_each(|name| check_text(kind, "a device", name, DEVICE_NAME_BYTES_MAX))?;
+    check_cpu(kind, &hello.shape.cpu)?;
     if !hello.shape.memory_bytes.is_multiple_of(PAGE_BYTES as u64) {
         return Err(WireError::Field {
             kind: kind.name(),
@@ -518,6 +521,13 @@ fn check_hello(hello: &Hello) -> Result<(), WireError> {
         });
     }
     Ok(())
+}
+
+fn check_cpu(kind: Kind, cpu: &CpuModel) -> Result<(), WireError> {
+    cpu.check_bounds().map_err(|_| WireError::Field {
+        kind: kind.name(),
+        what: "the size of a CPU's description",
+    })
 }
 
 fn check_sections(sections: &[Section]) -> Result<(), WireError> {
@@ -550,6 +560,10 @@ fn map_refusal<E>(refusal: &Refusal, text: impl Fn(&str) -> Result<String, E>) -
             what: text(what)?,
             primary: text(primary)?,
             secondary: text(secondary)?,
+        },
+        Refusal::Cpu { missing, cure } => Refusal::Cpu {
+            missing: text(missing)?,
+            cure: text(cure)?,
         },
         Refusal::Busy(node) => Refusal::Busy(text(node)?),
         Refusal::Protocol(why) => Refusal::Protocol(text(why)?),

@@ -233,7 +233,7 @@ impl Kind {
             Self::Attach | Self::Heartbeat => 16,
             Self::End => 512,
             Self::PageMatches => HASHES_MAX.div_ceil(8),
-            Self::Welcome => 1024,
+            Self::Welcome => 16 * 1024,
             Self::Begin => 64,
             Self::Refuse | Self::Goodbye => 8 * 1024,
             Self::Hello => 32 * 1024,
@@ -319,12 +319,12 @@ mod tests {
     fn bytes_on_the_wire_are_fixed() {
         #[rustfmt::skip]
         let golden = [
-            b'T', b'N', b'D', b'M', 7, 0, 21, 0,
+            b'T', b'N', b'D', b'M', 8, 0, 21, 0,
             8, 7, 6, 5, 4, 3, 2, 1,
             0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11,
             0, 0, 0, 0, 0, 0, 0, 0,
             0x33, 0x32, 3, 0, 0x24, 0x23, 0x22, 0x21,
-            0x44, 0x43, 0x42, 0x41, 0xee, 0x95, 0x99, 0x87,
+            0x44, 0x43, 0x42, 0x41, 70, 231, 215, 7,
         ];
         assert_eq!(sample().to_bytes(), golden);
         assert_eq!(Header::parse(&golden), Ok(sample()));

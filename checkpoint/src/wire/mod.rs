@@ -8,7 +8,8 @@
 //! 3 — `End` tells whether the secondary's guest runs in the next epoch; `Halt`, `Halted`, `PageHashes` and `PageMatches`
 //! compare pages before they are sent; 4 — pages travel on streams of their own: `Hello` and `Welcome` agree on their number,
 //! `Attach` says which connection it is, `End` has the sums of each; 5 — the network's state has clocks of TCP connections;
-//! 6 — `Input`, `Output` and the network's state name the network card.
+//! 6 — `Input`, `Output` and the network's state name the network card; 7 — a frame has a header that says what is left to do on it;
+//! 8 — `Hello` and `Welcome` agree on the VM's CPU.
 
 pub mod codec;
 pub mod decoder;
@@ -25,6 +26,7 @@ pub use header::{HEADER_BYTES, Header};
 pub use reasons::{GoodbyeReason, Refusal};
 pub use sums::{PageBatch, PageSum, PageSums};
 
+use crate::cpu::CpuModel;
 use crate::epoch::{Epoch, EpochMode, Generation, InputNumber, Tag};
 use crate::nic::Nic;
 #[cfg(test)]
@@ -33,7 +35,7 @@ use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 7;
+pub const PROTOCOL_VERSION: u16 = 8;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -126,8 +128,8 @@ pub struct MachineShape {
     pub devices: Vec<String>,
     /// Size of the disk image in bytes.
     pub disk_bytes: u64,
-    /// Identity of the CPU features that the guest sees (digest of its CPUID), to be equal on both.
-    pub cpu: u64,
+    /// The primary's: the VM's CPU. The secondary's: what its host can give.
+    pub cpu: CpuModel,
 }
 
 /// The primary's opening.
@@ -139,6 +141,8 @@ pub struct Hello {
     pub node: String,
     /// The machine.
     pub shape: MachineShape,
+    /// The VM is not made yet: of its CPU, it gets what the secondary's host can give, too.
+    pub adapts: bool,
     /// Last generation this side ran in.
     pub generation: u64,
     /// Last epoch it knows to be committed in that generation.
@@ -158,6 +162,8 @@ pub struct Welcome {
     pub node: String,
     /// To be repeated on the data connection and the page streams.
     pub session: Session,
+    /// The VM's CPU.
+    pub cpu: CpuModel,
     /// Last generation this side held a complete state of, 0 if none.
     pub generation: u64,
     /// Last committed epoch of that generation.
@@ -341,12 +347,13 @@ pub(crate) fn wire_samples() -> Vec<Message> {
         vcpus: 2,
         devices: vec!["serial".into(), "net=52:54:00:00:00:01".into()],
         disk_bytes: 1 << 30,
-        cpu: 77,
+        cpu: crate::cpu::samples::server(),
     };
     let hello = Hello {
         pair: "shop".into(),
         node: "a".into(),
         shape,
+        adapts: true,
         generation: 3,
         committed: 40,
         takeover_limit_ms: 300,
@@ -382,6 +389,7 @@ pub(crate) fn wire_samples() -> Vec<Message> {
         Message::Welcome(Welcome {
             node: "b".into(),
             session: Session(12),
+            cpu: crate::cpu::samples::server(),
             generation: 3,
             committed: 40,
             held: Held {

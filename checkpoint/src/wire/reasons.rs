@@ -38,6 +38,14 @@ pub enum Refusal {
         /// The secondary's value.
         secondary: String,
     },
+    /// The VM's CPU has what the secondary's host can't give.
+    #[error("the secondary's processor, or its KVM, lacks what the VM's CPU has: {missing}: {cure}")]
+    Cpu {
+        /// What it lacks.
+        missing: String,
+        /// What to do.
+        cure: String,
+    },
     /// The secondary already follows a primary.
     #[error("this secondary already follows {0}")]
     Busy(String),

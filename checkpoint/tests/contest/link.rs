@@ -2,6 +2,7 @@
 //!
 //! A connection delivers in order what was sent on it, or from a cut on nothing; between the two there is no order.
 
+use checkpoint::cpu::CpuModel;
 use checkpoint::failover::{Connection, Contest, Event, Standing};
 use checkpoint::handshake::{Local, hello, judge_hello};
 use checkpoint::wire::{Held, MachineShape, Session};
@@ -67,8 +68,9 @@ impl World {
                 vcpus: 1,
                 devices: Vec::new(),
                 disk_bytes: 0,
-                cpu: 0,
+                cpu: CpuModel::default(),
             },
+            adapts: false,
             generation,
             owner,
             committed: Epoch(0),

@@ -8,6 +8,7 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
+use checkpoint::cpu::CpuModel;
 use checkpoint::handshake;
 use checkpoint::wire::Held;
 use checkpoint::{Generation, Tag, limits};
@@ -29,6 +30,8 @@ use super::{Ending, Host, ImageReady};
 /// A machine without a role, stopped.
 struct Machine {
     vm: Box<dyn Vm>,
+    /// The CPU that its guest sees.
+    cpu: CpuModel,
     ports: Vec<Arc<Port>>,
     power: mpsc::UnboundedReceiver<PowerEvent>,
 }
@@ -69,12 +72,13 @@ pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result
         else {
             return Ok(Ending::Done);
         };
+        let cpu = established.welcome.cpu.clone();
         let machine = match waiting.kept.take() {
-            Some((machine, _)) => machine,
-            None => Machine::new(&host)?,
+            Some((machine, _)) if machine.cpu == cpu => machine,
+            _ => Machine::new(&host, cpu.clone())?,
         };
         let ports = machine.ports.clone();
-        let setup = setup(&host, record.as_ref(), held, established, machine);
+        let setup = setup(&host, record.as_ref(), established, machine);
         let Finished {
             outcome,
             vm,
@@ -82,7 +86,7 @@ pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result
             image_ready,
         } = secondary::run(setup, &mut outside.control, &mut outside.stop).await?;
         let vm = vm.ok_or_else(|| anyhow!("the machine was lost with its thread"))?;
-        let machine = Machine { vm, ports, power };
+        let machine = Machine { vm, cpu, ports, power };
         match outcome {
             Outcome::Ended(reason) => {
                 info!("ended: {reason}");
@@ -123,9 +127,17 @@ async fn accept(
 ) -> Result<Option<Established>> {
     let local = handshake::Local {
         held,
-        ..host.local(record)
+        ..host.local(record, &host.cpu)
     };
-    let judge = |hello: &_, session| handshake::judge_hello(&local, hello, session);
+    let kept = waiting.kept.as_ref().map(|(machine, _)| &machine.cpu);
+    let judge = |hello: &_, session| {
+        let mut welcome = handshake::judge_hello(&local, hello, session)?;
+        if kept.is_some_and(|kept| *kept != welcome.cpu) {
+            // The memory goes with the machine, which this one can't be.
+            welcome.held.memory = None;
+        }
+        Ok(welcome)
+    };
     let mut accepted = pin!(listener.accept(judge));
     loop {
         tokio::select! {
@@ -136,19 +148,13 @@ async fn accept(
     }
 }
 
-fn setup(
-    host: &Host,
-    record: Option<&Record>,
-    held: Held,
-    established: Established,
-    machine: Machine,
-) -> secondary::Setup {
+fn setup(host: &Host, record: Option<&Record>, established: Established, machine: Machine) -> secondary::Setup {
     secondary::Setup {
         options: secondary::protocol::Options {
             witness: host.witness.is_some(),
             takeover_limit: host.settings.takeover_limit,
             generation: record.map_or(Generation(0), |record| record.tag.generation),
-            held,
+            held: established.welcome.held,
             cards: host.settings.vm.cards.len(),
             // Judged in the handshake.
             streams: established.welcome.streams as usize,
@@ -197,17 +203,18 @@ async fn go_on(
         inputs,
         outputs,
     };
-    let Machine { vm, ports, power } = machine;
-    host.be_primary(vm, ports, power, start, (None, image_ready), &mut outside)
+    let Machine { vm, cpu, ports, power } = machine;
+    host.be_primary((vm, cpu), ports, power, start, (None, image_ready), &mut outside)
         .await
 }
 
 impl Machine {
-    fn new(host: &Host) -> Result<Self> {
+    fn new(host: &Host, cpu: CpuModel) -> Result<Self> {
         let ports = host.ports();
-        let (vm, power) = host.machine(Mapping::Private, &ports)?;
+        let (vm, power) = host.machine(Mapping::Private, &ports, &cpu)?;
         Ok(Self {
             vm: Box::new(vm),
+            cpu,
             ports,
             power,
         })

@@ -1,5 +1,7 @@
 //! What a script can look at: who runs, what was released, what each side holds.
 
+use checkpoint::cpu;
+
 use super::host::{Host, Role};
 use super::link::Item;
 use super::pair::Pair;
@@ -29,6 +31,14 @@ pub(super) fn run(pair: &mut Pair, what: &[&str]) -> Result<(), String> {
                 if text.is_empty() { "empty" } else { &text }
             )]
         }
+        ["cpu", host] => {
+            let model = &host_of(pair, host)?.model;
+            let features: Vec<_> = cpu::feature_names()
+                .filter(|name| model.has(name))
+                .map(str::to_owned)
+                .collect();
+            vec![format!("{host}'s VM has {}", listed(&features))]
+        }
         ["inbox", host] => {
             let shown = Shown {
                 frames: &pair.frames,
@@ -47,7 +57,7 @@ pub(super) fn run(pair: &mut Pair, what: &[&str]) -> Result<(), String> {
         }
         _ => {
             return Err(
-                "check states | owner | released | held | outstanding | memory H | disk H | inbox H | record H"
+                "check states | owner | released | held | outstanding | memory H | disk H | cpu H | inbox H | record H"
                     .to_owned(),
             );
         }

@@ -1,7 +1,7 @@
 //! The language of scenarios. `docs/TESTING.md` describes it; each command is one arm here.
 
 use checkpoint::wire::Message;
-use checkpoint::{Duration, Nic};
+use checkpoint::{Duration, Nic, cpu};
 use primary::event::{Event as PrimaryEvent, GuestEnd};
 use secondary::event::Event as SecondaryEvent;
 
@@ -30,6 +30,7 @@ pub(super) fn run(pair: &mut Pair, command: &str) -> Done {
         }
         ["start", host, "as", "primary"] => pair.start_primary(number(host)?),
         ["start", host, "as", "secondary"] => pair.start_secondary(number(host)?),
+        ["lacks", host, feature] => pair.lacks(number(host)?, feature),
         ["connect", from, to] => pair.connect(number(from)?, number(to)?),
         ["client", "sends", ref names @ ..] => pair.client_sends(names),
         ["time", span] => pair.wait(span_of(span)?),
@@ -81,6 +82,13 @@ pub(super) fn span_of(text: &str) -> Result<Duration, String> {
 }
 
 impl Pair {
+    /// The host's processor is another one, without that feature.
+    fn lacks(&mut self, host: usize, feature: &str) -> Done {
+        let feature = cpu::feature(feature).ok_or("there is no such feature")?;
+        self.hosts[host].gives = self.hosts[host].gives.without([feature]);
+        Ok(())
+    }
+
     // Guests, clients, operators.
 
     fn client_sends(&mut self, names: &[&str]) -> Done {

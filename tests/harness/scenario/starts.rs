@@ -1,5 +1,6 @@
 //! How hosts start and meet: from their records and the witness, as the program has them do it.
 
+use checkpoint::cpu::CpuModel;
 use checkpoint::failover::{Decision, KnownState, start_decision};
 use checkpoint::handshake::{Local, hello, judge_hello, judge_welcome};
 use checkpoint::pair::{RecordUpdate, WitnessAnswer};
@@ -124,7 +125,9 @@ impl Pair {
                 }
             }
         }
+        let model = self.cpu_of_a_new_vm(host);
         let at = &mut self.hosts[host];
+        at.model = model;
         let last_epoch = at.record.map_or(Epoch(0), |record| record.committed);
         at.record = Some(RecordUpdate {
             generation: term,
@@ -152,6 +155,18 @@ impl Pair {
         Ok(())
     }
 
+    /// A secondary that waits is met before the VM is made: the VM gets what both have.
+    fn cpu_of_a_new_vm(&self, host: usize) -> CpuModel {
+        let (ours, theirs) = (self.local(host), self.local(1 - host));
+        let ours = Local { adapts: true, ..ours };
+        let waits = matches!(self.hosts[1 - host].role, Role::Waiting);
+        let welcome = waits
+            .then(|| judge_hello(&theirs, &hello(&ours), Session(1)).ok())
+            .flatten();
+        let fits = welcome.filter(|welcome| judge_welcome(&ours, welcome).is_ok());
+        fits.map_or(ours.shape.cpu, |welcome| welcome.cpu)
+    }
+
     fn local(&self, host: usize) -> Local {
         let at = &self.hosts[host];
         Local {
@@ -162,8 +177,12 @@ impl Pair {
                 vcpus: 1,
                 devices: vec!["net=02:00:00:00:00:01".to_owned(); self.options.cards],
                 disk_bytes: DISK_BYTES,
-                cpu: 1,
+                cpu: match at.role {
+                    Role::Primary(_) => at.model.clone(),
+                    _ => at.gives.clone(),
+                },
             },
+            adapts: false,
             generation: at.record.map_or(Generation(0), |record| record.generation),
             owner: at.record.is_some_and(|record| record.role == PairRole::Primary),
             committed: at.record.map_or(Epoch(0), |record| record.committed),
@@ -201,6 +220,7 @@ impl Pair {
             room: self.options.room.pages.saturating_mul(2),
             unsent_bytes: self.options.unsent_bytes,
         };
+        self.hosts[to].model = welcome.cpu.clone();
         let now = self.hosts[to].clock(self.now);
         let secondary = Secondary::new(options, ours.node, now);
         self.hosts[to].role = Role::Secondary(Box::new(secondary));

@@ -5,8 +5,9 @@ use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cpu::CpuLeaf;
 use crate::epoch::Generation;
-use crate::limits::NICS_MAX;
+use crate::limits::{CPU_LEAVES_MAX, CPU_MSRS_MAX, NICS_MAX};
 use crate::pages::identical::PageHash;
 use crate::wire::decoder::Decoder;
 use crate::wire::{Held, MachineShape, wire_samples};
@@ -26,25 +27,34 @@ fn name() -> &'static str {
     "[a-zA-Z0-9äß=:. -]{0,30}"
 }
 
+/// Of any content: what it says is judged in the handshake.
+fn cpus() -> impl Strategy<Value = CpuModel> {
+    let leaf = any::<[u32; 6]>().prop_map(|[function, index, eax, ebx, ecx, edx]| CpuLeaf {
+        function,
+        index,
+        eax,
+        ebx,
+        ecx,
+        edx,
+    });
+    (vec(leaf, 0..CPU_LEAVES_MAX), vec(any::<u32>(), 0..CPU_MSRS_MAX))
+        .prop_map(|(leaves, msrs)| CpuModel { leaves, msrs })
+}
+
 fn hellos() -> impl Strategy<Value = Hello> {
-    let shape = (
-        0..1u64 << 50,
-        any::<u32>(),
-        vec(name(), 0..6),
-        any::<u64>(),
-        any::<u64>(),
-    )
-        .prop_map(|(pages, vcpus, devices, disk_bytes, cpu)| MachineShape {
+    let shape = (0..1u64 << 50, any::<u32>(), vec(name(), 0..6), any::<u64>(), cpus()).prop_map(
+        |(pages, vcpus, devices, disk_bytes, cpu)| MachineShape {
             memory_bytes: pages * 4096,
             vcpus,
             devices,
             disk_bytes,
             cpu,
-        });
+        },
+    );
     (
         name(),
         name(),
-        shape,
+        (shape, any::<bool>()),
         any::<u64>(),
         any::<u64>(),
         any::<u64>(),
@@ -52,10 +62,11 @@ fn hellos() -> impl Strategy<Value = Hello> {
         any::<u32>(),
     )
         .prop_map(
-            |(pair, node, shape, generation, committed, takeover_limit_ms, witness, streams)| Hello {
+            |(pair, node, (shape, adapts), generation, committed, takeover_limit_ms, witness, streams)| Hello {
                 pair,
                 node,
                 shape,
+                adapts,
                 generation,
                 committed,
                 takeover_limit_ms,
@@ -75,6 +86,7 @@ fn refusals() -> impl Strategy<Value = Refusal> {
             primary,
             secondary
         }),
+        (name(), name()).prop_map(|(missing, cure)| Refusal::Cpu { missing, cure }),
         name().prop_map(Refusal::Busy),
         (any::<u64>(), any::<u64>()).prop_map(|(ours, theirs)| Refusal::OlderGeneration { ours, theirs }),
         any::<u64>().prop_map(Refusal::BothRan),
@@ -131,18 +143,26 @@ fn held() -> impl Strategy<Value = Held> {
 pub(crate) fn messages() -> impl Strategy<Value = Message> {
     let control = prop_oneof![
         hellos().prop_map(Message::Hello),
-        (name(), any::<u128>(), any::<u64>(), any::<u64>(), held(), any::<u32>()).prop_map(
-            |(node, session, generation, committed, held, streams)| {
+        (
+            name(),
+            any::<u128>(),
+            cpus(),
+            any::<u64>(),
+            any::<u64>(),
+            held(),
+            any::<u32>()
+        )
+            .prop_map(|(node, session, cpu, generation, committed, held, streams)| {
                 Message::Welcome(Welcome {
                     node,
                     session: Session(session),
+                    cpu,
                     generation,
                     committed,
                     held,
                     streams,
                 })
-            }
-        ),
+            }),
         refusals().prop_map(Message::Refuse),
         (any::<u128>(), option::of(0..STREAMS_MAX)).prop_map(|(session, stream)| Message::Attach(Attach {
             session: Session(session),
