@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use checkpoint::Generation;
+use checkpoint::cpu::CpuModel;
 use checkpoint::limits::STREAMS_MAX;
 use checkpoint::pair::WitnessAnswer;
 use checkpoint::wire::{Message, PageBatch, Session, Welcome};
@@ -207,6 +208,8 @@ impl World {
         let welcome = Welcome {
             node: name(other),
             session: Session(0),
+            // The toys' guests ask for no processor.
+            cpu: CpuModel::default(),
             generation: 0,
             committed: 0,
             held: self.nodes[other].held(),
