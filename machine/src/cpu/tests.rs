@@ -66,7 +66,7 @@ fn an_amd_guest_counts_its_cores() {
             assert_eq!(at(place, 0xb, 0), [0, 1, 0x100, id]);
             assert_eq!(at(place, 0xb, 1), [bits, count, 0x201, id]);
             assert_eq!(at(place, 0xb, 2), [0, 0, 2, id]);
-            assert_eq!(at(place, 0x8000_0008, 0)[2], count - 1 | bits << 12);
+            assert_eq!(at(place, 0x8000_0008, 0)[2], (count - 1) | (bits << 12));
             assert_eq!(at(place, 0x8000_001e, 0), [id, id, 0, 0]);
             let shared = |index| at(place, 0x8000_001d, index)[0] >> 14 & 0xfff;
             assert_eq!((shared(0), shared(3)), (0, count - 1));

@@ -40,7 +40,7 @@ pub(super) fn describe(leaves: &mut Vec<CpuLeaf>, vcpu: u8, vcpus: u8) {
                 leaf.eax = leaf.eax & !(CACHE_SHARED | CACHE_CORES) | shared << 14 | cores << 26;
             }
             0x8000_0001 if amd => leaf.ecx = leaf.ecx & !CMP_LEGACY | several(CMP_LEGACY),
-            0x8000_0008 if amd => leaf.ecx = count - 1 | bits << 12,
+            0x8000_0008 if amd => leaf.ecx = (count - 1) | (bits << 12),
             0x8000_001d => {
                 let shared = if level(leaf) < SHARED_LEVEL { 0 } else { count - 1 };
                 leaf.eax = leaf.eax & !CACHE_SHARED | shared << 14;
