@@ -225,7 +225,9 @@ impl KvmVm {
             Platform::Pc(pc) => (Chips::Pc, pc.vcpus),
         };
         let vm = Arc::new(host.create_vm(chips)?);
-        let cpuids: Vec<_> = (0..count).map(|number| config.cpu.cpuid_for(number, count, chips == Chips::Pc)).collect();
+        let cpuids: Vec<_> = (0..count)
+            .map(|number| config.cpu.cpuid_for(number, count, chips == Chips::Pc))
+            .collect();
         let fds = (0..).zip(&cpuids);
         let fds = fds.map(|(number, cpuid)| host.create_vcpu(&vm, number, cpuid));
         let fds: Vec<_> = fds.collect::<Result<_, _>>()?;
