@@ -1,8 +1,9 @@
-# What the lab's hosts get to run: the tool, and the tests of the machine. Sourced by `run`.
+# What the lab's hosts get to run: the tool, the tests of the machine, and what is common to cases with a Linux guest. Sourced by `run`.
 
 mkdir -p "$payload"/{bin,tests}
 cargo build --release -q -p tandem
 cp "${CARGO_TARGET_DIR:-target}/release/tandem" "$payload/bin/"
+cp tests/lab/linux.sh "$payload/"
 # As the tests build it where there is cargo.
 guest=${CARGO_TARGET_DIR:-target}/tmp/guest
 cargo build -q -p guest --features bare --profile guest --target-dir "$guest"
