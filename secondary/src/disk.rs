@@ -20,8 +20,9 @@ use storage::{CommitJob, FileImage, Image, Replica};
 use crate::event::Event;
 use crate::vm;
 
-/// Blocks whose hashes travel in one message.
-const HASHES_PER_MESSAGE: usize = 512;
+/// Blocks whose hashes travel in one message: 2 MiB of the disk, so that the primary hears in time that it does not hang, also where
+/// a slow one and a slow processor share the work.
+const HASHES_PER_MESSAGE: usize = 32;
 
 /// The replica, shared by the guest's block device, the loop and the disk's thread.
 #[derive(Clone)]
