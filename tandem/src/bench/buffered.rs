@@ -59,6 +59,7 @@ fn measure(stage: &mut Stage, every_ms: u64, span: Duration, tidy: &Tidy) -> Res
     let load = Load {
         kind: Kind::HttpSmall,
         connections: CONNECTIONS,
+        alike: true,
         warm_up: Duration::from_millis(200),
         span,
     };

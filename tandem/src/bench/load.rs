@@ -37,6 +37,8 @@ const READY_MAX: usize = 64;
 pub(super) enum Kind {
     /// The small page, by HTTP with keep-alive.
     HttpSmall,
+    /// The small page, by HTTP on a connection of its own.
+    HttpClose,
     /// A file of 1 MiB, by HTTP with keep-alive.
     #[serde(rename = "http-1mib")]
     HttpLarge,
@@ -57,6 +59,8 @@ pub(super) enum Kind {
 pub(super) struct Load {
     pub(super) kind: Kind,
     pub(super) connections: usize,
+    /// Whether all answers are the same; else, where a server writes the date, they are of the same length.
+    pub(super) alike: bool,
     /// Not counted.
     pub(super) warm_up: Duration,
     pub(super) span: Duration,
@@ -80,6 +84,7 @@ impl Kind {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::HttpSmall => "http-small",
+            Self::HttpClose => "http-close",
             Self::HttpLarge => "http-1mib",
             Self::Get => "get",
             Self::Increment => "increment",
@@ -95,7 +100,7 @@ impl Kind {
 
     fn address(self, target: &Target) -> SocketAddr {
         match self {
-            Self::HttpSmall | Self::HttpLarge | Self::BulkOut => target.http_address(),
+            Self::HttpSmall | Self::HttpClose | Self::HttpLarge | Self::BulkOut => target.http_address(),
             Self::Get | Self::Increment => target.store_address(),
             Self::UdpEcho => (target.v4, target.echo).into(),
             Self::BulkIn => (target.v4, DISCARD_PORT).into(),
@@ -106,6 +111,7 @@ impl Kind {
         let get = |path: String| format!("GET {path} HTTP/1.1\r\nHost: guest\r\n\r\n").into_bytes();
         match self {
             Self::HttpSmall => get("/".to_owned()),
+            Self::HttpClose => b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n".to_vec(),
             Self::HttpLarge => get(format!("/file/{FILE_BYTES}")),
             Self::Get => command(&["GET", "bench"]),
             Self::Increment => command(&["INCR", &format!("bench:{connection}")]),
@@ -135,7 +141,7 @@ pub(super) fn run(target: &Target, load: Load) -> Result<Outcome> {
     }
     let mut lines = Vec::new();
     for number in 0..load.connections {
-        lines.push(Line::open(target, load.kind, number)?);
+        lines.push(Line::open(target, load, number)?);
     }
     let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let events = if load.kind == Kind::BulkIn {
@@ -152,6 +158,7 @@ pub(super) fn run(target: &Target, load: Load) -> Result<Outcome> {
         )?;
     }
     let mut worker = Worker {
+        target: *target,
         load,
         lines,
         poll,
@@ -184,6 +191,30 @@ enum Socket {
 }
 
 impl Socket {
+    /// Connects, and waits for that.
+    fn open(target: &Target, kind: Kind) -> Result<Self> {
+        let address = kind.address(target);
+        if kind == Kind::UdpEcho {
+            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            socket.connect(address)?;
+            return Ok(Self::Datagrams(socket));
+        }
+        let stream =
+            TcpStream::connect_timeout(&address, FIRST_LIMIT).with_context(|| format!("no connection to {address}"))?;
+        stream.set_nodelay(true)?;
+        if kind == Kind::BulkIn {
+            set_socket_send_buffer_size(&stream, UPLOAD_WINDOW)?;
+        }
+        Ok(Self::Stream(stream))
+    }
+
+    fn set_nonblocking(&self) -> io::Result<()> {
+        match self {
+            Self::Stream(stream) => stream.set_nonblocking(true),
+            Self::Datagrams(socket) => socket.set_nonblocking(true),
+        }
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Stream(stream) => stream.as_fd(),
@@ -210,44 +241,36 @@ impl Socket {
 struct Line {
     socket: Socket,
     request: Vec<u8>,
-    /// The whole answer to expect; none if each is another.
+    /// The whole answer to expect; none if its length is not known.
     expected: Option<Vec<u8>>,
+    /// Whether each answer is that, to the byte.
+    alike: bool,
     received: usize,
     asked: Instant,
 }
 
 impl Line {
-    fn open(target: &Target, kind: Kind, number: usize) -> Result<Self> {
-        let address = kind.address(target);
-        let socket = if kind == Kind::UdpEcho {
-            let socket = UdpSocket::bind("0.0.0.0:0")?;
-            socket.connect(address)?;
-            socket.set_nonblocking(true)?;
-            Socket::Datagrams(socket)
-        } else {
-            let stream = TcpStream::connect_timeout(&address, FIRST_LIMIT)
-                .with_context(|| format!("no connection to {address}, number {number}"))?;
-            stream.set_nodelay(true)?;
-            if kind == Kind::BulkIn {
-                set_socket_send_buffer_size(&stream, UPLOAD_WINDOW)?;
-            }
-            Socket::Stream(stream)
-        };
+    fn open(target: &Target, load: Load, number: usize) -> Result<Self> {
+        let kind = load.kind;
         let mut line = Self {
-            socket,
+            socket: Socket::open(target, kind).with_context(|| format!("connection {number}"))?,
             request: kind.request(number),
             expected: None,
+            alike: load.alike,
             received: 0,
             asked: Instant::now(),
         };
         match kind {
-            Kind::HttpSmall | Kind::HttpLarge | Kind::Get => line.expected = Some(line.first_answer()?),
+            Kind::HttpSmall | Kind::HttpClose | Kind::HttpLarge | Kind::Get => {
+                line.expected = Some(line.first_answer()?);
+            }
             Kind::UdpEcho => line.expected = Some(line.request.clone()),
             Kind::Increment | Kind::BulkIn | Kind::BulkOut => {}
         }
-        if let Socket::Stream(stream) = &line.socket {
-            stream.set_nonblocking(true)?;
+        if kind == Kind::HttpClose {
+            line.socket = Socket::open(target, kind)?;
         }
+        line.socket.set_nonblocking()?;
         Ok(line)
     }
 
@@ -288,8 +311,9 @@ impl Line {
             // A number on a line of its own.
             return Ok(arrived.ends_with(b"\n"));
         };
+        let same = expected.get(from..self.received);
         ensure!(
-            expected.get(from..self.received) == Some(arrived),
+            same == Some(arrived) || !self.alike && same.is_some(),
             "an answer differs from the first"
         );
         Ok(self.received == expected.len())
@@ -313,6 +337,7 @@ fn whole_length(answer: &[u8]) -> Option<usize> {
 }
 
 struct Worker {
+    target: Target,
     load: Load,
     lines: Vec<Line>,
     poll: OwnedFd,
@@ -389,8 +414,25 @@ impl Worker {
                 self.count += 1;
                 self.outcome.latencies.push(line.asked.elapsed().as_secs_f64() * 1e6);
             }
+            if self.load.kind == Kind::HttpClose {
+                return self.ask_anew(number);
+            }
             line.ask()?;
         }
+        Ok(())
+    }
+
+    /// Asks on a connection of its own, whose beginning is part of what it takes.
+    fn ask_anew(&mut self, number: usize) -> Result<()> {
+        let line = &mut self.lines[number];
+        let begun = Instant::now();
+        // The old one leaves the poll with its last descriptor.
+        line.socket = Socket::open(&self.target, self.load.kind)?;
+        line.socket.set_nonblocking()?;
+        let data = epoll::EventData::new_u64(number as u64);
+        epoll::add(&self.poll, line.socket.fd(), data, epoll::EventFlags::IN)?;
+        line.ask()?;
+        line.asked = begun;
         Ok(())
     }
 

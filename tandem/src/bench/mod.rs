@@ -6,6 +6,7 @@
 //!        ├─ checkpoint   the pause, its floor, bytes, commits, processor time, memory
 //!        │    ├─ floor      the same guest, stopped with nothing around it
 //!        │    └─ buffered   how often a pair in buffered mode gets to it
+//!        ├─ linux        clients at a Linux guest by itself, and protected
 //!        └─ protect      clients at one VM, at two at once, at a pair
 //!             └─ load    many connections from one thread
 //!        cost   what processes use        report   targets, met or missed        plot   SVG and CSV
@@ -18,6 +19,7 @@ mod buffered;
 mod checkpoint;
 mod cost;
 mod floor;
+mod linux;
 mod load;
 mod plot;
 mod protect;
@@ -35,6 +37,7 @@ use clap::{Args, Subcommand};
 use crate::stage::Stage;
 use crate::stage::tidy::{Owner, Tidy};
 use crate::units::ByteSize;
+pub use linux::LinuxOptions;
 use report::Report;
 
 /// What is measured.
@@ -44,6 +47,8 @@ pub enum Bench {
     Checkpoint(BenchOptions),
     /// What clients get from a protected VM, beside what they get without protection
     Protect(BenchOptions),
+    /// What clients get from a Linux guest by itself, and protected in each mode; needs hardware KVM
+    Linux(LinuxOptions),
     /// What a frame costs in the proxy, beside a plain copy from TAP to TAP; needs root, and no KVM
     Proxy(ProxyOptions),
 }
@@ -96,22 +101,27 @@ impl BenchOptions {
 /// Fails if it could not be carried out: a host that can't run VMs, missing rights or memory, a role that did not come up,
 /// an interruption. Nothing is left behind. A missed target is no error.
 pub fn run(bench: &Bench) -> Result<()> {
-    let options = match bench {
-        Bench::Checkpoint(options) | Bench::Protect(options) => options,
+    let (plot, folder, json) = match bench {
+        Bench::Checkpoint(options) | Bench::Protect(options) => {
+            (options.plot.as_deref(), options.folder.as_deref(), options.json)
+        }
+        Bench::Linux(options) => (None, options.folder.as_deref(), options.json),
         Bench::Proxy(options) => {
             let measured = proxy::run(options.quick, &Progress(Instant::now()))?;
             return print(&Report::Proxy(measured), options.json);
         }
     };
     machine::host_check().context("this machine can't run the benchmark")?;
-    if let Some(folder) = &options.plot {
+    if let Some(folder) = plot {
         std::fs::create_dir_all(folder).with_context(|| format!("can't make {}: check --plot", folder.display()))?;
     }
-    let tidy = Tidy::start(Owner::Bench, options.folder.as_deref())?;
+    let tidy = Tidy::start(Owner::Bench, folder)?;
     let progress = Progress(Instant::now());
     let measured = match bench {
         Bench::Checkpoint(options) => checkpoint::run(options, &tidy, &progress).map(Report::Checkpoint),
-        _ => protect::run(options, &tidy, &progress).map(Report::Protect),
+        Bench::Linux(options) => linux::run(options, &tidy, &progress).map(Report::Linux),
+        Bench::Protect(options) => protect::run(options, &tidy, &progress).map(Report::Protect),
+        Bench::Proxy(_) => unreachable!("measured before"),
     };
     tidy.clear();
     let report = match measured {
@@ -122,11 +132,11 @@ pub fn run(bench: &Bench) -> Result<()> {
         }
         Err(error) => return Err(error),
     };
-    if let Some(folder) = &options.plot {
+    if let Some(folder) = plot {
         report.plot(folder)?;
         progress.tell(&format!("figures and data are in {}", folder.display()));
     }
-    print(&report, options.json)
+    print(&report, json)
 }
 
 fn print(report: &Report, json: bool) -> Result<()> {

@@ -229,6 +229,7 @@ fn measure(
         let load = Load {
             kind: wanted.kind,
             connections: wanted.connections,
+            alike: true,
             warm_up: Duration::from_millis(if quick { 200 } else { 300 }),
             span: Duration::from_millis(if quick { 600 } else { 1_000 }),
         };
@@ -394,6 +395,7 @@ mod tests {
         let load = Load {
             kind: Kind::Get,
             connections: 4,
+            alike: true,
             warm_up: Duration::ZERO,
             span: Duration::from_secs(1),
         };

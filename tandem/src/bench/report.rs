@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::checkpoint::{Case, CheckpointReport};
+use super::linux::LinuxReport;
 use super::load::Kind;
 use super::plot::{self, Line, Sheet};
 use super::protect::{Figures, Latency, ProtectReport};
@@ -16,6 +17,7 @@ use super::ratio;
 /// The report of one benchmark.
 pub(super) enum Report {
     Checkpoint(CheckpointReport),
+    Linux(LinuxReport),
     Protect(ProtectReport),
     Proxy(ProxyReport),
 }
@@ -72,6 +74,12 @@ impl Serialize for Report {
                 targets,
             }
             .serialize(serializer),
+            Self::Linux(figures) => Whole {
+                benchmark: "linux",
+                figures,
+                targets,
+            }
+            .serialize(serializer),
             Self::Protect(figures) => Whole {
                 benchmark: "protect",
                 figures,
@@ -92,6 +100,7 @@ impl Report {
     fn targets(&self) -> Vec<Target> {
         match self {
             Self::Checkpoint(report) => checkpoint_targets(report),
+            Self::Linux(report) => report.targets(),
             Self::Protect(report) => protect_targets(report),
             Self::Proxy(report) => report.targets(),
         }
@@ -101,6 +110,7 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let mut text = match self {
             Self::Checkpoint(report) => checkpoint_text(report),
+            Self::Linux(report) => report.text(),
             Self::Protect(report) => protect_text(report),
             Self::Proxy(report) => report.text(),
         };
@@ -124,8 +134,8 @@ impl Report {
         match self {
             Self::Checkpoint(report) => checkpoint_plot(report, folder),
             Self::Protect(report) => protect_plot(report, folder),
-            // Its options name no folder.
-            Self::Proxy(_) => Ok(()),
+            // Their options name no folder.
+            Self::Linux(_) | Self::Proxy(_) => Ok(()),
         }
     }
 }

@@ -16,6 +16,7 @@ use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::process::Command as Program;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -38,6 +39,8 @@ const PROTECTED_LIMIT: Duration = Duration::from_secs(120);
 const GUEST_HEAP_MIB: RangeInclusive<u64> = 52..=128;
 const GUEST_REST_MIB: u64 = 8;
 const BOOT_LIMIT: Duration = Duration::from_secs(30);
+/// An emulated processor takes half a minute.
+const LINUX_BOOT_LIMIT: Duration = Duration::from_secs(300);
 const ADMIN_LIMIT: Duration = Duration::from_secs(60);
 
 /// One laboratory and the roles in it.
@@ -47,6 +50,18 @@ pub(crate) struct Stage {
     lab: Lab,
     folder: PathBuf,
     memory: String,
+    /// Words that start another guest than the bundled one.
+    guest: Vec<String>,
+}
+
+/// A Linux guest.
+#[derive(Clone, Debug)]
+pub(crate) struct LinuxGuest {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: PathBuf,
+    /// Copied for each host.
+    pub(crate) image: PathBuf,
+    pub(crate) vcpus: u8,
 }
 
 impl Stage {
@@ -63,7 +78,38 @@ impl Stage {
             lab,
             folder,
             memory,
+            guest: Vec::new(),
         })
+    }
+
+    /// Makes the laboratory, and a copy of the guest's image for each host, in `folder`. Nothing runs yet.
+    pub(crate) fn with_linux(folder: PathBuf, memory: String, guest: &LinuxGuest) -> Result<Self> {
+        let mut stage = Self::new(folder, memory)?;
+        for host in [Host::A, Host::B] {
+            // What knows of holes in files.
+            let mut copy = Program::new("cp");
+            copy.arg("--sparse=always")
+                .args([&guest.image, &image(&stage.folder, host)]);
+            let copied = copy.status().context("can't run cp")?;
+            if !copied.success() {
+                bail!(
+                    "can't copy {}: check --image and the room in --folder",
+                    guest.image.display()
+                );
+            }
+        }
+        let address = Target::bundled().v4;
+        stage.guest = words([
+            "--kernel",
+            &guest.kernel.display().to_string(),
+            "--initrd",
+            &guest.initrd.display().to_string(),
+            "--vcpus",
+            &guest.vcpus.to_string(),
+            "--cmdline",
+            &format!("console=ttyS0 panic=-1 quiet ip={address}/24"),
+        ]);
+        Ok(stage)
     }
 
     /// Starts a primary on host A and a secondary on host B, with more options for both.
@@ -96,7 +142,7 @@ impl Stage {
         let image = image(&self.folder, host).display().to_string();
         // The VM that boots from the survivor's image is the same machine to the clients.
         let vm = ["--image", &image, "--memory", &self.memory, "--tap", TAP, "--mac", MAC];
-        [words([command, "--name", host.name()]), words(vm)].concat()
+        [words([command, "--name", host.name()]), words(vm), self.guest.clone()].concat()
     }
 
     pub(crate) fn lab(&self) -> &Lab {
@@ -139,7 +185,12 @@ impl Stage {
 
     /// Waits until the guest answers.
     pub(crate) fn await_guest(&mut self, tidy: &Tidy) -> Result<()> {
-        tidy.wait("an answer of the guest", BOOT_LIMIT, || {
+        let limit = if self.guest.is_empty() {
+            BOOT_LIMIT
+        } else {
+            LINUX_BOOT_LIMIT
+        };
+        tidy.wait("an answer of the guest", limit, || {
             for (_, process) in &mut self.roles {
                 process.check()?;
             }
