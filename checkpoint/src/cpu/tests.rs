@@ -1,3 +1,5 @@
+//! Models made, compared, lessened, and damaged.
+
 use super::samples::{INTEL, leaf, made_by, server};
 use super::*;
 

@@ -1,3 +1,5 @@
+//! What each vCPU is told of the topology, and what no guest is told.
+
 use super::*;
 
 fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuLeaf {

@@ -32,7 +32,7 @@ pub(super) fn run(pair: &mut Pair, what: &[&str]) -> Result<(), String> {
             )]
         }
         ["cpu", host] => {
-            let model = &host_of(pair, host)?.model;
+            let model = &host_of(pair, host)?.processor.model;
             let features: Vec<_> = cpu::feature_names()
                 .filter(|name| model.has(name))
                 .map(str::to_owned)

@@ -85,7 +85,8 @@ impl Pair {
     /// The host's processor is another one, without that feature.
     fn lacks(&mut self, host: usize, feature: &str) -> Done {
         let feature = cpu::feature(feature).ok_or("there is no such feature")?;
-        self.hosts[host].gives = self.hosts[host].gives.without([feature]);
+        let processor = &mut self.hosts[host].processor;
+        processor.gives = processor.gives.without([feature]);
         Ok(())
     }
 

@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use checkpoint::cpu::{CpuLeaf, CpuModel};
 use checkpoint::limits::PAGE_BYTES;
 use checkpoint::pages::identical::{PageHasher, PageHashes, PageMatches};
 use checkpoint::pages::{Page, stream_of};
@@ -22,6 +21,7 @@ use storage::verify::{BlockHash, HashKey};
 use storage::witness::DirectoryWitness;
 use storage::{CommitJob, Image, Recovery, Replica};
 
+use super::processor::Processor;
 use crate::node::durable_checkpoint;
 
 /// Bytes of a scenario's disk: two blocks of the comparison.
@@ -164,10 +164,7 @@ pub(super) struct Host {
     pub(super) memory: Memory,
     /// The guest's registers: how many things it has done.
     pub(super) cpu: u64,
-    /// What it can give a VM's CPU.
-    pub(super) gives: CpuModel,
-    /// The CPU of the VM that it runs or has run.
-    pub(super) model: CpuModel,
+    pub(super) processor: Processor,
     pub(super) running: bool,
     pub(super) frozen: bool,
     /// Released frames wait for the script.
@@ -205,24 +202,6 @@ pub(super) struct Host {
     job: Option<CommitJob<SimImage>>,
 }
 
-/// A processor with a few features.
-fn processor() -> CpuModel {
-    let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| CpuLeaf {
-        function,
-        index: 0,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    };
-    let leaves = vec![
-        leaf(0, [0, u32::from_le_bytes(*b"Toys"), 0, 0]),
-        // pni, ssse3, sse4_1, sse4_2, rdrand; sse, sse2.
-        leaf(1, [0, 0x800, 0x4018_0201, 0x0600_0000]),
-    ];
-    CpuModel::new(leaves, vec![0x174])
-}
-
 impl Host {
     /// Makes a host that is off, with an empty disk.
     pub(super) fn new(name: &'static str, clock_start: Duration) -> Self {
@@ -234,8 +213,7 @@ impl Host {
             role: Role::Off("off".to_owned()),
             memory: Memory::new(),
             cpu: 0,
-            gives: processor(),
-            model: CpuModel::default(),
+            processor: Processor::default(),
             running: false,
             frozen: false,
             slow_tap: false,

@@ -14,6 +14,7 @@ mod host;
 mod link;
 mod orders;
 mod pair;
+mod processor;
 mod script;
 mod show;
 mod starts;

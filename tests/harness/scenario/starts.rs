@@ -127,7 +127,7 @@ impl Pair {
         }
         let model = self.cpu_of_a_new_vm(host);
         let at = &mut self.hosts[host];
-        at.model = model;
+        at.processor.model = model;
         let last_epoch = at.record.map_or(Epoch(0), |record| record.committed);
         at.record = Some(RecordUpdate {
             generation: term,
@@ -178,8 +178,8 @@ impl Pair {
                 devices: vec!["net=02:00:00:00:00:01".to_owned(); self.options.cards],
                 disk_bytes: DISK_BYTES,
                 cpu: match at.role {
-                    Role::Primary(_) => at.model.clone(),
-                    _ => at.gives.clone(),
+                    Role::Primary(_) => at.processor.model.clone(),
+                    _ => at.processor.gives.clone(),
                 },
             },
             adapts: false,
@@ -220,7 +220,7 @@ impl Pair {
             room: self.options.room.pages.saturating_mul(2),
             unsent_bytes: self.options.unsent_bytes,
         };
-        self.hosts[to].model = welcome.cpu.clone();
+        self.hosts[to].processor.model = welcome.cpu.clone();
         let now = self.hosts[to].clock(self.now);
         let secondary = Secondary::new(options, ours.node, now);
         self.hosts[to].role = Role::Secondary(Box::new(secondary));
