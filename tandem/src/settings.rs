@@ -353,16 +353,24 @@ fn node(given: Option<&String>) -> Result<String, SettingsError> {
         Some(name) => name.clone(),
         None => {
             let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-            host.trim().split('.').next().unwrap_or_default().to_owned()
+            let host = host.trim().split('.').next().unwrap_or_default().to_owned();
+            if !is_plain(&host) {
+                return Err(missing("name", "this host's own name can't serve: give it one"));
+            }
+            host
         }
     };
     plain_name("name", name)
 }
 
-/// Names become parts of paths and of messages.
-fn plain_name(option: &'static str, name: String) -> Result<String, SettingsError> {
+/// Says whether a name can be part of paths and of messages.
+fn is_plain(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty() || name.len() > NAME_BYTES_MAX || name.starts_with('.') || !name.chars().all(plain) {
+    !name.is_empty() && name.len() <= NAME_BYTES_MAX && !name.starts_with('.') && name.chars().all(plain)
+}
+
+fn plain_name(option: &'static str, name: String) -> Result<String, SettingsError> {
+    if !is_plain(&name) {
         return Err(wrong(
             option,
             name,

@@ -20,8 +20,6 @@ host_start() {
     # With a thread for each processor QEMU's SVM makes guests write to, and read, pages that they no longer have. With several
     # processors in one thread their turns end guests: an interrupt that the hypervisor injects comes a second time at the next turn, also to a
     # guest that takes none (`helper_vmrun` leaves it in `exception_index`). Hence one processor; guests may have more.
-    # With several processors on one thread it gives a guest of several vCPUs interrupts while it has them off, and the guest hangs: such
-    # a guest needs a host of one processor.
     qemu-system-x86_64 -accel tcg,thread=single -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$image/vmlinux" -initrd "$image/boot.cpio" \
