@@ -239,8 +239,31 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Makes a checkpoint the committed image and what the guest sees: of the pages of each of `staged` their content, of those `alike`
+    /// what the guest has there, and else what was committed before, in place of what the guest wrote to its `own` pages. The guest
+    /// must be stopped.
+    ///
+    /// The log that `own` is from does not know of every copy. The host's kernel also makes one for the guest when it has to wait for a page
+    /// (KVM's asynchronous faults ask for it as for writing), and then nothing is logged. Such a copy is what was committed then,
+    /// and becomes wrong when something else is committed there: so what is committed is dropped, too.
+    pub fn commit<'a>(
+        &self,
+        staged: impl IntoIterator<Item = (&'a [u64], &'a [u8])>,
+        alike: &PageSet,
+        own: PageSet,
+    ) -> Result<(), MemoryError> {
+        let mut stale = own;
+        for (pages, content) in staged {
+            self.write_committed_pages(pages, content)?;
+            stale.extend(pages.iter().copied());
+        }
+        self.commit_own(alike)?;
+        stale.union(alike);
+        self.revert(&stale)
+    }
+
     /// Makes what the guest sees of `pages` the committed image. The guest must be stopped.
-    pub fn commit_own(&self, pages: &PageSet) -> Result<(), MemoryError> {
+    fn commit_own(&self, pages: &PageSet) -> Result<(), MemoryError> {
         if self.mapping == Mapping::Shared {
             return Ok(());
         }
@@ -254,6 +277,18 @@ impl GuestRam {
             }
         }
         Ok(())
+    }
+
+    /// Drops all of the guest's own copies, so that it sees the committed image. The guest must be stopped.
+    pub fn revert_all(&self) -> Result<(), MemoryError> {
+        let all = self.parts().map(|part| {
+            let end = part.first_page + part.bytes / PAGE;
+            self.host_range(&(part.first_page..end))
+        });
+        match self.mapping {
+            Mapping::Shared => Ok(()),
+            Mapping::Private => drop_copies(&all.collect::<Result<Vec<_>, _>>()?),
+        }
     }
 
     /// Drops the guest's own copies of `pages`, so that it sees the committed image there. A shared

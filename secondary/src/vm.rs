@@ -148,8 +148,8 @@ impl Loader {
     fn begin_sync(&mut self, keep: bool) -> Result<(), String> {
         self.drop_stage();
         self.vm.pause().map_err(|error| describe(&error))?;
-        let own = self.vm.take_dirty().map_err(|error| describe(&error))?;
-        self.ram.revert(&own).map_err(|error| describe(&error))?;
+        self.vm.take_dirty().map_err(|error| describe(&error))?;
+        self.ram.revert_all().map_err(|error| describe(&error))?;
         if !keep {
             self.ram.clear_image().map_err(|error| describe(&error))?;
         }
@@ -183,11 +183,10 @@ impl Loader {
         let own = self.vm.take_dirty()?;
         let mut alike = PageSet::new(self.ram.pages());
         for staged in &pages {
-            self.ram.write_committed_pages(&staged.pages, &staged.content)?;
             alike.extend(staged.own.iter().copied());
         }
-        self.ram.commit_own(&alike)?;
-        self.ram.revert(&own)?;
+        let staged = pages.iter().map(|staged| (&*staged.pages, &*staged.content));
+        self.ram.commit(staged, &alike, own)?;
         Ok(self.vm.restore(&devices.unwrap_or_default())?)
     }
 }

@@ -80,6 +80,32 @@ fn private_writes_stay_out_of_the_image_until_reverted() {
     assert_eq!(seen(&ram, 3), 4);
 }
 
+/// The host's kernel makes copies for the guest that no log knows of.
+#[test]
+fn a_checkpoint_shows_also_where_a_copy_was_made_that_nobody_logged() {
+    let ram = GuestRam::new(SMALL, Mapping::Private).unwrap();
+    let before: Vec<u64> = (2..6).collect();
+    ram.write_committed_pages(&before, &[1; 4 * PAGE_BYTES]).unwrap();
+    let touch = |page: u64, value: u8| ram.memory().write_slice(&page_of(value), GuestAddress(page * PAGE));
+    // Pages 2 and 3 get copies of what is committed, 4 one of what the primary has too, 5 one that the guest wrote.
+    for (page, value) in [(2, 1), (3, 1), (4, 7), (5, 8)] {
+        touch(page, value).unwrap();
+    }
+    ram.take_written(&mut PageSet::new(ram.pages()));
+    let (mut own, mut alike) = (PageSet::new(ram.pages()), PageSet::new(ram.pages()));
+    own.insert(5);
+    alike.insert(4);
+    let content = [page_of(9), page_of(9)].concat();
+    ram.commit([(&[2, 6][..], &content[..])], &alike, own).unwrap();
+    let image = [2, 3, 4, 5, 6].map(|page| committed(&ram, page));
+    assert_eq!(image, [9, 1, 7, 1, 9]);
+    assert_eq!([2, 3, 4, 5, 6].map(|page| seen(&ram, page)), image);
+
+    touch(3, 5).unwrap();
+    ram.revert_all().unwrap();
+    assert_eq!(seen(&ram, 3), 1, "no copy is left");
+}
+
 #[test]
 fn scattered_copies_are_all_dropped_and_no_others() {
     let ram = GuestRam::new(64 << 20, Mapping::Private).unwrap();
