@@ -265,7 +265,13 @@ impl Lane {
         self.spent = (0, 0);
     }
 
-    /// Encodes a page of this stream. Says whether the batch is full, and must be finished before the next.
+    /// Says whether this page may be in the batch that is begun. Where pages are shipped ahead they are in order for each look only.
+    #[must_use]
+    pub fn follows(&self, page: u64) -> bool {
+        self.encoder.follows(page)
+    }
+
+    /// Encodes a page of this stream, which follows those of its batch. Says whether the batch is full, and must be finished before the next.
     pub fn push(&mut self, page: u64, content: &Page) -> bool {
         self.push_timed(page, content, || Instant(0))
     }
@@ -315,4 +321,33 @@ fn timed(chooser: &mut Chooser, clock: impl Fn() -> Instant, push: impl FnOnce(&
         chooser.timed(codec, 1, took);
     }
     pushed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use checkpoint::limits::PAGE_BYTES;
+    use checkpoint::{Epoch, Generation};
+
+    /// Two looks at the dirty pages may follow each other while the courier ships what the first has found.
+    #[test]
+    fn pages_of_a_second_look_begin_another_batch() {
+        let mut encoding = Encoding::new(1 << 20, 1);
+        let tag = Tag {
+            generation: Generation(1),
+            epoch: Epoch(1),
+        };
+        encoding.begin(tag);
+        let mut batches = Vec::new();
+        for page in [7, 48_541, 4_734, 4_735, 4_735] {
+            let (_, lane) = encoding.lane_of(page);
+            if !lane.follows(page) {
+                batches.extend(lane.finish().map(|batch| batch.count));
+            }
+            assert!(!lane.push(page, &[1; PAGE_BYTES]));
+        }
+        batches.extend(encoding.lane_of(0).1.finish().map(|batch| batch.count));
+        assert_eq!(batches, [2, 2, 1]);
+        assert_eq!(encoding.sums().pages(), 5);
+    }
 }

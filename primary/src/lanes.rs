@@ -67,7 +67,7 @@ where
     })
 }
 
-/// Encodes a page, and sends the batch if that fills it.
+/// Encodes a page, and sends the batch if that fills it, or if the page has no place in it.
 pub(crate) fn push(
     lane: &mut Lane,
     stream: usize,
@@ -75,6 +75,9 @@ pub(crate) fn push(
     page: u64,
     content: &Page,
 ) -> Result<(), LinkGone> {
+    if !lane.follows(page) {
+        finish(lane, stream, out)?;
+    }
     if lane.push_timed(page, content, clock::now) {
         if let Some(speed) = out.take_speed(stream) {
             lane.link_measured(speed);

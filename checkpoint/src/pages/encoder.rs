@@ -190,6 +190,12 @@ impl BatchEncoder {
         &self.stats
     }
 
+    /// Says whether this page may be next in the batch: it comes after all that are in it.
+    #[must_use]
+    pub fn follows(&self, index: u64) -> bool {
+        index >= self.next
+    }
+
     fn assert_fits(&self, index: u64) {
         assert!(!self.is_full(), "a full batch is finished before it is continued");
         assert!(
