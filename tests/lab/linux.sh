@@ -6,6 +6,7 @@
 #   well                 the guest's clocks, memory and kernel are well, or this fails
 #   serves 2             so is all that it offers, with two processors
 #   inside 'command'     runs a command in the guest by ssh
+#   client redis & …      a client that goes on until `enough` exists; `clients_done` ends them and says what they saw
 
 set -e
 address=192.0.2.10
@@ -33,6 +34,20 @@ until_said() {
         if [ $SECONDS -ge $end ]; then
             echo "'$2' was not said within $1 s:"
             tail -n 50 "$3"
+            return 1
+        fi
+        sleep 0.5
+    done
+}
+
+# Waits so many seconds until the role of that name is in one of these states: until_state 60 a 'protected\|alone'.
+until_state() {
+    local end=$((SECONDS + $1))
+    until tandem status --control "/run/tandem/lab-$2.sock" 2>/dev/null | grep -q "^state *\($3\)"; do
+        if [ $SECONDS -ge $end ]; then
+            echo "$2 was not $3 within $1 s:"
+            tandem status --control "/run/tandem/lab-$2.sock"
+            tail -n 30 "$2.log"
             return 1
         fi
         sleep 0.5
@@ -73,4 +88,96 @@ serves() {
     processors=$(inside nproc)
     [ "$processors" = "$1" ] || { echo "not $1 processors, but: $processors"; return 1; }
     ask record && well
+}
+
+# Goes on until told that it is enough; each answer must be the one that follows from the last.
+client() {
+    local kind=$1 number=0 failure=
+    echo 0 >"$kind.count"
+    "client_$kind" || failure=${failure:-it ended}
+    [ -z "$failure" ] || echo "$kind: after $number: $failure" >>failed
+    echo "$kind: $number" >>finished
+}
+
+# Increments, answered with the numbers in turn.
+client_redis() {
+    local answer
+    exec {redis}<>"/dev/tcp/$address/6379"
+    until [ -e enough ]; do
+        printf 'INCR lab\r\n' >&"$redis"
+        IFS= read -r -t 90 -u "$redis" answer || { failure="no answer"; return 1; }
+        number=$((number + 1))
+        [ "$answer" = ":$number"$'\r' ] || { failure="answered $answer"; return 1; }
+        echo $number >redis.count
+    done
+}
+
+# Records that are on the guest's disk when they are told.
+client_records() {
+    local answer first
+    exec {records}<>"/dev/tcp/$address/7000"
+    echo records >&"$records"
+    read -r -t 90 -u "$records" _ first
+    until [ -e enough ]; do
+        echo record >&"$records"
+        read -r -t 90 -u "$records" answer || { failure="no answer"; return 1; }
+        [ "$answer" = "record $((first + number))" ] || { failure="answered '$answer'"; return 1; }
+        number=$((number + 1))
+        echo $number >records.count
+        sleep 0.1
+    done
+}
+
+# A session in which a shell says again what it hears.
+client_ssh() {
+    local answer session
+    coproc SESSION { inside 'while read -r line; do echo "heard $line"; done'; }
+    session=$SESSION_PID
+    until [ -e enough ]; do
+        echo "$number" >&"${SESSION[1]}"
+        read -r -t 90 -u "${SESSION[0]}" answer || { failure="no answer"; return 1; }
+        [ "$answer" = "heard $number" ] || { failure="heard '$answer'"; return 1; }
+        number=$((number + 1))
+        echo $number >ssh.count
+        sleep 0.2
+    done
+    kill "$session"
+}
+
+# Downloads, slow enough to be met by what is tried.
+client_download() {
+    local sum good
+    read -r good _ <linux/bulk.sha256
+    until [ -e enough ]; do
+        sum=$(curl -sS --limit-rate 500k "http://$address/bulk" 2>>download.errors | sha256sum)
+        [ "${sum%% *}" = "$good" ] || { failure="its sum is $sum: $(tail -n 3 download.errors)"; return 1; }
+        number=$((number + 1))
+        echo $number >download.count
+    done
+}
+
+# Waits until each of these clients has had as many answers more.
+until_more() {
+    local more=$1 client from end
+    shift
+    for client; do
+        from=$(cat "$client.count")
+        end=$((SECONDS + 120))
+        until [ "$(cat "$client.count")" -ge $((${from:-0} + more)) ] 2>/dev/null; do
+            [ ! -e failed ] || { cat failed; return 1; }
+            [ $SECONDS -lt $end ] || { echo "$client: no $more answers more than $from within 120 s"; return 1; }
+            sleep 0.5
+        done
+    done
+}
+
+clients_done() {
+    local end=$((SECONDS + 120))
+    touch enough
+    until [ "$(wc -l <finished 2>/dev/null || echo 0)" -ge "$1" ]; do
+        [ $SECONDS -lt $end ] || { echo "clients do not end: $(cat finished)"; return 1; }
+        sleep 0.5
+    done
+    [ ! -e failed ] || { cat failed; return 1; }
+    echo "$(tr '\n' ' ' <finished)and each answer was right"
 }
