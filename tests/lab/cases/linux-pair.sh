@@ -1,7 +1,7 @@
 # A Linux guest, protected in one lab host, each side with a disk of its own: the primary is killed at a random moment while clients
 # count up in redis and write records. No answer that they had is lost, and the guest is well, before and after; at the end the survivor
 # is killed too: its disk needs no repair, and has all records that were acknowledged.
-limit=420
+limit=600
 
 check() {
     host_start a 1
