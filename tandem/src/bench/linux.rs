@@ -4,6 +4,7 @@
 //! idle Linux guest costs something too. The guest by itself is measured first and last; a ratio is to the mean of both.
 
 use std::fmt::Write as _;
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ use crate::stage::{LinuxGuest, Stage};
 use crate::units::ByteSize;
 
 const MODES: [&str; 3] = ["lockstep", "buffered", "auto"];
+/// nginx is up before redis is.
+const STORE_LIMIT: Duration = Duration::from_secs(120);
 /// For how long an idle pair's checkpoints are looked at.
 const IDLE: Duration = Duration::from_secs(8);
 
@@ -302,6 +305,11 @@ fn load_stage(
         Some(mode) => stage.start_pair(&["--mode", mode, "--takeover-limit", "10s"])?,
     }
     stage.await_guest(tidy)?;
+    let lab = stage.lab();
+    tidy.wait("the guest's store", STORE_LIMIT, || {
+        let connect = || TcpStream::connect_timeout(&Target::bundled().store_address(), Duration::from_secs(1));
+        Ok(lab.client().run(connect).ok())
+    })?;
     let mut taken = Taken {
         figures: Vec::new(),
         checkpoints: Vec::new(),
