@@ -91,15 +91,25 @@ impl CpuModel {
 }
 
 impl CpuLeaf {
-    fn of(entry: &kvm_cpuid_entry2) -> Self {
+    /// Returns what a function answers in eax, ebx, ecx and edx.
+    #[must_use]
+    pub const fn new(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Self {
         Self {
-            function: entry.function,
-            index: entry.index,
-            eax: entry.eax,
-            ebx: entry.ebx,
-            ecx: entry.ecx,
-            edx: entry.edx,
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
         }
+    }
+
+    const fn of(entry: &kvm_cpuid_entry2) -> Self {
+        Self::new(
+            entry.function,
+            entry.index,
+            [entry.eax, entry.ebx, entry.ecx, entry.edx],
+        )
     }
 
     fn entry(&self) -> kvm_cpuid_entry2 {

@@ -68,6 +68,21 @@ pub(crate) enum Chips {
     Pc,
 }
 
+/// What a PC needs beyond any machine.
+const PC_CAPABILITIES: [(Cap, &str); 4] = [
+    (Cap::Irqchip, "interrupt controllers"),
+    (Cap::Pit2, "a programmable timer"),
+    (Cap::PitState2, "saving the programmable timer"),
+    (Cap::AdjustClock, "setting its clock"),
+];
+
+fn check_all(kvm: &Kvm, needed: &[(Cap, &'static str)]) -> Result<(), HostError> {
+    match needed.iter().find(|(needed, _)| !kvm.check_extension(*needed)) {
+        Some((_, capability)) => Err(HostError::Capability { capability }),
+        None => Ok(()),
+    }
+}
+
 /// An open /dev/kvm that has all that a machine needs.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -101,14 +116,8 @@ impl Host {
             (Cap::VcpuEvents, "saving pending events"),
             (Cap::MpState, "saving the processor's run state"),
             (Cap::GetTscKhz, "the frequency of the time stamp counter"),
-            (Cap::Irqchip, "interrupt controllers"),
-            (Cap::Pit2, "a programmable timer"),
-            (Cap::PitState2, "saving the programmable timer"),
-            (Cap::AdjustClock, "setting its clock"),
         ];
-        if let Some((_, capability)) = needed.iter().find(|(capability, _)| !kvm.check_extension(*capability)) {
-            return Err(HostError::Capability { capability });
-        }
+        check_all(&kvm, &needed)?;
         if kvm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) & 1 == 0 {
             return Err(HostError::Capability {
                 capability: "a dirty log that stays until it is cleared",
@@ -138,6 +147,7 @@ impl Host {
                 .map_err(refused("set the TSS address"))?;
         }
         if chips == Chips::Pc {
+            check_all(&self.kvm, &PC_CAPABILITIES)?;
             vm.create_irq_chip().map_err(refused("make interrupt controllers"))?;
             let speaker = kvm_pit_config {
                 flags: KVM_PIT_SPEAKER_DUMMY,

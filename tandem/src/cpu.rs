@@ -118,28 +118,16 @@ impl CpuChoice {
 /// Fails if it has no KVM that can run a machine.
 pub fn of_host() -> Result<CpuModel> {
     let machine::CpuModel { leaves, msrs } = machine::CpuModel::host()?;
-    let leaf = |leaf: machine::CpuLeaf| CpuLeaf {
-        function: leaf.function,
-        index: leaf.index,
-        eax: leaf.eax,
-        ebx: leaf.ebx,
-        ecx: leaf.ecx,
-        edx: leaf.edx,
-    };
+    let leaf =
+        |leaf: machine::CpuLeaf| CpuLeaf::new(leaf.function, leaf.index, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
     Ok(CpuModel::new(leaves.into_iter().map(leaf).collect(), msrs))
 }
 
 /// Returns a CPU as a machine takes it.
 #[must_use]
 pub fn for_machine(model: &CpuModel) -> machine::CpuModel {
-    let leaf = |leaf: &CpuLeaf| machine::CpuLeaf {
-        function: leaf.function,
-        index: leaf.index,
-        eax: leaf.eax,
-        ebx: leaf.ebx,
-        ecx: leaf.ecx,
-        edx: leaf.edx,
-    };
+    let leaf =
+        |leaf: &CpuLeaf| machine::CpuLeaf::new(leaf.function, leaf.index, [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]);
     machine::CpuModel {
         leaves: model.leaves.iter().map(leaf).collect(),
         msrs: model.msrs.clone(),

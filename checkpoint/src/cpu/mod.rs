@@ -43,6 +43,21 @@ pub struct CpuLeaf {
     pub edx: u32,
 }
 
+impl CpuLeaf {
+    /// Returns what a function answers in eax, ebx, ecx and edx.
+    #[must_use]
+    pub const fn new(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Self {
+        Self {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        }
+    }
+}
+
 /// A CPU as a guest sees it, or as a host can give it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct CpuModel {

@@ -1,6 +1,6 @@
 //! Models made, compared, lessened, and damaged.
 
-use super::samples::{INTEL, leaf, made_by, server};
+use super::samples::{INTEL, made_by, server};
 use super::*;
 
 fn names(list: &[&str]) -> Vec<String> {
@@ -34,7 +34,7 @@ fn a_malformed_model_is_told_from_a_good_one() {
         |model| model.leaves.push(*model.leaves.last().unwrap()),
         |model| model.msrs.reverse(),
         |model| model.leaves[0].eax += 1,
-        |model| model.leaves.push(leaf(0xc000_0001, 0, [1; 4])),
+        |model| model.leaves.push(CpuLeaf::new(0xc000_0001, 0, [1; 4])),
         |model| model.leaves = vec![CpuLeaf::default(); CPU_LEAVES_MAX + 1],
         |model| model.msrs = vec![1; CPU_MSRS_MAX + 1],
     ];
@@ -211,7 +211,7 @@ fn intersections_of_random_hosts_fit_both() {
             0x8000_0008,
             0x8000_0021,
         ]);
-        let leaf = (functions, 0..10_u32, any::<[u32; 4]>()).prop_map(|(f, i, words)| leaf(f, i, words));
+        let leaf = (functions, 0..10_u32, any::<[u32; 4]>()).prop_map(|(f, i, words)| CpuLeaf::new(f, i, words));
         (
             prop::collection::vec(leaf, 0..40),
             prop::collection::vec(0..50_u32, 0..20),

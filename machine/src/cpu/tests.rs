@@ -2,27 +2,16 @@
 
 use super::*;
 
-fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuLeaf {
-    CpuLeaf {
-        function,
-        index,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    }
-}
-
 fn model(vendor: &[u8; 4], more: &[CpuLeaf]) -> CpuModel {
     let vendor = u32::from_le_bytes(*vendor);
     let mut leaves = vec![
-        leaf(0, 0, [0x20, vendor, 1, 2]),
-        leaf(1, 0, [0x00a1_0f11, 0x0710_0800, 1 << 24 | 1 << 31, 0x178b_fbff]),
-        leaf(0x4000_0000, 0, [0, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
-        leaf(0x4000_0001, 0, [0x0100_080a, 0, 0, 0]),
-        leaf(0x8000_0000, 0, [0x8000_0021, vendor, 1, 2]),
-        leaf(0x8000_0001, 0, [0x00a1_0f11, 0, 0x0040_0103, 0]),
-        leaf(0x8000_0008, 0, [0x3030, 0, 0, 0]),
+        CpuLeaf::new(0, 0, [0x20, vendor, 1, 2]),
+        CpuLeaf::new(1, 0, [0x00a1_0f11, 0x0710_0800, 1 << 24 | 1 << 31, 0x178b_fbff]),
+        CpuLeaf::new(0x4000_0000, 0, [0, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+        CpuLeaf::new(0x4000_0001, 0, [0x0100_080a, 0, 0, 0]),
+        CpuLeaf::new(0x8000_0000, 0, [0x8000_0021, vendor, 1, 2]),
+        CpuLeaf::new(0x8000_0001, 0, [0x00a1_0f11, 0, 0x0040_0103, 0]),
+        CpuLeaf::new(0x8000_0008, 0, [0x3030, 0, 0, 0]),
     ];
     leaves.extend_from_slice(more);
     leaves.sort_unstable();
@@ -51,8 +40,8 @@ fn an_amd_guest_counts_its_cores() {
     let model = model(
         b"Auth",
         &[
-            leaf(0x8000_001d, 0, [0x4121, 0x01c0_003f, 0x3f, 0]),
-            leaf(0x8000_001d, 3, [0x7c163, 0x03c0_003f, 0x7fff, 1]),
+            CpuLeaf::new(0x8000_001d, 0, [0x4121, 0x01c0_003f, 0x3f, 0]),
+            CpuLeaf::new(0x8000_001d, 3, [0x7c163, 0x03c0_003f, 0x7fff, 1]),
         ],
     );
     let at = |place, function, index| seen(&model, place, function, index).unwrap();
@@ -84,8 +73,8 @@ fn an_intel_guest_counts_its_cores() {
     let model = model(
         b"Genu",
         &[
-            leaf(4, 0, [0x1c00_4121, 0x02c0_003f, 0x3f, 0]),
-            leaf(4, 3, [0x1c03_c163, 0x02c0_003f, 0x7fff, 4]),
+            CpuLeaf::new(4, 0, [0x1c00_4121, 0x02c0_003f, 0x3f, 0]),
+            CpuLeaf::new(4, 3, [0x1c03_c163, 0x02c0_003f, 0x7fff, 4]),
         ],
     );
     let at = |vcpus, function, index| seen(&model, (0, vcpus), function, index);
@@ -118,7 +107,7 @@ fn without_an_irqchip_its_timer_and_its_interrupts_are_not_offered() {
 #[test]
 fn what_could_not_come_along_is_hidden() {
     let all = |function, index| {
-        let mut shown = leaf(function, index, [u32::MAX; 4]);
+        let mut shown = CpuLeaf::new(function, index, [u32::MAX; 4]);
         carried::keep(&mut shown).then_some([shown.eax, shown.ebx, shown.ecx, shown.edx])
     };
     let bit = |word: u32, number: u32| word >> number & 1 == 1;
@@ -155,12 +144,12 @@ fn what_could_not_come_along_is_hidden() {
 #[test]
 fn xsave_components_that_are_not_saved_are_not_offered() {
     let mut leaves = vec![
-        leaf(0xd, 0, [0x6_02e7, 0, 0, 1]),
-        leaf(0xd, 2, [256, 576, 0, 0]),
-        leaf(0xd, 9, [8, 2688, 0, 0]),
-        leaf(0xd, 11, [16, 0, 1, 0]),
-        leaf(0xd, 17, [64, 2752, 2, 0]),
-        leaf(0xd, 18, [8192, 2816, 6, 0]),
+        CpuLeaf::new(0xd, 0, [0x6_02e7, 0, 0, 1]),
+        CpuLeaf::new(0xd, 2, [256, 576, 0, 0]),
+        CpuLeaf::new(0xd, 9, [8, 2688, 0, 0]),
+        CpuLeaf::new(0xd, 11, [16, 0, 1, 0]),
+        CpuLeaf::new(0xd, 17, [64, 2752, 2, 0]),
+        CpuLeaf::new(0xd, 18, [8192, 2816, 6, 0]),
     ];
     carried::drop_wide_components(&mut leaves);
     let kept: Vec<_> = leaves.iter().map(|leaf| (leaf.index, leaf.eax)).collect();

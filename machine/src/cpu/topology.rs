@@ -48,20 +48,12 @@ pub(super) fn describe(leaves: &mut Vec<CpuLeaf>, vcpu: u8, vcpus: u8) {
             _ => {}
         }
     }
-    let leaf = |function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]| CpuLeaf {
-        function,
-        index,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    };
     // Threads of a core, cores of the package, and the end of the list.
-    leaves.push(leaf(0xb, 0, [0, 1, 0x100, id]));
-    leaves.push(leaf(0xb, 1, [bits, count, 0x201, id]));
-    leaves.push(leaf(0xb, 2, [0, 0, 2, id]));
+    leaves.push(CpuLeaf::new(0xb, 0, [0, 1, 0x100, id]));
+    leaves.push(CpuLeaf::new(0xb, 1, [bits, count, 0x201, id]));
+    leaves.push(CpuLeaf::new(0xb, 2, [0, 0, 2, id]));
     if amd && topoext {
-        leaves.push(leaf(0x8000_001e, 0, [id, id, 0, 0]));
+        leaves.push(CpuLeaf::new(0x8000_001e, 0, [id, id, 0, 0]));
     }
     leaves.sort_unstable();
     set_last(leaves);

@@ -319,17 +319,16 @@ impl Scratch {
         MsrList::probe(indexes, &self.vcpus[0], self.chips)
     }
 
-    /// Loads the registers of all vCPUs, and then what they share. After an error these vCPUs are spoilt for further trials.
+    /// Loads the registers of all vCPUs, and then what they share, as a restore does. After an error these vCPUs are spoilt for further trials.
     pub(crate) fn try_load<'a>(
         &self,
         registers: impl Iterator<Item = &'a Registers>,
         chipset: Option<&ChipsetState>,
     ) -> Result<(), RegisterError> {
         let at = clock::host_tsc();
-        if let Some(chipset) = chipset {
-            chipset.load(&self.vm)?;
+        for (vcpu, registers) in self.vcpus.iter().zip(registers) {
+            registers.load(vcpu, at)?;
         }
-        let mut vcpus = self.vcpus.iter().zip(registers);
-        vcpus.try_for_each(|(vcpu, registers)| registers.load(vcpu, at))
+        chipset.map_or(Ok(()), |chipset| chipset.load(&self.vm))
     }
 }

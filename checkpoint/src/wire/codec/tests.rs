@@ -29,14 +29,7 @@ fn name() -> &'static str {
 
 /// Of any content: what it says is judged in the handshake.
 fn cpus() -> impl Strategy<Value = CpuModel> {
-    let leaf = any::<[u32; 6]>().prop_map(|[function, index, eax, ebx, ecx, edx]| CpuLeaf {
-        function,
-        index,
-        eax,
-        ebx,
-        ecx,
-        edx,
-    });
+    let leaf = any::<(u32, u32, [u32; 4])>().prop_map(|(function, index, words)| CpuLeaf::new(function, index, words));
     (vec(leaf, 0..CPU_LEAVES_MAX), vec(any::<u32>(), 0..CPU_MSRS_MAX))
         .prop_map(|(leaves, msrs)| CpuModel { leaves, msrs })
 }
