@@ -1,33 +1,36 @@
 //! `tandem bench linux`: what clients get from a Linux guest by itself, and protected in each mode.
 //!
-//! The guest is the user's, with nginx on port 80 and redis on port 6379, as `docs/debian-guest` makes one. One subject is up at a time: an
-//! idle Linux guest costs something too. The guest by itself is measured first and last; a ratio is to the mean of both.
+//! The guest is the user's, with what [`super::guest`] asks for. One subject is up at a time: an idle Linux guest costs something
+//! too. The guest by itself is measured first and last; a ratio is to the mean of both. At the end of each mode its primary is
+//! killed.
 
 use std::fmt::Write as _;
-use std::net::TcpStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use clap::Args;
 use link::control::ask_history;
-use link::status::CheckpointTrace;
+use link::status::{CheckpointTrace, Status};
 use serde::Serialize;
 
-use super::load::{self, Kind, Load};
+use super::guest::{self, GuestFigures, LoadFigures};
+use super::load::Load;
 use super::report::Target as Aim;
-use super::{Progress, Spread, ratio, with_logs};
+use super::{Progress, Spread, with_logs};
 use crate::clients::Target;
 use crate::lab::Host;
 use crate::stage::tidy::Tidy;
 use crate::stage::{LinuxGuest, Stage};
-use crate::units::ByteSize;
+use crate::units::{ByteSize, Span};
 
 const MODES: [&str; 3] = ["lockstep", "buffered", "auto"];
-/// nginx is up before redis is.
-const STORE_LIMIT: Duration = Duration::from_secs(120);
 /// For how long an idle pair's checkpoints are looked at.
 const IDLE: Duration = Duration::from_secs(8);
+/// Connections are up, and have had answers, before the primary is killed.
+const BEFORE_KILL: Duration = Duration::from_secs(2);
+const AFTER_KILL: Duration = Duration::from_secs(2);
+const TAKEOVER_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the benchmark of Linux guests is told.
 #[derive(Args, Clone, Debug)]
@@ -38,7 +41,8 @@ pub struct LinuxOptions {
     /// Its initial RAM disk
     #[arg(long, value_name = "PATH")]
     pub initrd: PathBuf,
-    /// Its disk, which is copied: with nginx on port 80, and redis on port 6379 for anybody (docs/debian-guest --minimal makes one)
+    /// Its disk, which is copied: with nginx on port 80, redis on port 6379 for anybody (docs/debian-guest --minimal makes
+    /// one), and echo, discard and characters on ports 7, 9 and 19
     #[arg(long, value_name = "PATH")]
     pub image: PathBuf,
     /// Its virtual processors
@@ -47,6 +51,12 @@ pub struct LinuxOptions {
     /// Its memory
     #[arg(long, value_name = "SIZE", default_value_t = ByteSize::mib(192))]
     pub memory: ByteSize,
+    /// More words for its kernel's command line
+    #[arg(long, value_name = "WORDS", default_value = "")]
+    pub cmdline: String,
+    /// The pair's --takeover-limit: an emulated host that carries both sides and the clients stands still for long
+    #[arg(long, value_name = "TIME", default_value = "10s")]
+    pub takeover_limit: Span,
     /// Modes to measure, with commas between them [default: lockstep,buffered,auto]
     #[arg(long, value_name = "MODE,…", value_delimiter = ',', value_parser = MODES)]
     pub modes: Vec<String>,
@@ -67,153 +77,129 @@ pub(super) struct LinuxReport {
     processors: usize,
     vcpus: u8,
     memory_mib: u64,
-    loads: Vec<Measured>,
-    idle: Vec<Idle>,
-}
-
-/// One load, on the guest by itself and in each mode.
-#[derive(Debug, Serialize)]
-struct Measured {
-    kind: Kind,
-    connections: usize,
-    alone: Figures,
-    alone_again: Figures,
+    alone: GuestFigures,
+    alone_again: GuestFigures,
     modes: Vec<Protected>,
 }
 
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-struct Figures {
-    /// Requests, or bytes, a second.
-    rate: f64,
-    latency_us: Spread,
-}
-
+/// The guest, protected in one mode.
 #[derive(Debug, Serialize)]
 struct Protected {
     mode: String,
     #[serde(flatten)]
-    figures: Figures,
-    /// The rate ÷ the mean of the guest by itself.
-    to_alone: f64,
-    checkpoints_per_s: f64,
-    divergences: u64,
+    figures: GuestFigures,
+    /// For each load.
+    under_load: Vec<UnderLoad>,
+    idle: Checkpoints,
+    killed: Killed,
 }
 
-/// What the checkpoints of an idle guest cost.
+/// The pair, while there was load.
 #[derive(Debug, Serialize)]
-struct Idle {
-    mode: String,
-    checkpoints: usize,
+struct UnderLoad {
+    checkpoints_per_s: f64,
+    divergences: u64,
+    checkpoints: Checkpoints,
+}
+
+/// What checkpoints cost; those that the primary still knew of.
+#[derive(Debug, Serialize)]
+struct Checkpoints {
+    count: usize,
     pause_us: Spread,
     pages: Spread,
     bytes: Spread,
 }
 
+/// What clients saw when the primary's host process was killed.
+#[derive(Debug, Serialize)]
+struct Killed {
+    /// From the kill to the first answer to a datagram sent after it.
+    first_answer_ms: f64,
+    /// The longest time from one answer to the next on a connection with a line every 20 ms.
+    tcp_gap_ms: f64,
+    tcp_broken: u64,
+}
+
 impl LinuxReport {
-    /// The targets of protection, where lockstep or auto was measured: the better of both.
+    /// The targets of protection.
     pub(super) fn targets(&self) -> Vec<Aim> {
-        let best = |kind: Kind, connections: usize| {
-            let measured = self
-                .loads
-                .iter()
-                .find(|load| (load.kind, load.connections) == (kind, connections))?;
-            measured.modes.iter().map(|mode| mode.to_alone).reduce(f64::max)
-        };
-        let keep_alive = best(Kind::HttpSmall, 1).map(|ratio| {
-            let what = "HTTP keep-alive on 1 connection, best mode ÷ the guest by itself";
-            Aim::at_least(what, 0.6, ratio, "x alone")
-        });
-        let close = best(Kind::HttpClose, 1).map(|ratio| {
-            let what = "HTTP with a connection for each request, best mode ÷ the guest by itself";
-            Aim::at_least(what, 0.5, ratio, "x alone")
-        });
-        let idle = self.idle.iter().find(|idle| idle.mode == "lockstep");
-        let idle = idle.map(|idle| {
-            [
-                Aim::at_most(
-                    "idle checkpoint in lockstep, median pause",
-                    20.0,
-                    idle.pause_us.p50 / 1e3,
-                    "ms",
-                ),
-                Aim::at_most(
-                    "idle checkpoint in lockstep, median bytes of pages",
-                    50.0,
-                    idle.bytes.p50 / 1e3,
-                    "kB",
-                ),
-            ]
-        });
-        let loads = keep_alive.into_iter().chain(close);
-        loads.chain(idle.into_iter().flatten()).collect()
+        let base = self.alone.mean(&self.alone_again);
+        let figures: Vec<_> = self.modes.iter().map(|mode| &mode.figures).collect();
+        let mut targets = guest::targets(&base, &figures);
+        if let Some(lockstep) = self.modes.iter().find(|mode| mode.mode == "lockstep") {
+            let (pause, bytes) = (lockstep.idle.pause_us.p50 / 1e3, lockstep.idle.bytes.p50 / 1e3);
+            targets.extend([
+                Aim::at_most("idle checkpoint in lockstep, median pause", 20.0, pause, "ms"),
+                Aim::at_most("idle checkpoint in lockstep, median bytes of pages", 50.0, bytes, "kB"),
+            ]);
+        }
+        targets
     }
 
     /// Returns the tables.
     pub(super) fn text(&self) -> String {
         let mut text = format!(
-            "\nA Linux guest of {} MiB and {} vCPUs on {} processors, in requests/s (p50, p99 in ms)\n",
+            "\nA Linux guest of {} MiB and {} vCPUs on {} processors: requests/s (p50, p99)\n",
             self.memory_mib, self.vcpus, self.processors
         );
-        let figures = |figures: &Figures| {
-            let (p50, p99) = (figures.latency_us.p50 / 1e3, figures.latency_us.p99 / 1e3);
-            format!("{:.0} ({p50:.1}, {p99:.1})", figures.rate)
-        };
-        for load in &self.loads {
-            let (alone, again) = (figures(&load.alone), figures(&load.alone_again));
-            let _ = writeln!(
-                text,
-                "{} on {}: by itself {alone}, again {again}",
-                load.kind.name(),
-                load.connections
-            );
-            for mode in &load.modes {
+        let base = self.alone.mean(&self.alone_again);
+        for (title, figures) in [("by itself", &self.alone), ("by itself, again", &self.alone_again)] {
+            let _ = write!(text, "{title}\n{}", figures.text(None));
+        }
+        for mode in &self.modes {
+            let _ = write!(text, "{}\n{}", mode.mode, mode.figures.text(Some(&base)));
+            let _ = writeln!(text, "    {:16} {}", "primary killed", mode.killed.told());
+        }
+        text.push_str("\nCheckpoints: pause in ms, pages, kB of pages, each median (99th percentile)\n");
+        for mode in &self.modes {
+            let _ = writeln!(text, "{}\n    {:16} {}", mode.mode, "idle", mode.idle.told());
+            for (load, under) in mode.figures.loads.iter().zip(&mode.under_load) {
                 let _ = writeln!(
                     text,
-                    "    {:9} {:24} {:.2} of it; {:.1} checkpoints/s, {} differences",
-                    mode.mode,
-                    figures(&mode.figures),
-                    mode.to_alone,
-                    mode.checkpoints_per_s,
-                    mode.divergences
+                    "    {:16} {}; {:.1}/s, {} differences",
+                    load.title(),
+                    under.checkpoints.told(),
+                    under.checkpoints_per_s,
+                    under.divergences
                 );
             }
-        }
-        text.push_str("\nCheckpoints of the idle guest: median (99th percentile)\n");
-        for idle in &self.idle {
-            let _ = writeln!(
-                text,
-                "    {:9} {:4}: pause {:.1} ({:.1}) ms, {:.0} ({:.0}) pages, {:.0} ({:.0}) kB of pages",
-                idle.mode,
-                idle.checkpoints,
-                idle.pause_us.p50 / 1e3,
-                idle.pause_us.p99 / 1e3,
-                idle.pages.p50,
-                idle.pages.p99,
-                idle.bytes.p50 / 1e3,
-                idle.bytes.p99 / 1e3
-            );
         }
         text
     }
 }
 
-fn loads(quick: bool) -> Vec<Load> {
-    let one = |kind, connections| Load {
-        kind,
-        connections,
-        // nginx writes the date.
-        alike: false,
-        warm_up: Duration::from_millis(500),
-        span: Duration::from_secs(if quick { 1 } else { 5 }),
-    };
-    vec![
-        one(Kind::HttpSmall, 1),
-        one(Kind::HttpSmall, 8),
-        one(Kind::HttpClose, 1),
-        one(Kind::Get, 1),
-        one(Kind::Get, 8),
-        one(Kind::Increment, 8),
-    ]
+impl Killed {
+    fn told(&self) -> String {
+        format!(
+            "first answer after {:.0} ms, longest gap of TCP {:.0} ms, {} connections broken",
+            self.first_answer_ms, self.tcp_gap_ms, self.tcp_broken
+        )
+    }
+}
+
+impl Checkpoints {
+    fn of(traces: &[CheckpointTrace]) -> Self {
+        let spread = |of: fn(&CheckpointTrace) -> f64| Spread::of(traces.iter().map(of).collect());
+        Self {
+            count: traces.len(),
+            pause_us: spread(|trace| trace.pause_us),
+            pages: spread(|trace| trace.pages as f64),
+            bytes: spread(|trace| trace.bytes as f64),
+        }
+    }
+
+    fn told(&self) -> String {
+        format!(
+            "{:.1} ({:.1}), {:.0} ({:.0}), {:.0} ({:.0})",
+            self.pause_us.p50 / 1e3,
+            self.pause_us.p99 / 1e3,
+            self.pages.p50,
+            self.pages.p99,
+            self.bytes.p50 / 1e3,
+            self.bytes.p99 / 1e3
+        )
+    }
 }
 
 /// Measures everything.
@@ -222,147 +208,146 @@ pub(super) fn run(options: &LinuxOptions, tidy: &Tidy, progress: &Progress) -> R
         [] => MODES.map(str::to_owned).into(),
         given => given.to_vec(),
     };
-    let mut report = LinuxReport {
+    let bench = Bench {
+        options,
+        loads: guest::loads(options.quick),
+        target: Target::linux(Target::bundled().v4),
+        tidy,
+        progress,
+    };
+    let alone = bench.on_stage("by itself", |stage| bench.alone(stage))?;
+    let modes = modes
+        .iter()
+        .map(|mode| bench.on_stage(mode, |stage| bench.protected(stage, mode)));
+    let modes = modes.collect::<Result<_>>()?;
+    Ok(LinuxReport {
         processors: std::thread::available_parallelism().map_or(0, usize::from),
         vcpus: options.vcpus,
         memory_mib: options.memory.0 >> 20,
-        loads: Vec::new(),
-        idle: Vec::new(),
-    };
-    let wanted = loads(options.quick);
-    let alone = measure(options, None, &wanted, tidy, progress)?.figures;
-    let mut protected = Vec::new();
-    for mode in &modes {
-        let taken = measure(options, Some(mode), &wanted, tidy, progress)?;
-        report.idle.extend(taken.idle);
-        protected.push((mode, taken.figures, taken.checkpoints));
-    }
-    let again = measure(options, None, &wanted, tidy, progress)?.figures;
-    for (number, load) in wanted.iter().enumerate() {
-        let base = (alone[number].rate + again[number].rate) / 2.0;
-        let modes = protected.iter().map(|(mode, figures, checkpoints)| Protected {
-            mode: (*mode).clone(),
-            figures: figures[number],
-            to_alone: ratio(figures[number].rate, base),
-            checkpoints_per_s: checkpoints[number].0,
-            divergences: checkpoints[number].1,
-        });
-        report.loads.push(Measured {
-            kind: load.kind,
-            connections: load.connections,
-            alone: alone[number],
-            alone_again: again[number],
-            modes: modes.collect(),
-        });
-    }
-    Ok(report)
-}
-
-/// What one subject gave.
-struct Taken {
-    /// One for each load.
-    figures: Vec<Figures>,
-    /// For each load, checkpoints a second and divergences.
-    checkpoints: Vec<(f64, u64)>,
-    idle: Option<Idle>,
-}
-
-fn measure(
-    options: &LinuxOptions,
-    mode: Option<&str>,
-    loads: &[Load],
-    tidy: &Tidy,
-    progress: &Progress,
-) -> Result<Taken> {
-    let told = mode.unwrap_or("the guest by itself");
-    progress.tell(&format!("{told}: starts"));
-    let guest = LinuxGuest {
-        kernel: options.kernel.clone(),
-        initrd: options.initrd.clone(),
-        image: options.image.clone(),
-        vcpus: options.vcpus,
-    };
-    let folder = tidy.folder(mode.unwrap_or("alone"))?;
-    let mut stage = Stage::with_linux(folder.clone(), options.memory.to_string(), &guest)?;
-    let taken = load_stage(&mut stage, mode, loads, tidy, progress);
-    let taken = taken.map_err(|error| with_logs(error, &stage, tidy).context(told.to_owned()));
-    stage.clear();
-    drop(stage);
-    std::fs::remove_dir_all(&folder).with_context(|| format!("can't remove {}", folder.display()))?;
-    taken
-}
-
-fn load_stage(
-    stage: &mut Stage,
-    mode: Option<&str>,
-    loads: &[Load],
-    tidy: &Tidy,
-    progress: &Progress,
-) -> Result<Taken> {
-    match mode {
-        None => stage.start_alone(Host::A)?,
-        // A host that carries both sides and a client stands still for longer than one of its own.
-        Some(mode) => stage.start_pair(&["--mode", mode, "--takeover-limit", "10s"])?,
-    }
-    stage.await_guest(tidy)?;
-    let lab = stage.lab();
-    tidy.wait("the guest's store", STORE_LIMIT, || {
-        let connect = || TcpStream::connect_timeout(&Target::bundled().store_address(), Duration::from_secs(1));
-        Ok(lab.client().run(connect).ok())
-    })?;
-    let mut taken = Taken {
-        figures: Vec::new(),
-        checkpoints: Vec::new(),
-        idle: None,
-    };
-    if let Some(mode) = mode {
-        stage.await_protected(tidy)?;
-        // What a boot leaves to do is no idling.
-        tidy.sleep(Duration::from_secs(3))?;
-        taken.idle = Some(idle(stage, mode, tidy)?);
-    }
-    for load in loads {
-        let load = *load;
-        let before = stage.role(Host::A)?.status()?.context("the primary tells no status")?;
-        let client = stage.lab().client();
-        let outcome = client.thread("load", move || load::run(&Target::bundled(), load));
-        let outcome = outcome.context("can't start a load")?.join();
-        let outcome = outcome
-            .map_err(|_| anyhow!("the load panicked"))?
-            .with_context(|| format!("{} on {} connections", load.kind.name(), load.connections))?;
-        let after = stage.role(Host::A)?.status()?.context("the primary tells no status")?;
-        let seconds = (load.warm_up + load.span).as_secs_f64();
-        let checkpoints = after.checkpoints.total.saturating_sub(before.checkpoints.total) as f64 / seconds;
-        let divergences = after.divergences.saturating_sub(before.divergences);
-        progress.tell(&format!(
-            "{:10} {:2} connections: {:.0}/s, {checkpoints:.1} checkpoints/s",
-            load.kind.name(),
-            load.connections,
-            outcome.rate
-        ));
-        taken.figures.push(Figures {
-            rate: outcome.rate,
-            latency_us: Spread::of(outcome.latencies),
-        });
-        taken.checkpoints.push((checkpoints, divergences));
-    }
-    Ok(taken)
-}
-
-fn idle(stage: &mut Stage, mode: &str, tidy: &Tidy) -> Result<Idle> {
-    let seen = |stage: &mut Stage| -> Result<_> {
-        ask_history(stage.role(Host::A)?.control()).context("the primary tells no history")
-    };
-    let before = seen(stage)?.last().map(|trace| trace.epoch);
-    tidy.sleep(IDLE)?;
-    let traces = seen(stage)?;
-    let own: Vec<_> = traces.iter().filter(|trace| Some(trace.epoch) > before).collect();
-    let spread = |of: fn(&CheckpointTrace) -> f64| Spread::of(own.iter().map(|trace| of(trace)).collect());
-    Ok(Idle {
-        mode: mode.to_owned(),
-        checkpoints: own.len(),
-        pause_us: spread(|trace| trace.pause_us),
-        pages: spread(|trace| trace.pages as f64),
-        bytes: spread(|trace| trace.bytes as f64),
+        alone,
+        modes,
+        alone_again: bench.on_stage("by itself", |stage| bench.alone(stage))?,
     })
+}
+
+struct Bench<'a> {
+    options: &'a LinuxOptions,
+    loads: Vec<Load>,
+    target: Target,
+    tidy: &'a Tidy,
+    progress: &'a Progress,
+}
+
+impl Bench<'_> {
+    /// Measures one subject on a stage of its own.
+    fn on_stage<T>(&self, what: &str, measure: impl Fn(&mut Stage) -> Result<T>) -> Result<T> {
+        self.progress.tell(&format!("{what}: starts"));
+        let options = self.options;
+        let guest = LinuxGuest {
+            kernel: options.kernel.clone(),
+            initrd: options.initrd.clone(),
+            image: options.image.clone(),
+            vcpus: options.vcpus,
+            cmdline: options.cmdline.clone(),
+        };
+        let folder = self.tidy.folder("stage")?;
+        let mut stage = Stage::with_linux(folder.clone(), options.memory.to_string(), &guest)?;
+        let measured = measure(&mut stage);
+        let measured = measured.map_err(|error| with_logs(error, &stage, self.tidy).context(what.to_owned()));
+        stage.clear();
+        drop(stage);
+        std::fs::remove_dir_all(&folder).with_context(|| format!("can't remove {}", folder.display()))?;
+        measured
+    }
+
+    fn alone(&self, stage: &mut Stage) -> Result<GuestFigures> {
+        stage.start_alone(Host::A)?;
+        stage.await_guest(self.tidy)?;
+        guest::await_services(stage.lab().client(), self.target, self.tidy)?;
+        let loads = self.loads.iter();
+        let loads = loads.map(|load| guest::measure(stage.lab().client(), self.target, *load, self.progress));
+        let loads = loads.collect::<Result<_>>()?;
+        self.with_steady(stage, loads)
+    }
+
+    fn protected(&self, stage: &mut Stage, mode: &str) -> Result<Protected> {
+        let limit = self.options.takeover_limit.to_string();
+        stage.start_pair(&["--mode", mode, "--takeover-limit", &limit])?;
+        stage.await_guest(self.tidy)?;
+        guest::await_services(stage.lab().client(), self.target, self.tidy)?;
+        stage.await_protected(self.tidy)?;
+        // What a boot leaves to do is no idling.
+        self.tidy.sleep(Duration::from_secs(3))?;
+        let from = newest(stage)?;
+        self.tidy.sleep(IDLE)?;
+        let idle = Checkpoints::of(&since(stage, from)?);
+        let (mut loads, mut under_load) = (Vec::new(), Vec::new());
+        for load in &self.loads {
+            let (before, from) = (status(stage)?, newest(stage)?);
+            loads.push(guest::measure(stage.lab().client(), self.target, *load, self.progress)?);
+            let after = status(stage)?;
+            let seconds = (load.warm_up + load.span).as_secs_f64();
+            let under = UnderLoad {
+                checkpoints_per_s: after.checkpoints.total.saturating_sub(before.checkpoints.total) as f64 / seconds,
+                divergences: after.divergences.saturating_sub(before.divergences),
+                checkpoints: Checkpoints::of(&since(stage, from)?),
+            };
+            under_load.push(under);
+        }
+        let figures = self.with_steady(stage, loads)?;
+        Ok(Protected {
+            mode: mode.to_owned(),
+            figures,
+            under_load,
+            idle,
+            killed: self.kill(stage)?,
+        })
+    }
+
+    fn with_steady(&self, stage: &Stage, loads: Vec<LoadFigures>) -> Result<GuestFigures> {
+        let span = guest::steady_span(self.options.quick);
+        let steady = guest::steady(stage.lab().client(), self.target, span, self.tidy)?;
+        self.progress.tell(&steady.told());
+        Ok(GuestFigures { loads, steady })
+    }
+
+    /// Kills the primary's process while clients ask every 20 ms.
+    fn kill(&self, stage: &mut Stage) -> Result<Killed> {
+        stage.await_protected(self.tidy)?;
+        let clients = guest::start_steady(stage.lab().client(), self.target)?;
+        self.tidy.sleep(BEFORE_KILL)?;
+        let killed = stage.take(Host::A)?.kill()?;
+        let answered = || Ok(clients.first_answer_since(killed));
+        let answered = self
+            .tidy
+            .wait("an answer after the primary was killed", TAKEOVER_LIMIT, answered)?;
+        self.tidy.sleep(AFTER_KILL)?;
+        let steady = guest::end_steady(clients)?;
+        let killed = Killed {
+            first_answer_ms: answered.saturating_duration_since(killed).as_secs_f64() * 1e3,
+            tcp_gap_ms: steady.tcp_gap_us / 1e3,
+            tcp_broken: steady.tcp_broken,
+        };
+        self.progress.tell(&format!("killed: {}", killed.told()));
+        Ok(killed)
+    }
+}
+
+fn status(stage: &mut Stage) -> Result<Status> {
+    stage.role(Host::A)?.status()?.context("the primary tells no status")
+}
+
+fn history(stage: &mut Stage) -> Result<Vec<CheckpointTrace>> {
+    ask_history(stage.role(Host::A)?.control()).context("the primary tells no history")
+}
+
+/// Returns the epoch of the last checkpoint.
+fn newest(stage: &mut Stage) -> Result<Option<u64>> {
+    Ok(history(stage)?.last().map(|trace| trace.epoch))
+}
+
+/// Returns the checkpoints after an epoch that the primary still knows of.
+fn since(stage: &mut Stage, epoch: Option<u64>) -> Result<Vec<CheckpointTrace>> {
+    let traces = history(stage)?.into_iter();
+    Ok(traces.filter(|trace| Some(trace.epoch) > epoch).collect())
 }

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{Timespec, epoll};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::clients::Target;
 
@@ -32,7 +32,7 @@ const DISCARD_PORT: u16 = 9;
 const READY_MAX: usize = 64;
 
 /// What is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Kind {
     /// The small page, by HTTP with keep-alive.
@@ -100,7 +100,8 @@ impl Kind {
 
     fn address(self, target: &Target) -> SocketAddr {
         match self {
-            Self::HttpSmall | Self::HttpClose | Self::HttpLarge | Self::BulkOut => target.http_address(),
+            Self::HttpSmall | Self::HttpClose | Self::HttpLarge => target.http_address(),
+            Self::BulkOut => (target.v4, target.source).into(),
             Self::Get | Self::Increment => target.store_address(),
             Self::UdpEcho => (target.v4, target.echo).into(),
             Self::BulkIn => (target.v4, DISCARD_PORT).into(),

@@ -7,6 +7,8 @@
 //!        │    ├─ floor      the same guest, stopped with nothing around it
 //!        │    └─ buffered   how often a pair in buffered mode gets to it
 //!        ├─ linux        clients at a Linux guest by itself, and protected
+//!        ├─ clients      the same clients at a guest that runs somewhere
+//!        │    └─ guest      what both ask, and how it is told
 //!        └─ protect      clients at one VM, at two at once, at a pair
 //!             └─ load    many connections from one thread
 //!        cost   what processes use        report   targets, met or missed        plot   SVG and CSV
@@ -17,8 +19,10 @@
 
 mod buffered;
 mod checkpoint;
+mod clients;
 mod cost;
 mod floor;
+mod guest;
 mod linux;
 mod load;
 mod plot;
@@ -37,6 +41,7 @@ use clap::{Args, Subcommand};
 use crate::stage::Stage;
 use crate::stage::tidy::{Owner, Tidy};
 use crate::units::ByteSize;
+pub use clients::ClientsOptions;
 pub use linux::LinuxOptions;
 use report::Report;
 
@@ -49,6 +54,8 @@ pub enum Bench {
     Protect(BenchOptions),
     /// What clients get from a Linux guest by itself, and protected in each mode; needs hardware KVM
     Linux(LinuxOptions),
+    /// What clients on this host get from a guest that runs already, protected or not; needs root, and no KVM
+    Clients(ClientsOptions),
     /// What a frame costs in the proxy, beside a plain copy from TAP to TAP; needs root, and no KVM
     Proxy(ProxyOptions),
 }
@@ -106,12 +113,15 @@ pub fn run(bench: &Bench) -> Result<()> {
             (options.plot.as_deref(), options.folder.as_deref(), options.json)
         }
         Bench::Linux(options) => (None, options.folder.as_deref(), options.json),
+        Bench::Clients(options) => (None, None, options.json),
         Bench::Proxy(options) => {
             let measured = proxy::run(options.quick, &Progress(Instant::now()))?;
             return print(&Report::Proxy(measured), options.json);
         }
     };
-    machine::host_check().context("this machine can't run the benchmark")?;
+    if !matches!(bench, Bench::Clients(_)) {
+        machine::host_check().context("this machine can't run the benchmark")?;
+    }
     if let Some(folder) = plot {
         std::fs::create_dir_all(folder).with_context(|| format!("can't make {}: check --plot", folder.display()))?;
     }
@@ -120,6 +130,7 @@ pub fn run(bench: &Bench) -> Result<()> {
     let measured = match bench {
         Bench::Checkpoint(options) => checkpoint::run(options, &tidy, &progress).map(Report::Checkpoint),
         Bench::Linux(options) => linux::run(options, &tidy, &progress).map(Report::Linux),
+        Bench::Clients(options) => clients::run(options, &tidy, &progress).map(Report::Clients),
         Bench::Protect(options) => protect::run(options, &tidy, &progress).map(Report::Protect),
         Bench::Proxy(_) => unreachable!("measured before"),
     };
@@ -188,7 +199,7 @@ fn with_logs(error: anyhow::Error, stage: &Stage, tidy: &Tidy) -> anyhow::Error 
 }
 
 /// Median and 99th percentile.
-#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 struct Spread {
     p50: f64,
     p99: f64,

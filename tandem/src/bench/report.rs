@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::checkpoint::{Case, CheckpointReport};
+use super::clients::ClientsReport;
 use super::linux::LinuxReport;
 use super::load::Kind;
 use super::plot::{self, Line, Sheet};
@@ -17,6 +18,7 @@ use super::ratio;
 /// The report of one benchmark.
 pub(super) enum Report {
     Checkpoint(CheckpointReport),
+    Clients(ClientsReport),
     Linux(LinuxReport),
     Protect(ProtectReport),
     Proxy(ProxyReport),
@@ -74,6 +76,12 @@ impl Serialize for Report {
                 targets,
             }
             .serialize(serializer),
+            Self::Clients(figures) => Whole {
+                benchmark: "clients",
+                figures,
+                targets,
+            }
+            .serialize(serializer),
             Self::Linux(figures) => Whole {
                 benchmark: "linux",
                 figures,
@@ -100,6 +108,7 @@ impl Report {
     fn targets(&self) -> Vec<Target> {
         match self {
             Self::Checkpoint(report) => checkpoint_targets(report),
+            Self::Clients(report) => report.targets(),
             Self::Linux(report) => report.targets(),
             Self::Protect(report) => protect_targets(report),
             Self::Proxy(report) => report.targets(),
@@ -110,12 +119,16 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let mut text = match self {
             Self::Checkpoint(report) => checkpoint_text(report),
+            Self::Clients(report) => report.text(),
             Self::Linux(report) => report.text(),
             Self::Protect(report) => protect_text(report),
             Self::Proxy(report) => report.text(),
         };
-        text.push_str("\nTargets\n");
-        for target in self.targets() {
+        let targets = self.targets();
+        if !targets.is_empty() {
+            text.push_str("\nTargets\n");
+        }
+        for target in targets {
             let bound = if target.at_most { "at most" } else { "at least" };
             let verdict = if target.met { "met" } else { "MISSED" };
             line(
@@ -135,7 +148,7 @@ impl Report {
             Self::Checkpoint(report) => checkpoint_plot(report, folder),
             Self::Protect(report) => protect_plot(report, folder),
             // Their options name no folder.
-            Self::Linux(_) | Self::Proxy(_) => Ok(()),
+            Self::Clients(_) | Self::Linux(_) | Self::Proxy(_) => Ok(()),
         }
     }
 }

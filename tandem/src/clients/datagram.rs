@@ -1,4 +1,4 @@
-//! Clients that ask without a connection: UDP echo every 2 ms, and ping.
+//! Clients that ask without a connection: UDP echo every few milliseconds, and ping.
 //!
 //! UDP is the clock by which a takeover is measured, since nothing retransmits it: every request's moment
 //! and every answer's is kept.
@@ -14,7 +14,6 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
 
 use crate::lab::Namespace;
 
-const UDP_PERIOD: Duration = Duration::from_millis(2);
 const PING_PERIOD: Duration = Duration::from_millis(50);
 /// After the last request, answers are waited for this long.
 const LAST_ANSWERS: Duration = Duration::from_millis(1_200);
@@ -77,6 +76,31 @@ impl UdpLog {
         )
     }
 
+    /// Returns how long each answer took.
+    pub fn latencies(&self) -> impl Iterator<Item = Duration> {
+        let answered = self
+            .requests
+            .iter()
+            .filter_map(|request| Some((request.sent, request.answered?)));
+        answered.map(|(sent, answered)| answered.saturating_duration_since(sent))
+    }
+
+    /// Returns the longest time without an answer, from the first request on.
+    #[must_use]
+    pub fn longest_silence(&self) -> Option<Duration> {
+        let mut moments: Vec<_> = self.requests.iter().filter_map(|request| request.answered).collect();
+        moments.sort_unstable();
+        let from = self
+            .requests
+            .first()
+            .map(|request| request.sent)
+            .into_iter()
+            .chain(moments.iter().copied());
+        from.zip(&moments)
+            .map(|(from, until)| until.saturating_duration_since(from))
+            .max()
+    }
+
     /// Returns when the first answer came to a request sent after `moment`.
     #[must_use]
     pub fn first_answer_since(&self, moment: Instant) -> Option<Instant> {
@@ -110,7 +134,12 @@ impl UdpLog {
 }
 
 impl Udp {
-    pub(super) fn start(namespace: &Namespace, address: SocketAddr, stop: &Arc<AtomicBool>) -> io::Result<Self> {
+    pub(super) fn start(
+        namespace: &Namespace,
+        address: SocketAddr,
+        period: Duration,
+        stop: &Arc<AtomicBool>,
+    ) -> io::Result<Self> {
         let log = Arc::new(Mutex::new(UdpLog::default()));
         let socket = namespace.run(move || {
             let socket = UdpSocket::bind("0.0.0.0:0")?;
@@ -121,7 +150,7 @@ impl Udp {
         let (ears, stopped, heard) = (socket.try_clone()?, Arc::clone(stop), Arc::clone(&log));
         let listener = namespace.thread("udp-answers", move || listen(&ears, &heard, &stopped))?;
         let (stopped, asked) = (Arc::clone(stop), Arc::clone(&log));
-        let sender = namespace.thread("udp", move || send(&socket, &asked, &stopped))?;
+        let sender = namespace.thread("udp", move || send(&socket, &asked, period, &stopped))?;
         Ok(Self {
             log,
             threads: [sender, listener],
@@ -140,7 +169,7 @@ impl Udp {
     }
 }
 
-fn send(socket: &UdpSocket, log: &Mutex<UdpLog>, stop: &AtomicBool) {
+fn send(socket: &UdpSocket, log: &Mutex<UdpLog>, period: Duration, stop: &AtomicBool) {
     let mut next = Instant::now();
     while !stop.load(Ordering::Relaxed) {
         let sent = Instant::now();
@@ -155,7 +184,7 @@ fn send(socket: &UdpSocket, log: &Mutex<UdpLog>, stop: &AtomicBool) {
         // An unreachable target is an answer missing, which the log has.
         let _ = socket.send(&request);
         // A thread that was late does not catch up in a burst.
-        next = (next + UDP_PERIOD).max(Instant::now());
+        next = (next + period).max(Instant::now());
         sleep(next.saturating_duration_since(Instant::now()));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   start ─► one thread a connection:  http  increments  echo      request, answer, check, pause, …
-//!            two threads:              udp                         a request every 2 ms, answers noted apart
+//!            two threads:              udp                         a request every so often, answers noted apart
 //!            one thread:               ping
 //!   stop  ─► Report
 //! ```
@@ -44,6 +44,8 @@ pub struct Target {
     pub store: u16,
     /// Echo, TCP and UDP.
     pub echo: u16,
+    /// Bytes without end, to whoever asks for a large file by HTTP.
+    pub source: u16,
 }
 
 /// How much the clients ask.
@@ -55,6 +57,8 @@ pub struct Load {
     pub increments: u16,
     /// Pause between an answer and the next request on a TCP connection.
     pub pause: Duration,
+    /// From one UDP request to the next, whether that is answered or not.
+    pub udp_every: Duration,
 }
 
 /// Clients that are at work.
@@ -139,6 +143,18 @@ impl Target {
             http: 80,
             store: 6379,
             echo: 7,
+            source: 80,
+        }
+    }
+
+    /// A Linux guest with the services of the lab's (RFC 864: its characters come by themselves).
+    #[must_use]
+    pub fn linux(v4: Ipv4Addr) -> Self {
+        Self {
+            v4,
+            v6: None,
+            source: 19,
+            ..Self::bundled()
         }
     }
 
@@ -161,6 +177,7 @@ impl Default for Load {
             http: 2,
             increments: 4,
             pause: Duration::from_millis(5),
+            udp_every: Duration::from_millis(2),
         }
     }
 }
@@ -189,7 +206,7 @@ impl Clients {
             tcp.push(run.start(namespace, "increments", target.store_address(), increments)?);
         }
         tcp.push(run.start(namespace, "echo", (target.v4, target.echo).into(), Echo::default())?);
-        let udp = datagram::Udp::start(namespace, (target.v4, target.echo).into(), &stop)?;
+        let udp = datagram::Udp::start(namespace, (target.v4, target.echo).into(), load.udp_every, &stop)?;
         let ping = datagram::ping(namespace, target.v4, &stop)?;
         Ok(Self {
             stop,

@@ -44,6 +44,7 @@ fn target() -> Target {
         http: 80,
         store: 6379,
         echo: 7,
+        source: 80,
     }
 }
 

@@ -33,12 +33,24 @@ impl Namespace {
     /// # Errors
     /// Fails without root.
     pub fn new(name: &'static str) -> Result<Self, LabError> {
+        Self::with_thread(name, unshare_network)
+    }
+
+    /// Takes the namespace that this process is in, and starts a thread for it.
+    ///
+    /// # Errors
+    /// Fails if the host has no thread left.
+    pub fn here(name: &'static str) -> Result<Self, LabError> {
+        Self::with_thread(name, || Ok(()))
+    }
+
+    fn with_thread(name: &'static str, enter: fn() -> io::Result<()>) -> Result<Self, LabError> {
         let (jobs, inbox) = mpsc::channel::<Job>();
         let (made, result) = mpsc::channel();
         let thread = Builder::new()
             .name(format!("lab-{name}"))
             .spawn(move || {
-                let opened = unshare_network().and_then(|()| fs::File::open("/proc/thread-self/ns/net"));
+                let opened = enter().and_then(|()| fs::File::open("/proc/thread-self/ns/net"));
                 let ready = opened.is_ok();
                 let told = made.send(opened.map(OwnedFd::from));
                 if ready && told.is_ok() {

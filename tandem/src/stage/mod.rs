@@ -62,6 +62,8 @@ pub(crate) struct LinuxGuest {
     /// Copied for each host.
     pub(crate) image: PathBuf,
     pub(crate) vcpus: u8,
+    /// More words for the kernel.
+    pub(crate) cmdline: String,
 }
 
 impl Stage {
@@ -107,7 +109,7 @@ impl Stage {
             "--vcpus",
             &guest.vcpus.to_string(),
             "--cmdline",
-            &format!("console=ttyS0 panic=-1 quiet ip={address}/24"),
+            &format!("console=ttyS0 panic=-1 quiet ip={address}/24 {}", guest.cmdline),
         ]);
         Ok(stage)
     }
