@@ -1,6 +1,7 @@
 # Lab hosts: QEMU processes with hardware KVM inside, emulated. Sourced by `run`, used by the cases.
 #
-#   host_start a [1 [3072 [listen|connect]]]     boots a host of that name: processors, MiB, and which end of the wire it is
+#   host_start a [1 [3072 [listen|connect|TAP]]] boots a host of that name: processors, MiB, and which end of the wire it is, or that
+#                                                its end is a TAP of this machine
 #   host_run a 'script'                          runs a script there, prints its output, returns its exit code
 #   host_kill a                                  ends it like a power failure
 #
@@ -12,8 +13,11 @@ host_start() {
     mkdir "$at"
     port=$((20000 + $$ % 20000 + ${#hosts[@]}))
     if [ -n "$wire" ]; then
-        cards=(-netdev "socket,id=wire,$wire=127.0.0.1:$((40000 + $$ % 20000))"
-            -device "virtio-net-pci,netdev=wire,mac=52:54:00:00:01:0${#hosts[@]}")
+        case $wire in
+            listen | connect) cards=(-netdev "socket,id=wire,$wire=127.0.0.1:$((40000 + $$ % 20000))") ;;
+            *) cards=(-netdev "tap,id=wire,ifname=$wire,script=no,downscript=no") ;;
+        esac
+        cards+=(-device "virtio-net-pci,netdev=wire,mac=52:54:00:00:01:0${#hosts[@]}")
     fi
     tar -C "$payload" -cf "$at/payload.tar" .
     # The disk's changes are dropped with the process. `-cpu max` is slow, and other machines than q35 lose their clock at times.
