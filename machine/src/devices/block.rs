@@ -164,7 +164,7 @@ impl Device for Disk {
             };
             let written = self.serve(&chain, work.ram)?;
             ring.complete(work.ram, &chain, written)?;
-            work.signal.used();
+            ring.tell(work)?;
         }
         Ok(Turn {
             more: true,

@@ -105,7 +105,7 @@ impl Device for Terminal {
                 done += chunk;
             }
             ring.complete(work.ram, &chain, 0)?;
-            work.signal.used();
+            ring.tell(work)?;
         }
         Ok(Turn {
             more: true,

@@ -115,7 +115,7 @@ impl Device for Generator {
                 done += chunk;
             }
             ring.complete(work.ram, &chain, done)?;
-            work.signal.used();
+            ring.tell(work)?;
         }
         Ok(Turn {
             more: true,

@@ -171,13 +171,13 @@ impl Card {
                 break;
             }
             let Some(buffer) = next_buffer(ring, work.ram)? else {
-                report.end(work);
+                report.end(ring, work)?;
                 // Without a buffer the network is not even looked at; the guest's next buffer wakes the worker.
                 return Ok(asleep(ring.listen(work.ram)?));
             };
             let Some(frame) = self.backend.receive() else {
                 ring.unpop(1);
-                report.end(work);
+                report.end(ring, work)?;
                 return Ok(Turn {
                     more: false,
                     watch: true,
@@ -186,17 +186,17 @@ impl Card {
             match self.deliver(ring, buffer, &frame, work.ram)? {
                 Delivery::Done => {
                     self.backend.delivered(frame);
-                    report.frame(work);
+                    report.frame(ring, work)?;
                 }
                 Delivery::Lost => {}
                 Delivery::Waits(buffers) => {
                     self.backend.put_back(frame);
-                    report.end(work);
+                    report.end(ring, work)?;
                     return Ok(asleep(ring.listen_beyond(work.ram, buffers)?));
                 }
             }
         }
-        report.end(work);
+        report.end(ring, work)?;
         Ok(Turn {
             more: true,
             watch: true,
@@ -272,11 +272,11 @@ impl Card {
                 break;
             }
             if !self.backend.may_transmit() {
-                report.end(work);
+                report.end(ring, work)?;
                 return Ok(false);
             }
             let Some(chain) = ring.pop(work.ram)? else {
-                report.end(work);
+                report.end(ring, work)?;
                 return ring.listen(work.ram);
             };
             if chain.writable() != 0 || chain.readable() < HEADER_BYTES_U32 {
@@ -294,9 +294,9 @@ impl Card {
                 }
             }
             ring.complete(work.ram, &chain, 0)?;
-            report.frame(work);
+            report.frame(ring, work)?;
         }
-        report.end(work);
+        report.end(ring, work)?;
         Ok(true)
     }
 
@@ -339,16 +339,16 @@ struct Report {
 }
 
 impl Report {
-    fn frame(&mut self, work: &Work<'_>) {
+    fn frame(&mut self, ring: &mut Ring, work: &Work<'_>) -> Result<(), QueueError> {
         self.frames += 1;
         if self.frames == REPORT {
-            self.end(work);
+            self.end(ring, work)?;
         }
+        Ok(())
     }
 
-    fn end(&mut self, work: &Work<'_>) {
-        if std::mem::take(&mut self.frames) != 0 {
-            work.signal.used();
-        }
+    fn end(&mut self, ring: &mut Ring, work: &Work<'_>) -> Result<(), QueueError> {
+        self.frames = 0;
+        ring.tell(work)
     }
 }

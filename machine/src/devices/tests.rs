@@ -5,4 +5,5 @@ mod driver;
 mod hostile;
 mod net;
 mod streams;
+mod suppression;
 mod transport;

@@ -1,5 +1,6 @@
 //! A driver for tests: negotiates over the registers, offers buffers, takes used ones.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -76,6 +77,10 @@ pub(super) struct DriverQueue<'a> {
     next_used: u16,
     free: Vec<u16>,
     chains: Vec<Vec<u16>>,
+    /// Whether places in the rings say who wants to be told when; as negotiated.
+    by_events: Cell<bool>,
+    /// Where the available ring ended at the last look whether to notify.
+    notified: Cell<u16>,
 }
 
 impl<'a> DriverQueue<'a> {
@@ -92,6 +97,8 @@ impl<'a> DriverQueue<'a> {
             next_used: 0,
             free: (0..QUEUE_SIZE).collect(),
             chains: vec![Vec::new(); QUEUE_SIZE.into()],
+            by_events: Cell::new(false),
+            notified: Cell::new(0),
         }
     }
 
@@ -141,6 +148,7 @@ impl<'a> DriverQueue<'a> {
             .unwrap()
             .store(head);
         self.next_avail = self.next_avail.wrapping_add(1);
+        self.tell_me_from(self.next_used);
         std::sync::atomic::fence(Ordering::SeqCst);
         self.available.idx().store(self.next_avail);
     }
@@ -174,10 +182,37 @@ impl<'a> DriverQueue<'a> {
     /// Notifies the device, unless it has asked not to be.
     pub(super) fn notify(&self, mmio: &VirtioMmio) {
         std::sync::atomic::fence(Ordering::SeqCst);
-        let flags: u16 = self.ram.read_obj(GuestAddress(self.at + 2 * PAGE)).unwrap();
-        if flags & 1 == 0 {
+        if self.wants_to_know() {
             write32(mmio, 0x50, self.number);
         }
+    }
+
+    /// Says whether the device wants a notification of what was offered since this was asked last.
+    pub(super) fn wants_to_know(&self) -> bool {
+        let used = self.at + 2 * PAGE;
+        let before = self.notified.replace(self.next_avail);
+        if !self.by_events.get() {
+            let flags: u16 = self.ram.read_obj(GuestAddress(used)).unwrap();
+            return flags & 1 == 0;
+        }
+        let event: u16 = self
+            .ram
+            .read_obj(GuestAddress(used + 4 + 8 * u64::from(QUEUE_SIZE)))
+            .unwrap();
+        self.next_avail.wrapping_sub(event).wrapping_sub(1) < self.next_avail.wrapping_sub(before)
+    }
+
+    /// Asks for an interrupt when the used ring goes beyond this place.
+    pub(super) fn tell_me_from(&self, place: u16) {
+        let event = GuestAddress(self.at + PAGE + 4 + 2 * u64::from(QUEUE_SIZE));
+        self.ram.write_obj(place, event).unwrap();
+    }
+
+    /// Asks for no interrupts, or for all, by the flag.
+    pub(super) fn mute(&self, muted: bool) {
+        self.ram
+            .write_obj(u16::from(muted), GuestAddress(self.at + PAGE))
+            .unwrap();
     }
 
     /// Tells the device where this queue is.
@@ -217,8 +252,11 @@ pub(super) fn start_with(mmio: &VirtioMmio, queues: &[&DriverQueue<'_>], mask: u
     }
     write32(mmio, 0x70, 1 | 2 | 8);
     assert_eq!(read32(mmio, 0x70), 1 | 2 | 8, "the features are accepted");
+    write32(mmio, 0x14, 0);
+    let by_events = u64::from(read32(mmio, 0x10)) & mask & 1 << 29 != 0;
     for queue in queues {
         queue.set_up(mmio);
+        queue.by_events.set(by_events);
     }
     write32(mmio, 0x70, 1 | 2 | 8 | 4);
     assert_eq!(read32(mmio, 0x70), 1 | 2 | 8 | 4);

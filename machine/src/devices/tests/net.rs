@@ -116,7 +116,7 @@ fn shows_its_address() {
     net.mmio().read(0x100, &mut mac);
     assert_eq!(mac, [2, 0, 0, 0, 0, 1, 0, 0]);
     assert_eq!(read32(net.mmio(), 8), 1);
-    assert_eq!(read32(net.mmio(), 0x10), 1 << 5);
+    assert_eq!(read32(net.mmio(), 0x10), 1 << 5 | 1 << 29);
 }
 
 #[test]
@@ -245,7 +245,10 @@ fn case_p10_offers_what_the_standard_has_for_tcp_and_tells_what_was_accepted() {
     let ram = ram();
     let wire = Wire::new();
     let net = offering(&ram, &wire);
-    assert_eq!(u64::from(read32(net.mmio(), 0x10)), SEGMENTS | MERGED | 1 << 5);
+    assert_eq!(
+        u64::from(read32(net.mmio(), 0x10)),
+        SEGMENTS | MERGED | 1 << 5 | 1 << 29
+    );
     let accepted = || *wire.0.accepted.lock().unwrap();
     let queues = [DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1)];
     start_with(net.mmio(), &[&queues[0], &queues[1]], ADDRESS | CHECKSUMS);

@@ -19,9 +19,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::persist::Saved;
 use super::queue::{QueueError, Ring};
-use super::registers::{Effect, Identity, QueueSetup, Registers};
+use super::registers::{Effect, Identity, Registers};
 use super::worker::{Core, Shared, Turns, Worker};
-use super::{Device, DeviceError, FREEZE_LIMIT, VERSION_1, lock};
+use super::{Device, DeviceError, EVENT_IDX, FREEZE_LIMIT, VERSION_1, lock};
 use crate::devices::Interrupt;
 use crate::memory::Memory;
 use crate::state::{Section, StateError};
@@ -53,7 +53,7 @@ impl VirtioMmio {
     ) -> Result<Self, DeviceError> {
         let identity = Identity {
             kind: device.kind(),
-            features: device.features() | VERSION_1,
+            features: device.features() | VERSION_1 | EVENT_IDX,
             config: device.config(),
         };
         let registers = Mutex::new(Registers::new(device.queues()));
@@ -192,7 +192,7 @@ impl VirtioMmio {
             .check(&saved.device)
             .map_err(|field| value(section, field))?;
         let rings = if saved.registers.status & super::registers::DRIVER_OK != 0 {
-            self.rings(&saved.registers.queues, &saved.positions)
+            self.rings(&saved.registers, &saved.positions)
                 .map_err(|_| value(section, "queues"))?
         } else {
             Vec::new()
@@ -272,7 +272,7 @@ impl VirtioMmio {
     fn activate(&self, registers: &Registers) {
         let mut core = self.core();
         let positions = vec![(0, 0); registers.queues.len()];
-        match self.rings(&registers.queues, &positions) {
+        match self.rings(registers, &positions) {
             Ok(rings) => core.rings = rings,
             Err(error) => self.shared().fail(&error),
         }
@@ -290,12 +290,17 @@ impl VirtioMmio {
         self.shared().set_interrupt_status(0);
     }
 
-    fn rings(&self, queues: &[QueueSetup], positions: &[(u16, u16)]) -> Result<Vec<Ring>, QueueError> {
-        queues
+    fn rings(&self, registers: &Registers, positions: &[(u16, u16)]) -> Result<Vec<Ring>, QueueError> {
+        let by_events = registers.driver_features & EVENT_IDX != 0;
+        registers
+            .queues
             .iter()
             .zip(positions)
             .map(|(queue, &(next_avail, next_used))| {
-                Ring::new(queue.with_positions(next_avail, next_used), &self.shared().ram)
+                Ring::new(
+                    queue.with_positions(next_avail, next_used, by_events),
+                    &self.shared().ram,
+                )
             })
             .collect()
     }

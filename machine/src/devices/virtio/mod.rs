@@ -27,6 +27,8 @@ pub const QUEUE_SIZE_MAX: u16 = 256;
 pub const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 /// Feature bit: the device follows version 1 of the standard.
 pub(crate) const VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+/// Driver and device say from which entry of a ring on they want to be told.
+pub(crate) const EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 /// Why a device can't be made, frozen or changed.
 #[derive(Debug, Error)]
@@ -69,7 +71,7 @@ pub enum DeviceError {
 pub(crate) trait Device: Any + Send {
     /// The kind of device by the standard's number.
     fn kind(&self) -> u32;
-    /// The features offered, [`VERSION_1`] aside.
+    /// The features offered, those of the transport ([`VERSION_1`], [`EVENT_IDX`]) aside.
     fn features(&self) -> u64 {
         0
     }

@@ -5,16 +5,22 @@
 //! writes. Buffers are used in the order in which they were offered, one after the other, so that
 //! between two requests `next_avail` equals `next_used` and nothing is in flight.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
+use super::Work;
 use crate::memory::Memory;
 
-/// Where the used ring's entries begin, and how long one is.
-const USED_RING_HEADER_BYTES: u64 = 4;
+/// In the flags of the available ring.
+#[expect(clippy::cast_possible_truncation, reason = "the flags are of two bytes")]
+const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
+/// Where each ring's entries begin.
+const RING_HEADER_BYTES: u64 = 4;
+const AVAILABLE_ELEMENT_BYTES: u64 = 2;
 const USED_ELEMENT_BYTES: u64 = 8;
 
 /// How a guest has broken the rules of its queue.
@@ -39,6 +45,8 @@ pub(crate) struct Ring {
     queue: Queue,
     /// Whether the driver was told to send notifications; `None`: what guest memory says is unknown.
     listening: Option<bool>,
+    /// Where the used ring ended when the driver was last told of it.
+    told: u16,
 }
 
 impl Ring {
@@ -48,7 +56,11 @@ impl Ring {
         if state.ready && !queue.is_valid(ram) {
             return Err(QueueError::Layout("a ring is not in guest memory"));
         }
-        Ok(Self { queue, listening: None })
+        Ok(Self {
+            queue,
+            listening: None,
+            told: state.next_used,
+        })
     }
 
     pub(crate) fn state(&self) -> QueueState {
@@ -103,7 +115,7 @@ impl Ring {
         let (first, size) = (self.queue.next_used(), self.queue.size());
         let mut next = first;
         for (chain, written) in before {
-            let place = USED_RING_HEADER_BYTES + u64::from(next % size) * USED_ELEMENT_BYTES;
+            let place = RING_HEADER_BYTES + u64::from(next % size) * USED_ELEMENT_BYTES;
             // Which chain, and how much of it.
             let element = u64::from(*written) << 32 | u64::from(chain.head);
             // The whole ring was found to lie in guest memory, so the sum can't overflow.
@@ -116,6 +128,30 @@ impl Ring {
         self.complete(ram, last, *written)
     }
 
+    /// Tells the driver of the chains that were given back since it was told last, unless it does not want to know (virtio
+    /// 1.2 §2.7.7): each interrupt costs the guest three exits or more.
+    pub(crate) fn tell(&mut self, work: &Work<'_>) -> Result<(), QueueError> {
+        let used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.told, used);
+        if used == before {
+            return Ok(());
+        }
+        // The driver writes what it wants, then looks at the used ring; here it is the other way round.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let wanted = if self.queue.event_idx_enabled() {
+            let after = RING_HEADER_BYTES + u64::from(self.queue.size()) * AVAILABLE_ELEMENT_BYTES;
+            let event = load(work.ram, available + after)?;
+            used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)
+        } else {
+            load(work.ram, available)? & NO_INTERRUPT == 0
+        };
+        if wanted {
+            work.signal.used();
+        }
+        Ok(())
+    }
+
     /// Asks the driver for notifications; `true` if there is something to take already.
     pub(crate) fn listen(&mut self, ram: &Memory) -> Result<bool, QueueError> {
         self.listen_beyond(ram, 0)
@@ -126,7 +162,18 @@ impl Ring {
         if !self.queue.ready() {
             return Ok(false);
         }
-        if self.listening != Some(true) {
+        if self.queue.event_idx_enabled() {
+            // The driver notifies when it goes beyond this place.
+            let place = self
+                .queue
+                .next_avail()
+                .wrapping_add(u16::try_from(chains).unwrap_or(u16::MAX));
+            let after = RING_HEADER_BYTES + u64::from(self.queue.size()) * USED_ELEMENT_BYTES;
+            let address = GuestAddress(self.queue.used_ring() + after);
+            ram.store(place.to_le(), address, Ordering::Relaxed)
+                .map_err(QueueError::Memory)?;
+            fence(Ordering::SeqCst);
+        } else if self.listening != Some(true) {
             self.listening = Some(true);
             self.queue.enable_notification(ram).map_err(QueueError::Ring)?;
         }
@@ -142,6 +189,13 @@ impl Ring {
     pub(crate) fn size(&self) -> usize {
         self.queue.size().into()
     }
+}
+
+/// Reads a number of a ring, which was found to lie in guest memory.
+fn load(ram: &Memory, address: u64) -> Result<u16, QueueError> {
+    ram.load(GuestAddress(address), Ordering::Relaxed)
+        .map(u16::from_le)
+        .map_err(QueueError::Memory)
 }
 
 /// A request of the driver: what the device may read, and what it may write.

@@ -195,13 +195,13 @@ impl Default for QueueSetup {
 }
 
 impl QueueSetup {
-    /// Describes the queue with its positions in the rings.
-    pub(super) fn with_positions(self, next_avail: u16, next_used: u16) -> QueueState {
+    /// Describes the queue with its positions in the rings, and whether notifications go by these.
+    pub(super) fn with_positions(self, next_avail: u16, next_used: u16, by_events: bool) -> QueueState {
         QueueState {
             max_size: QUEUE_SIZE_MAX,
             next_avail,
             next_used,
-            event_idx_enabled: false,
+            event_idx_enabled: by_events,
             // A queue that is not ready may have any size; its ring object is never used.
             size: if self.ready { self.size } else { QUEUE_SIZE_MAX },
             ready: self.ready,
@@ -218,7 +218,7 @@ impl QueueSetup {
         // The available ring at address 0 means "not set up" to the queue's reader.
         !self.ready
             || self.available != 0
-                && Queue::try_from(self.with_positions(0, 0)).is_ok()
+                && Queue::try_from(self.with_positions(0, 0, false)).is_ok()
                 && inside(self.descriptors, 16 * size, Permissions::Read)
                 && inside(self.available, 6 + 2 * size, Permissions::Read)
                 && inside(self.used, 6 + 8 * size, Permissions::Write)
