@@ -1,7 +1,7 @@
 # Lab hosts: QEMU processes with hardware KVM inside, emulated. Sourced by `run`, used by the cases.
 #
-#   host_start a [1 [3072 [listen|connect|TAP]]] boots a host of that name: processors, MiB, and which end of the wire it is, or that
-#                                                its end is a TAP of this machine
+#   host_start a [1 [3072 [listen|connect|TAP [popcnt=off]]]]    boots a host of that name: processors, MiB, which end of the wire it
+#                                                is, or that its end is a TAP of this machine, and what its processor lacks
 #   host_run a 'script'                          runs a script there, prints its output, returns its exit code
 #   host_kill a                                  ends it like a power failure
 #
@@ -9,7 +9,7 @@
 
 # Boots a host. Two hosts on the wire, the one that listens first, have a card of that name.
 host_start() {
-    local name=$1 processors=${2:-1} memory=${3:-3072} wire=${4:-} at=$scratch/$1 port cards=()
+    local name=$1 processors=${2:-1} memory=${3:-3072} wire=${4:-} without=${5:-} at=$scratch/$1 port cards=()
     mkdir "$at"
     port=$((20000 + $$ % 20000 + ${#hosts[@]}))
     if [ -n "$wire" ]; then
@@ -24,7 +24,7 @@ host_start() {
     # With a thread for each processor QEMU's SVM makes guests write to, and read, pages that they no longer have. With several
     # processors in one thread their turns end guests: an interrupt that the hypervisor injects comes a second time at the next turn, also to a
     # guest that takes none (`helper_vmrun` leaves it in `exception_index`). Hence one processor; guests may have more.
-    qemu-system-x86_64 -accel tcg,thread=single -M q35 -cpu EPYC,svm=on,npt=on -smp "$processors" -m "$memory" \
+    qemu-system-x86_64 -accel tcg,thread=single -M q35 -cpu "EPYC,svm=on,npt=on${without:+,$without}" -smp "$processors" -m "$memory" \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$image/vmlinux" -initrd "$image/boot.cpio" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check" \

@@ -5,6 +5,9 @@
 #   ask record           what the guest's `checks` (tests/lab/checks.rs) answers
 #   well                 the guest's clocks, memory and kernel are well, or this fails
 #   serves 2             so is all that it offers, with two processors
+#   pair                 the places of a pair: two TAPs, two disks, a witness
+#   start_side a primary starts one side of it; `end_process a` kills it, `ended 60 a` waits until it ends and says how
+#   repaired a           looks at that side's disk, repairs it from its journal, and says how many records it has
 #   inside 'command'     runs a command in the guest by ssh
 #   client redis & …      a client that goes on until `enough` exists; `clients_done` ends them and says what they saw
 
@@ -90,6 +93,55 @@ serves() {
     ask record && well
 }
 
+pair() {
+    network 2
+    mkdir witness
+    disk a.img
+    cp --sparse=always linux/a.img linux/b.img
+}
+
+# Starts a side, once more too. Its log is a.log, its process a.pid, how it ended a.status.
+start_side() {
+    local name=$1 role=$2 peer own=7700 other=7701
+    [ "$name" = a ] || { own=7701 other=7700; }
+    peer=(--listen "127.0.0.1:$own" --peer "127.0.0.1:$other")
+    rm -f "$name.pid" "$name.status"
+    (
+        tandem "$role" --pair lab --name "$name" "${peer[@]}" "${boots[@]}" --image "linux/$name.img" --memory 192M --vcpus 1 \
+            --tap "tap$((own - 7700))" --witness dir:/run/lab/witness --takeover-limit 3s --mode "${mode:-auto}" </dev/null >>"$name.log" 2>&1 &
+        echo $! >"$name.pid"
+        wait $! && status=0 || status=$?
+        echo "$status" >"$name.status"
+    ) &
+    until [ -s "$name.pid" ]; do sleep 0.1; done
+}
+
+end_process() {
+    kill -KILL "$(cat "$1.pid")"
+    until [ -s "$1.status" ]; do sleep 0.1; done
+}
+
+# Waits so many seconds until a side has ended, and says with what.
+ended() {
+    local end=$((SECONDS + $1))
+    until [ -s "$2.status" ]; do
+        [ $SECONDS -lt $end ] || { echo "$2 did not end within $1 s"; tail -n 30 "$2.log"; return 1; }
+        sleep 0.2
+    done
+    cat "$2.status"
+}
+
+repaired() {
+    # The first brings the file system's own journal in, and nothing is left to repair.
+    { e2fsck -p "linux/$1.img" >"$1.fsck" 2>&1 || [ $? = 1 ]; } && e2fsck -fn "linux/$1.img" >>"$1.fsck" 2>&1 || { cat "$1.fsck"; return 1; }
+    records_of "$1"
+}
+
+records_of() {
+    debugfs -R "dump /var/lib/checks/records $1.records" "linux/$1.img" 2>/dev/null
+    echo $(($(stat -c %s "$1.records") / 64))
+}
+
 # Goes on until told that it is enough; each answer must be the one that follows from the last.
 client() {
     local kind=$1 number=0 failure=
@@ -109,6 +161,7 @@ client_redis() {
         number=$((number + 1))
         [ "$answer" = ":$number"$'\r' ] || { failure="answered $answer"; return 1; }
         echo $number >redis.count
+        sleep 0.1
     done
 }
 

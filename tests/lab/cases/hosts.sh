@@ -1,9 +1,10 @@
-# A host loses its power: two lab hosts, a pair across them, and a client whose connection and whose increments go on.
+# Two lab hosts, whose processors differ. A VM that needs what the secondary's lacks is refused before anything has started; one that
+# may do without it is protected. Then a host loses its power, and a client's connection and increments go on.
 limit=420
 
 check() {
     host_start a 1 1536 listen
-    host_start b 1 1536 connect
+    host_start b 1 1536 connect popcnt=off
     local side
     for side in a b; do
         host_run $side "
@@ -14,8 +15,10 @@ check() {
     done
     local pair='--pair lab --image disk.img --memory 64M --tap tap0 --takeover-limit 2s'
     host_run b "tandem secondary $pair --name b --listen 10.9.0.2:7700 --peer 10.9.0.1:7700 >role.log 2>&1 &"
+    host_run a "$(declare -f is_refused); is_refused popcnt timeout 60 tandem primary $pair --name a --peer 10.9.0.2:7700 --cpu x86-64-v2"
     host_run a "tandem primary $pair --name a --peer 10.9.0.2:7700 --cmdline 'ip=10.9.0.10/24 gw=10.9.0.2' >role.log 2>&1 &"
     host_run b "$(declare -f until_state); until_state protected"
+    host_run a "grep \"the secondary's host lacks popcnt: so does the VM\" role.log"
     host_run b "$(declare -f increments); increments >client.log 2>&1 &"
     host_run b "$(declare -f until_more); until_more"
     host_kill a
@@ -24,6 +27,18 @@ check() {
     host_run b "$(declare -f until_more); until_more"
     host_run b 'touch enough; for try in $(seq 100); do grep -q "^done" client.log && break; sleep 0.2; done
         tail -n 5 role.log; cat client.log; grep -q "^done" client.log'
+}
+
+# is_refused popcnt COMMAND…: it says that this is lacking, and has started nothing; an empty journal may be left.
+is_refused() {
+    local feature=$1 status=0 before
+    shift
+    before=$(ls --ignore='*.journal')
+    "$@" >/tmp/refused 2>&1 || status=$?
+    [ $status = 1 ] && grep -q "lacks what the VM's CPU has: $feature: " /tmp/refused && ! grep -q running /tmp/refused && [ "$(ls --ignore='*.journal')" = "$before" ] && return
+    echo "it ended with $status, and left $(ls):"
+    cat /tmp/refused
+    return 1
 }
 
 # Waits until the role on this host says that it is in that state.
