@@ -55,6 +55,9 @@ pub const UNSENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub const OVERLAY_BYTES_MAX: u64 = 256 * 1024 * 1024;
 /// The primary's disk writes of one epoch, in bytes; near it, a checkpoint is taken.
 pub const EPOCH_WRITES_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Zeros in one disk write, in bytes. They cost next to nothing to send and to keep; but where they can't be written, what is there
+/// instead is read and sent.
+pub const ZEROS_BYTES_MAX: u64 = 32 * 1024 * 1024;
 
 /// A frame of either side that waits longer than this for its equal triggers a checkpoint.
 pub const UNMATCHED_MAX: Duration = Duration::from_millis(200);
@@ -83,3 +86,4 @@ const _: () = assert!(
 const _: () = assert!(FRAME_BYTES_MAX < BODY_BYTES_MAX);
 const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES));
 const _: () = assert!(BLOCK_BYTES < BODY_BYTES_MAX);
+const _: () = assert!(BLOCK_BYTES as u64 <= ZEROS_BYTES_MAX);

@@ -90,6 +90,8 @@ mutants! {
     ForgetPagesAhead "forget-pages-ahead"
     /// The blocks written in an abandoned epoch do not count as changed.
     ForgetAbandonedWrites "forget-abandoned-writes"
+    /// What the guest discards does not count as changed.
+    ForgetDiscards "forget-discards"
     /// A side that takes over translates no connection any more.
     ForgetOffsets "forget-offsets"
     /// After a takeover segments leave with times before those that the client has seen.

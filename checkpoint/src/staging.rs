@@ -18,7 +18,7 @@
 
 use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
 use crate::mutants::{self, Mutant};
-use crate::wire::{DeviceState, DiskWrite, EndMark, NetworkState, PageBatch, PageSum, PageSums};
+use crate::wire::{DeviceState, DiskWrite, EndMark, NetworkState, PageBatch, PageSum, PageSums, Written};
 
 /// Why a checkpoint is not complete, or something is no part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -204,7 +204,11 @@ impl Totals {
         } else {
             return Err(self.wrong_epoch("a disk write", write.tag));
         };
-        sum.add(1, &[&write.offset.to_le_bytes(), &write.data]);
+        let offset = write.offset.to_le_bytes();
+        match &write.written {
+            Written::Data(data) => sum.add(1, &[&offset, data]),
+            Written::Zeros(len) => sum.add(1, &[&offset, b"zeros", &len.to_le_bytes()]),
+        }
         Ok(())
     }
 
@@ -414,7 +418,11 @@ mod tests {
         DiskWrite {
             tag: tag(epoch),
             offset: u64::from(seed) * 512,
-            data: Bytes::from(vec![seed; 512]),
+            written: if seed % 3 == 2 {
+                Written::Zeros(u64::from(seed) * 512)
+            } else {
+                Bytes::from(vec![seed; 512]).into()
+            },
         }
     }
 
@@ -516,7 +524,10 @@ mod tests {
         );
         let writes: Vec<u8> = (1..4)
             .map(|seed| write(7, seed))
-            .flat_map(|write| [&write.offset.to_le_bytes()[..], &write.data].concat())
+            .flat_map(|write| match &write.written {
+                Written::Data(data) => [&write.offset.to_le_bytes()[..], data].concat(),
+                Written::Zeros(len) => [&write.offset.to_le_bytes()[..], b"zeros", &len.to_le_bytes()].concat(),
+            })
             .collect();
         assert_eq!(mark().writes_digest, crc32fast::hash(&writes));
     }

@@ -281,6 +281,10 @@ impl block::Backend for UnattachedDisk {
         Err(std::io::ErrorKind::NotConnected.into())
     }
 
+    fn zero(&mut self, _offset: u64, _length: u64, _give_back: bool) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::NotConnected.into())
+    }
+
     fn flush(&mut self) -> std::io::Result<()> {
         Err(std::io::ErrorKind::NotConnected.into())
     }

@@ -76,7 +76,7 @@ fn bulk(bytes: usize) -> Message {
     Message::Write(DiskWrite {
         tag: Tag::default(),
         offset: 0,
-        data: Bytes::from(vec![7; bytes]),
+        written: Bytes::from(vec![7; bytes]).into(),
     })
 }
 
@@ -361,14 +361,14 @@ async fn another_version_is_told_so() {
     let listener = Listener::bind(anywhere()).unwrap();
     let mut bytes = bytes_of(&Message::Hello(hello("a")));
     // The layout of the header is the same in all versions: version at 4, checksum of the first 44 bytes behind them.
-    bytes[4..6].copy_from_slice(&9_u16.to_le_bytes());
+    bytes[4..6].copy_from_slice(&10_u16.to_le_bytes());
     let checksum = crc32fast::hash(&bytes[..44]);
     bytes[44..48].copy_from_slice(&checksum.to_le_bytes());
     let answer = raw(listener.local_addr(), &bytes).await;
     let mut decoder = checkpoint::wire::Decoder::new();
     decoder.push(&answer);
     match decoder.next().unwrap() {
-        Some(Message::Refuse(Refusal::Version { theirs, .. })) => assert_eq!(theirs, 9),
+        Some(Message::Refuse(Refusal::Version { theirs, .. })) => assert_eq!(theirs, 10),
         other => panic!("{other:?}"),
     }
 }
@@ -411,7 +411,7 @@ async fn garbage_after_the_handshake_ends_that_connection_with_its_cause() {
         let write = Message::Write(DiskWrite {
             tag: Tag::default(),
             offset: 0,
-            data: Bytes::from_static(&[1; 512]),
+            written: Bytes::from_static(&[1; 512]).into(),
         });
         let mut bytes = bytes_of(&write);
         data.write_all(&bytes).await.unwrap();

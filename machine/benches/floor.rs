@@ -55,6 +55,10 @@ impl block::Backend for Blank {
         self.part(offset, data.len()).copy_from_slice(data);
         Ok(())
     }
+    fn zero(&mut self, offset: u64, length: u64, _: bool) -> io::Result<()> {
+        self.part(offset, usize::try_from(length).expect("small")).fill(0);
+        Ok(())
+    }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -104,6 +104,12 @@ impl block::Backend for MemoryDisk {
         Ok(())
     }
 
+    fn zero(&mut self, offset: u64, length: u64, _: bool) -> io::Result<()> {
+        let [start, length] = [offset, length].map(|number| usize::try_from(number).unwrap());
+        self.0[start..start + length].fill(0);
+        Ok(())
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -5,16 +5,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use checkpoint::Nic;
+use checkpoint::limits::ZEROS_BYTES_MAX;
 use checkpoint::pair::Delivery;
+use checkpoint::wire::Written;
 use link::mailbox;
 use link::port::Observer;
 use machine::GuestRam;
 use machine::devices::block;
-use storage::{FileImage, Image as _};
+use storage::{FileImage, Image as _, Room};
 use tracing::{info, warn};
 
 use crate::event::Event;
 
+/// Bytes read at once of what a failed write has left.
+const PIECE_BYTES: usize = 256 * 1024;
 /// Time after a takeover before memory that is held twice is given back.
 const GIVE_BACK_AFTER: Duration = Duration::from_secs(2);
 
@@ -78,6 +82,17 @@ impl Disk {
         }
         Ok(())
     }
+
+    /// A write has failed, and some of it may be there: whatever is, the secondary's disk gets it too.
+    fn tell_what_is_there(&self, offset: u64, length: u64) -> std::io::Result<()> {
+        for start in (offset..offset + length).step_by(PIECE_BYTES) {
+            let piece = (offset + length - start).min(PIECE_BYTES as u64);
+            let piece = usize::try_from(piece).expect("a small number");
+            let written = storage::verify::read_written(&*self.image, start, piece)?;
+            self.events.send(Event::GuestWrote { offset: start, written });
+        }
+        Ok(())
+    }
 }
 
 impl block::Backend for Disk {
@@ -92,15 +107,32 @@ impl block::Backend for Disk {
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
         self.wait()?;
-        let written = self.image.write_at(offset, bytes);
-        let mut data = bytes.to_vec();
-        if written.is_err() {
-            // Some of it may be there: whatever is, the secondary's disk gets it too.
-            self.image.read_at(offset, &mut data)?;
+        let result = self.image.write_at(offset, bytes);
+        if result.is_err() {
+            self.tell_what_is_there(offset, bytes.len() as u64)?;
+        } else {
+            let written = Written::Data(bytes.to_vec().into());
+            self.events.send(Event::GuestWrote { offset, written });
         }
-        let data = data.into();
-        self.events.send(Event::GuestWrote { offset, data });
-        written
+        result
+    }
+
+    fn zero(&mut self, offset: u64, length: u64, give_back: bool) -> std::io::Result<()> {
+        self.wait()?;
+        let room = if give_back { Room::GiveBack } else { Room::Keep };
+        let (mut offset, end) = (offset, offset + length);
+        while offset < end {
+            let piece = ZEROS_BYTES_MAX.min(end - offset);
+            let result = self.image.zero(offset, piece, room);
+            if result.is_err() {
+                self.tell_what_is_there(offset, piece)?;
+                return result;
+            }
+            let written = Written::Zeros(piece);
+            self.events.send(Event::GuestWrote { offset, written });
+            offset += piece;
+        }
+        Ok(())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, GoodbyeReason, Message, Welcome};
+use checkpoint::wire::{BlockHashes, GoodbyeReason, Message, Welcome, Written};
 use checkpoint::{Duration, Generation, Instant, Nic, Tag};
 use smallvec::SmallVec;
 
@@ -43,8 +43,8 @@ pub enum Event {
     GuestWrote {
         /// First byte on the disk.
         offset: u64,
-        /// The bytes.
-        data: Bytes,
+        /// What is there now.
+        written: Written,
     },
     /// A frame is on the guest's receive ring.
     InputConsumed(Delivery),

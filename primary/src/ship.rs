@@ -16,20 +16,19 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
-use bytes::Bytes;
 use checkpoint::Tag;
 use checkpoint::pages::identical::PageMatches;
 use checkpoint::pages::{Amount, Question};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{DeviceState, DiskWrite, Message, PageSums, Section};
+use checkpoint::wire::{DeviceState, DiskWrite, Message, PageSums, Section, Written};
 use link::PageSenders;
 use link::mailbox;
 use link::peer::BulkSender;
 use link::worker::{Inbox, Worker};
 use link::{clock, describe};
 use machine::{GuestRam, MemoryError, PageSet, VmError};
-use storage::verify::block_range;
-use storage::{FileImage, Image};
+use storage::FileImage;
+use storage::verify::read_block;
 
 use crate::comparison::Next;
 use crate::copies::Copies;
@@ -378,8 +377,9 @@ impl Carrier {
         };
         out.totals.add_pages(&sums);
         for &block in &parcel.blocks {
-            let (offset, data) = read_block(&*self.image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
-            out.write(offset, data)?;
+            let (offset, written) =
+                read_block(&*self.image, block).map_err(|error| ShipError::Vm(error.to_string()))?;
+            out.write(offset, written)?;
         }
         out.devices(core::mem::take(&mut parcel.sections))?;
         self.encoding.shipped();
@@ -463,11 +463,11 @@ struct Outbox {
 }
 
 impl Outbox {
-    fn write(&mut self, offset: u64, data: Bytes) -> Result<(), LinkGone> {
+    fn write(&mut self, offset: u64, written: Written) -> Result<(), LinkGone> {
         let write = DiskWrite {
             tag: self.totals.tag(),
             offset,
-            data,
+            written,
         };
         self.totals.write(&write).expect("the write has the tag of the sums");
         send(&self.bulk, Message::Write(write))
@@ -483,14 +483,6 @@ impl Outbox {
             .expect("the devices' state is counted once");
         send(&self.bulk, Message::DeviceState(state))
     }
-}
-
-/// Reads one block of the disk comparison; the last may be short.
-pub(crate) fn read_block(image: &impl Image, block: u64) -> std::io::Result<(u64, Bytes)> {
-    let (offset, bytes) = block_range(image.size(), block);
-    let mut data = vec![0; bytes];
-    image.read_at(offset, &mut data)?;
-    Ok((offset, data.into()))
 }
 
 pub(crate) fn send(bulk: &BulkSender, message: Message) -> Result<(), LinkGone> {

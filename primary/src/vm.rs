@@ -16,14 +16,14 @@ use link::record::RecordPlace;
 use link::worker::{Inbox, Worker};
 use link::{clock, describe};
 use machine::{GuestRam, PageSet, Vm};
-use storage::verify::{BlockHash, HashKey, block_count};
+use storage::verify::{BlockHash, HashKey, block_count, read_block};
 use storage::{FileImage, Image as _};
 
 use crate::encoding::Encoding;
 use crate::event::{Event, GuestEnd, Look, Shipment};
 use crate::lanes;
 use crate::scout::Scout;
-use crate::ship::{Courier, Parcel, ShipError, read_block, send};
+use crate::ship::{Courier, Parcel, ShipError, send};
 use crate::trace::{Stopwatch, Traces};
 
 /// What the VM's thread is told.
@@ -401,7 +401,7 @@ fn send_blocks(image: &FileImage, tag: Tag, blocks: Vec<u64>, bulk: &BulkSender,
     for block in blocks {
         match read_block(image, block) {
             // A closed connection is reported by its reader.
-            Ok((offset, data)) => send(bulk, Message::SyncBlock(DiskWrite { tag, offset, data })).ok()?,
+            Ok((offset, written)) => send(bulk, Message::SyncBlock(DiskWrite { tag, offset, written })).ok()?,
             Err(error) => return Some(Event::VmFailed(format!("the disk image can't be read: {error}"))),
         }
     }

@@ -13,7 +13,7 @@ use link::peer::BulkSender;
 use link::record::RecordPlace;
 use link::worker::{Orders, Worker};
 use machine::devices::block;
-use storage::replica::ReserveError;
+use storage::replica::{DiskError, ReserveError};
 use storage::verify::{HashKey, block_count};
 use storage::{CommitJob, FileImage, Image, Replica};
 
@@ -62,6 +62,18 @@ impl Follower {
     pub(crate) fn new(disk: Disk, events: mailbox::Sender<Event>) -> Self {
         Self { disk, events }
     }
+
+    fn change(&self, change: impl FnOnce(&mut Replica<FileImage>) -> Result<(), DiskError>) -> io::Result<()> {
+        let near = {
+            let mut replica = self.disk.replica();
+            change(&mut replica).map_err(io::Error::other)?;
+            replica.near_limit()
+        };
+        if near && !self.disk.asked.swap(true, Ordering::Relaxed) {
+            self.events.send(Event::NearLimit);
+        }
+        Ok(())
+    }
 }
 
 impl block::Backend for Follower {
@@ -74,15 +86,12 @@ impl block::Backend for Follower {
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let near = {
-            let mut replica = self.disk.replica();
-            replica.write(offset, bytes).map_err(io::Error::other)?;
-            replica.near_limit()
-        };
-        if near && !self.disk.asked.swap(true, Ordering::Relaxed) {
-            self.events.send(Event::NearLimit);
-        }
-        Ok(())
+        self.change(|replica| replica.write(offset, bytes))
+    }
+
+    /// Room is given back at a takeover, or by the primary's discard.
+    fn zero(&mut self, offset: u64, length: u64, _give_back: bool) -> io::Result<()> {
+        self.change(|replica| replica.zero(offset, length))
     }
 
     /// The overlay lives as long as this process, which is all that survives the primary; it becomes durable at a takeover.
@@ -144,9 +153,7 @@ pub(crate) fn spawn(
 
 fn obey(disk: &Disk, order: Command) -> Option<Event> {
     match order {
-        Command::Apply(write) => disk
-            .image
-            .write_at(write.offset, &write.data)
+        Command::Apply(write) => storage::put(&*disk.image, write.offset, &write.written)
             .err()
             .map(|error| Event::StageFailed(error.to_string())),
         Command::Fold(job, done) => {

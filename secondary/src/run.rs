@@ -354,7 +354,7 @@ impl Role {
                 self.stagers.stage(stream, batch, room);
             }
             Action::StageWrite(write) => {
-                let staged = self.disk.replica().stage(write.tag.epoch, write.offset, &write.data);
+                let staged = self.disk.replica().stage(write.tag.epoch, write.offset, &write.written);
                 if let Err(error) = staged {
                     // Taken after this step: actions are carried out in order.
                     self.events.post(Event::StageFailed(error.to_string()));

@@ -10,6 +10,7 @@
 //! Driven by the primary's protocol core.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 
 use checkpoint::Tag;
 use checkpoint::limits::BLOCK_BYTES;
@@ -35,6 +36,38 @@ impl BlockSet {
         let new = *word & bit == 0;
         *word |= bit;
         new
+    }
+
+    /// Adds a run of blocks.
+    pub fn insert_all(&mut self, blocks: RangeInclusive<u64>) {
+        let (first, last) = blocks.into_inner();
+        for group in first / GROUP_BLOCKS..=last / GROUP_BLOCKS {
+            let words = self.groups.entry(group).or_insert([0; WORDS]);
+            for (word, index) in words.iter_mut().zip(0..) {
+                let start = group * GROUP_BLOCKS + index * 64;
+                let (from, to) = (first.max(start), last.min(start + 63));
+                if from <= to {
+                    *word |= (u64::MAX >> (63 - (to - from))) << (from - start);
+                }
+            }
+        }
+    }
+
+    /// Takes out those of a run of blocks that `is_gone` tells.
+    pub fn remove_if(&mut self, blocks: RangeInclusive<u64>, is_gone: impl Fn(u64) -> bool) {
+        let (first, last) = blocks.into_inner();
+        let groups = self.groups.range_mut(first / GROUP_BLOCKS..=last / GROUP_BLOCKS);
+        for (group, words) in groups {
+            for (word, index) in words.iter_mut().zip(0..) {
+                let start = group * GROUP_BLOCKS + index * 64;
+                for bit in (0..64).filter(|bit| (first..=last).contains(&(start + bit))) {
+                    if *word & (1 << bit) != 0 && is_gone(start + bit) {
+                        *word &= !(1 << bit);
+                    }
+                }
+            }
+        }
+        self.groups.retain(|_, words| *words != [0; WORDS]);
     }
 
     /// Tells whether the block is in the set.
@@ -140,9 +173,7 @@ impl ChangedBlocks {
         } else {
             last
         };
-        for block in offset / BLOCK..=last / BLOCK {
-            self.running.insert(block);
-        }
+        self.running.insert_all(offset / BLOCK..=last / BLOCK);
     }
 
     /// Ends the running epoch, at the stop of its checkpoint.
@@ -285,6 +316,23 @@ mod tests {
             set.union(&make(&more));
             prop_assert!(set.iter().eq(numbers.union(&more).copied()));
             prop_assert!(more.iter().all(|number| set.contains(*number)));
+        }
+
+        #[test]
+        fn runs_go_in_and_come_out(runs in prop::collection::vec((any::<bool>(), 0_u64..4000, 0_u64..2500), 0..20)) {
+            let (mut set, mut model) = (BlockSet::default(), std::collections::BTreeSet::new());
+            for (goes_in, first, more) in runs {
+                let run = first..=first + more;
+                if goes_in {
+                    set.insert_all(run.clone());
+                    model.extend(run);
+                } else {
+                    set.remove_if(run.clone(), |block| block % 3 != 0);
+                    model.retain(|block| !run.contains(block) || block % 3 == 0);
+                }
+                prop_assert!(set.iter().eq(model.iter().copied()));
+                prop_assert_eq!(set.is_empty(), model.is_empty());
+            }
         }
     }
 }

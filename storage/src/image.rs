@@ -10,7 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FallocateFlags, FlockOperation};
+use checkpoint::wire::Written;
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
+use rustix::io::Errno;
+
+use crate::sectors::to_usize;
 
 /// The unit of every disk access, in bytes.
 pub const SECTOR_BYTES: u64 = SECTOR as u64;
@@ -43,6 +47,31 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// If there is no room (`StorageFull`) or the medium fails.
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Makes a range zeros. Not durable yet.
+    ///
+    /// # Errors
+    /// If the range is outside the image or the medium fails; some of it may have become zeros.
+    fn zero(&self, offset: u64, len: u64, room: Room) -> io::Result<()>;
+}
+
+/// What becomes of the room on the host of what becomes zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// A later write to the range can't fail for lack of space, if it could not before.
+    Keep,
+    /// It goes back to the host's file system, if that can take it.
+    GiveBack,
+}
+
+/// Makes a write that was mirrored, in an image that has no replica before it. Not durable yet.
+///
+/// # Errors
+/// As those of the image.
+pub fn put<I: Image + ?Sized>(image: &I, offset: u64, written: &Written) -> io::Result<()> {
+    match written {
+        Written::Data(data) => image.write_at(offset, data),
+        Written::Zeros(len) => image.zero(offset, *len, Room::GiveBack),
+    }
 }
 
 impl<I: Image + ?Sized> Image for Arc<I> {
@@ -60,6 +89,9 @@ impl<I: Image + ?Sized> Image for Arc<I> {
     }
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         (**self).reserve(offset, len)
+    }
+    fn zero(&self, offset: u64, len: u64, room: Room) -> io::Result<()> {
+        (**self).zero(offset, len, room)
     }
 }
 
@@ -227,7 +259,7 @@ impl FileImage {
         }
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Errno::WOULDBLOCK) => {
                 let pid = std::fs::read_to_string("/proc/locks")
                     .ok()
                     .and_then(|locks| lock_holder(&locks, metadata.dev(), metadata.ino()));
@@ -248,8 +280,8 @@ impl FileImage {
         })
     }
 
-    fn check(&self, offset: u64, len: usize) -> io::Result<()> {
-        match offset.checked_add(len as u64) {
+    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
+        match offset.checked_add(len) {
             Some(end) if end <= self.size => Ok(()),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -269,12 +301,12 @@ impl Image for FileImage {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.check(offset, buf.len())?;
+        self.check(offset, buf.len() as u64)?;
         self.file.read_exact_at(buf, offset)
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.check(offset, data.len())?;
+        self.check(offset, data.len() as u64)?;
         self.file.write_all_at(data, offset)
     }
 
@@ -291,8 +323,47 @@ impl Image for FileImage {
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.check(offset, crate::sectors::to_usize(len))?;
+        self.check(offset, len)?;
         reserve(&self.file, offset, len)
+    }
+
+    fn zero(&self, offset: u64, len: u64, room: Room) -> io::Result<()> {
+        self.check(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let how = match room {
+            Room::Keep => FallocateFlags::ZERO_RANGE,
+            Room::GiveBack => FallocateFlags::PUNCH_HOLE,
+        };
+        match rustix::fs::fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len) {
+            Ok(()) => Ok(()),
+            // A file system that can't, or has no room to note it: what is there can still be overwritten.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOSPC) => self.write_zeros(offset, offset + len, room),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl FileImage {
+    /// Writes zeros; where room is not to be kept, over what is there only, or a discard would fill the file system.
+    fn write_zeros(&self, mut at: u64, end: u64, room: Room) -> io::Result<()> {
+        static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+        while at < end {
+            let mut stop = end;
+            if room == Room::GiveBack {
+                at = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                    Ok(data) if data < end => data,
+                    Ok(_) | Err(Errno::NXIO) => return Ok(()),
+                    Err(errno) => return Err(errno.into()),
+                };
+                stop = end.min(rustix::fs::seek(&self.file, SeekFrom::Hole(at))?);
+            }
+            let piece = to_usize((stop - at).min(ZEROS.len() as u64));
+            self.file.write_all_at(&ZEROS[..piece], at)?;
+            at += piece as u64;
+        }
+        Ok(())
     }
 }
 
@@ -303,7 +374,7 @@ fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
     match rustix::fs::fallocate(file, FallocateFlags::empty(), offset, len) {
         Ok(()) => Ok(()),
         // Such a file system gives no promise; the best there is is not to start when it is nearly full.
-        Err(rustix::io::Errno::OPNOTSUPP) => {
+        Err(Errno::OPNOTSUPP) => {
             let free = rustix::fs::fstatvfs(file)?;
             if free.f_bavail.saturating_mul(free.f_frsize) < len.saturating_add(SPACE_MARGIN) {
                 return Err(io::ErrorKind::StorageFull.into());
@@ -389,6 +460,56 @@ mod tests {
         assert_eq!(buf[512..1536], [7; 1024]);
         assert_eq!(buf[1536..], [0; 512]);
         assert_eq!(image.size(), 8192);
+    }
+
+    /// Blocks that the file has on the host, in bytes.
+    fn room(path: &Path) -> u64 {
+        std::fs::metadata(path).unwrap().blocks() * 512
+    }
+
+    #[test]
+    fn a_discard_gives_room_back_and_zeros_can_keep_it() {
+        const MIB: u64 = 1 << 20;
+        let (_dir, path) = image_of(4 * MIB);
+        let image = FileImage::open(&path).unwrap();
+        image.write_at(0, &vec![7; to_usize(4 * MIB)]).unwrap();
+        image.flush().unwrap();
+        let before = room(&path);
+        image.zero(MIB, MIB, Room::Keep).unwrap();
+        image.flush().unwrap();
+        assert!(room(&path) >= before);
+        image.zero(512, MIB, Room::GiveBack).unwrap();
+        image.zero(2 * MIB, 2 * MIB, Room::GiveBack).unwrap();
+        image.flush().unwrap();
+        assert!(room(&path) <= before - 2 * MIB, "{} of {before}", room(&path));
+        let mut content = vec![1; to_usize(4 * MIB)];
+        image.read_at(0, &mut content).unwrap();
+        assert_eq!(content[..512], [7; 512]);
+        assert!(crate::verify::is_zero(&content[512..]));
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 4 * MIB);
+        image.zero(3 * MIB, 2 * MIB, Room::GiveBack).unwrap_err();
+        image.zero(u64::MAX, 2, Room::Keep).unwrap_err();
+        image.zero(4 * MIB, 0, Room::GiveBack).unwrap();
+    }
+
+    /// As on a file system that can neither punch nor zero.
+    #[test]
+    fn zeros_are_written_over_what_is_there_only() {
+        let (_dir, path) = image_of(8 << 20);
+        let image = FileImage::open(&path).unwrap();
+        image.write_at(1 << 20, &[7; 200_704]).unwrap();
+        image.flush().unwrap();
+        let before = room(&path);
+        image.write_zeros((1 << 20) + 512, 8 << 20, Room::GiveBack).unwrap();
+        image.flush().unwrap();
+        assert!(room(&path) <= before, "no hole is filled");
+        let mut content = vec![1; 200_704];
+        image.read_at(1 << 20, &mut content).unwrap();
+        assert_eq!(content[..512], [7; 512]);
+        assert!(crate::verify::is_zero(&content[512..]));
+        image.write_zeros(4 << 20, 5 << 20, Room::Keep).unwrap();
+        image.flush().unwrap();
+        assert!(room(&path) >= before + (1 << 20));
     }
 
     #[test]

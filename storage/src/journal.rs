@@ -7,9 +7,13 @@
 //!
 //! ```text
 //!   0      header: magic, state, kind, generation, epoch, image size, count, digest, checksum   (one sector)
-//!   4096   index: for each chunk its number and the mask of the sectors written                  (16 bytes each)
+//!   4096   index: extents of zeros, each with its first chunk and 256 times how many              (16 bytes each)
+//!                 then for each chunk its number and the mask of the sectors written              (16 bytes each)
 //!   …      the chunks, 4 KiB each, in ascending order
 //! ```
+//!
+//! Zeros go into the base first, then the chunks. A journal of the first version has no extents of zeros and is read as well;
+//! one of a later version is refused, and nothing is done to it.
 //!
 //! The digest covers header, index and chunks, so that order and completeness of unflushed writes do not matter
 //! and no end mark is needed. A retired journal still tells the last (generation, epoch) that the base holds.
@@ -21,20 +25,29 @@
 //! Called by [`crate::replica`]'s job on its thread, and once at every start. Takes every byte of the file for hostile.
 
 use std::io;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
+use checkpoint::limits::BLOCK_BYTES;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Epoch, Generation, Tag};
 
-use crate::image::Image;
+use crate::changed::BlockSet;
+use crate::image::{Image, Room};
 use crate::sectors::{CHUNK_BYTES, Chunk, SectorMap, runs, to_usize};
 
-const MAGIC: [u8; 8] = *b"TandemJ1";
+/// The version follows, as a digit.
+const MAGIC: [u8; 7] = *b"TandemJ";
+const VERSION: u8 = 2;
 const HEADER: usize = 512;
 const INDEX_AT: u64 = 4096;
 const INDEX_ENTRY: usize = 16;
 const CHUNK: u64 = CHUNK_BYTES as u64;
+const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Largest single read or write, in chunks.
 const PIECE_CHUNKS: usize = 256;
+/// Zeros that go into the base at once, in chunks: as long the guest of a secondary may wait for room.
+const ZEROS_CHUNKS: u64 = 16_384;
 
 /// What a batch is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +94,15 @@ pub enum RecoverError {
         /// Size of the image it was found beside.
         image: u64,
     },
+    /// Written by a later version of the program.
+    #[error(
+        "the journal has format {version}, this program knows up to {VERSION}; run the newer program, or delete the journal if \
+         its writes may be lost"
+    )]
+    Version {
+        /// Its format.
+        version: u8,
+    },
     /// The journal is whole by its digest, yet describes something that cannot be.
     #[error("the journal is damaged ({what}); delete it and let this side be resynchronised from its peer")]
     Damaged {
@@ -118,7 +140,7 @@ pub fn recover<I: Image + ?Sized>(image: &I, journal: &I) -> Result<Recovery, Re
         forget(journal)?;
         return Ok(Recovery::Fresh);
     }
-    let Some(header) = Header::decode(&sector) else {
+    let Some(header) = Header::decode(&sector)? else {
         return discard(journal);
     };
     let same_size = header.image_bytes == image.size();
@@ -143,12 +165,16 @@ pub fn recover<I: Image + ?Sized>(image: &I, journal: &I) -> Result<Recovery, Re
     let Some(index) = verified_index(journal, &header)? else {
         return discard(journal);
     };
-    check_index(&index, image.size())?;
-    write_again(journal, header.data_at() + index.len() as u64 * CHUNK)?;
+    index.check(image.size())?;
+    write_again(journal, header.data_at() + index.chunks.len() as u64 * CHUNK)?;
     let mut data_at = header.data_at();
     let mut piece = vec![0; PIECE_CHUNKS * CHUNK_BYTES];
+    let own = blocks_of(index.chunks.iter().map(|(number, _)| *number));
+    for extent in index.zeros {
+        zero(image, extent, |block| own.contains(block))?;
+    }
     let mut writer = Applier::new(image);
-    for entries in index.chunks(PIECE_CHUNKS) {
+    for entries in index.chunks.chunks(PIECE_CHUNKS) {
         let piece = &mut piece[..entries.len() * CHUNK_BYTES];
         journal.read_at(data_at, piece)?;
         data_at += piece.len() as u64;
@@ -192,14 +218,19 @@ pub fn batch_for(size: u64) -> u64 {
 /// Writes a batch. It counts once the journal has been flushed.
 pub(crate) fn write<I: Image + ?Sized>(journal: &I, image_bytes: u64, last: Last, batch: &SectorMap) -> io::Result<()> {
     let mut header = Header {
+        version: VERSION,
         full: true,
         last,
         image_bytes,
-        count: batch.iter().len() as u64,
+        count: batch.bytes() / CHUNK,
         digest: [0; 32],
     };
     let mut digest = header.hasher();
     let mut index = Vec::with_capacity(to_usize(index_bytes(header.count)));
+    for extent in batch.zeros() {
+        index.extend_from_slice(&extent.start.to_le_bytes());
+        index.extend_from_slice(&((extent.end - extent.start) << 8).to_le_bytes());
+    }
     for (number, chunk) in batch.iter() {
         index.extend_from_slice(&number.to_le_bytes());
         index.extend_from_slice(&u64::from(chunk.mask).to_le_bytes());
@@ -222,8 +253,17 @@ pub(crate) fn write<I: Image + ?Sized>(journal: &I, image_bytes: u64, last: Last
     journal.write_at(0, &header.encode())
 }
 
-/// Applies a batch to the base. Not flushed.
-pub(crate) fn apply<I: Image + ?Sized>(image: &I, batch: &SectorMap) -> io::Result<()> {
+/// Applies a batch to the base. Not flushed. Blocks that are `backed` keep their room; nobody counts on another one from here on
+/// without asking again.
+pub(crate) fn apply<I: Image + ?Sized>(image: &I, batch: &SectorMap, backed: &Mutex<BlockSet>) -> io::Result<()> {
+    let own = blocks_of(batch.iter().map(|(number, _)| number));
+    for extent in batch.zeros() {
+        for start in extent.clone().step_by(to_usize(ZEROS_CHUNKS)) {
+            let backed = backed.lock().unwrap_or_else(PoisonError::into_inner);
+            let piece = start..extent.end.min(start + ZEROS_CHUNKS);
+            zero(image, piece, |block| own.contains(block) || backed.contains(block))?;
+        }
+    }
     let mut writer = Applier::new(image);
     for (number, Chunk { mask, data }) in batch.iter() {
         writer.put(number, *mask, &data[..])?;
@@ -236,6 +276,7 @@ pub(crate) fn retire<I: Image + ?Sized>(journal: &I, image_bytes: u64, last: Las
     journal.write_at(
         0,
         &Header {
+            version: VERSION,
             full: false,
             last,
             image_bytes,
@@ -260,6 +301,32 @@ fn write_again<I: Image + ?Sized>(journal: &I, end: u64) -> io::Result<()> {
     journal.flush()
 }
 
+/// Returns the blocks that these chunks are in.
+fn blocks_of(chunks: impl Iterator<Item = u64>) -> BlockSet {
+    let mut blocks = BlockSet::default();
+    chunks.for_each(|number| {
+        blocks.insert(number * CHUNK / BLOCK);
+    });
+    blocks
+}
+
+/// Zeros chunks of the base, and gives their room back but in blocks that keep it.
+fn zero<I: Image + ?Sized>(image: &I, chunks: Range<u64>, keeps: impl Fn(u64) -> bool) -> io::Result<()> {
+    let (mut at, end) = (chunks.start * CHUNK, chunks.end * CHUNK);
+    while at < end {
+        let mut block = at / BLOCK;
+        let kept = keeps(block);
+        block += 1;
+        while block * BLOCK < end && keeps(block) == kept {
+            block += 1;
+        }
+        let stop = end.min(block * BLOCK);
+        image.zero(at, stop - at, if kept { Room::Keep } else { Room::GiveBack })?;
+        at = stop;
+    }
+    Ok(())
+}
+
 fn discard<I: Image + ?Sized>(journal: &I) -> Result<Recovery, RecoverError> {
     forget(journal)?;
     Ok(Recovery::Discarded)
@@ -269,8 +336,57 @@ fn index_bytes(chunks: u64) -> u64 {
     (chunks * INDEX_ENTRY as u64).next_multiple_of(CHUNK)
 }
 
+/// What a journal says of its batch.
+struct Index {
+    /// Extents of zeros, by the numbers of their chunks.
+    zeros: Vec<Range<u64>>,
+    /// Chunks above them, each with the mask of its known sectors.
+    chunks: Vec<(u64, u8)>,
+}
+
+impl Index {
+    /// Splits the index; `None` if it is none.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let (mut zeros, mut chunks) = (Vec::new(), Vec::new());
+        for entry in bytes.chunks_exact(INDEX_ENTRY) {
+            let (number, what) = (le_u64(&entry[..8]), le_u64(&entry[8..]));
+            match (entry[8], what >> 8) {
+                (0, count) if chunks.is_empty() => zeros.push(number..number.checked_add(count)?),
+                (mask @ 1.., 0) => chunks.push((number, mask)),
+                _ => return None,
+            }
+        }
+        Some(Self { zeros, chunks })
+    }
+
+    fn check(&self, image_bytes: u64) -> Result<(), RecoverError> {
+        let damaged = |what| Err(RecoverError::Damaged { what });
+        let chunks = image_bytes.div_ceil(CHUNK);
+        for (number, mask) in &self.chunks {
+            if *number >= chunks {
+                return damaged("a write beyond the end of the image");
+            }
+            let sectors_left = (image_bytes - number * CHUNK) / crate::SECTOR_BYTES;
+            if sectors_left < 8 && mask >> sectors_left != 0 {
+                return damaged("a write beyond the end of the image");
+            }
+        }
+        if self.zeros.iter().any(|extent| extent.end > image_bytes / CHUNK) {
+            return damaged("zeros beyond the end of the image");
+        }
+        let ascends = self.zeros.iter().all(|extent| !extent.is_empty())
+            && self.zeros.windows(2).all(|pair| pair[0].end <= pair[1].start)
+            && self.chunks.windows(2).all(|pair| pair[0].0 < pair[1].0);
+        if ascends {
+            Ok(())
+        } else {
+            damaged("writes out of order")
+        }
+    }
+}
+
 /// Reads and checks everything behind the header. `None` if it is not what the header says.
-fn verified_index<I: Image + ?Sized>(journal: &I, header: &Header) -> Result<Option<Vec<(u64, u8)>>, RecoverError> {
+fn verified_index<I: Image + ?Sized>(journal: &I, header: &Header) -> Result<Option<Index>, RecoverError> {
     if header.count > batch_for(journal.size()) / CHUNK {
         return Ok(None);
     }
@@ -278,8 +394,11 @@ fn verified_index<I: Image + ?Sized>(journal: &I, header: &Header) -> Result<Opt
     let mut index = vec![0; to_usize(header.count) * INDEX_ENTRY];
     journal.read_at(INDEX_AT, &mut index)?;
     digest.update(&index);
+    let Some(index) = Index::parse(&index) else {
+        return Ok(None);
+    };
     let mut piece = vec![0; PIECE_CHUNKS * CHUNK_BYTES];
-    let (mut at, mut left) = (header.data_at(), to_usize(header.count) * CHUNK_BYTES);
+    let (mut at, mut left) = (header.data_at(), index.chunks.len() * CHUNK_BYTES);
     while left > 0 {
         let piece = &mut piece[..left.min(PIECE_CHUNKS * CHUNK_BYTES)];
         journal.read_at(at, piece)?;
@@ -290,33 +409,7 @@ fn verified_index<I: Image + ?Sized>(journal: &I, header: &Header) -> Result<Opt
     if digest.finalize() != header.digest && !mutants::on(Mutant::TrustJournal) {
         return Ok(None);
     }
-    let entries = index
-        .chunks_exact(INDEX_ENTRY)
-        .map(|entry| (le_u64(&entry[..8]), entry[8]));
-    Ok(Some(entries.collect()))
-}
-
-fn check_index(index: &[(u64, u8)], image_bytes: u64) -> Result<(), RecoverError> {
-    let chunks = image_bytes.div_ceil(CHUNK);
-    for (position, (number, mask)) in index.iter().enumerate() {
-        if *number >= chunks {
-            return Err(RecoverError::Damaged {
-                what: "a write beyond the end of the image",
-            });
-        }
-        let sectors_left = (image_bytes - number * CHUNK) / crate::SECTOR_BYTES;
-        if sectors_left < 8 && mask >> sectors_left != 0 {
-            return Err(RecoverError::Damaged {
-                what: "a write beyond the end of the image",
-            });
-        }
-        if position > 0 && index[position - 1].0 >= *number {
-            return Err(RecoverError::Damaged {
-                what: "writes out of order",
-            });
-        }
-    }
-    Ok(())
+    Ok(Some(index))
 }
 
 /// Writes known sectors to an image, neighbours in one piece.
@@ -354,6 +447,7 @@ impl<'a, I: Image + ?Sized> Applier<'a, I> {
 }
 
 struct Header {
+    version: u8,
     full: bool,
     last: Last,
     image_bytes: u64,
@@ -375,7 +469,8 @@ impl Header {
 
     fn fields(&self) -> [u8; 48] {
         let mut fields = [0; 48];
-        fields[..8].copy_from_slice(&MAGIC);
+        fields[..7].copy_from_slice(&MAGIC);
+        fields[7] = b'0' + self.version;
         fields[8] = self.full.into();
         fields[9] = match self.last.kind {
             Kind::Commit => 0,
@@ -397,10 +492,18 @@ impl Header {
         sector
     }
 
-    fn decode(sector: &[u8; HEADER]) -> Option<Self> {
+    /// `None` if it is torn, or no header at all.
+    fn decode(sector: &[u8; HEADER]) -> Result<Option<Self>, RecoverError> {
         let checksum = crc32fast::hash(&sector[..HEADER - 4]).to_le_bytes();
-        if sector[..8] != MAGIC || sector[HEADER - 4..] != checksum || sector[8] > 1 || sector[9] > 1 {
-            return None;
+        if sector[..7] != MAGIC || sector[HEADER - 4..] != checksum {
+            return Ok(None);
+        }
+        let version = sector[7].wrapping_sub(b'0');
+        if !(1..=VERSION).contains(&version) {
+            return Err(RecoverError::Version { version });
+        }
+        if sector[8] > 1 || sector[9] > 1 {
+            return Ok(None);
         }
         let tag = Tag {
             generation: Generation(le_u64(&sector[16..24])),
@@ -408,7 +511,8 @@ impl Header {
         };
         let mut digest = [0; 32];
         digest.copy_from_slice(&sector[48..80]);
-        Some(Self {
+        Ok(Some(Self {
+            version,
             full: sector[8] == 1,
             last: Last {
                 tag,
@@ -417,7 +521,7 @@ impl Header {
             image_bytes: le_u64(&sector[32..40]),
             count: le_u64(&sector[40..48]),
             digest,
-        })
+        }))
     }
 }
 

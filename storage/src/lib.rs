@@ -14,7 +14,7 @@
 //! What comes down does so through a journal beside the image: a crash at any moment leaves the state
 //! before or the state after, never a mixture.
 //!
-//! The cores here ([`replica`], [`changed`], [`mirror`]) hold no thread and no clock. Slow work is a value, the
+//! The cores here ([`replica`], [`changed`]) hold no thread and no clock. Slow work is a value, the
 //! [`replica::CommitJob`], that the shell runs on a thread of its own. Files are touched by [`image`], [`record`]
 //! and [`witness`] only. [`sim`] is a disk that loses and tears writes.
 
@@ -24,7 +24,6 @@ mod beside;
 pub mod changed;
 pub mod image;
 pub mod journal;
-pub mod mirror;
 pub mod record;
 pub mod replica;
 mod sectors;
@@ -33,9 +32,8 @@ pub mod verify;
 pub mod witness;
 
 pub use changed::ChangedBlocks;
-pub use image::{FileImage, Image, ImageError, SECTOR_BYTES};
+pub use image::{FileImage, Image, ImageError, Room, SECTOR_BYTES, put};
 pub use journal::{Recovery, recover};
-pub use mirror::Mirror;
 pub use record::Record;
 pub use replica::{CommitJob, Done, Replica};
 pub use sectors::{RangeError, footprint};

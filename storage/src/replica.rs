@@ -18,20 +18,23 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use checkpoint::limits::{BLOCK_BYTES, EPOCH_WRITES_BYTES_MAX, OVERLAY_BYTES_MAX};
 use checkpoint::mutants::{self, Mutant};
+use checkpoint::wire::Written;
 use checkpoint::{Epoch, Generation, Tag};
 
 use crate::changed::BlockSet;
 use crate::image::Image;
 use crate::journal::{self, Kind, Last};
-use crate::sectors::{CHUNK_BYTES, RangeError, SectorMap, check_range, footprint};
+use crate::sectors::{CHUNK_BYTES, RangeError, SectorMap, check_range, footprint, footprint_of_zeros, split};
 
 /// Epochs of the primary that may be buffered at a time: one being checkpointed, one running, and slack.
 const BUFFERS_MAX: usize = 4;
 const BLOCK: u64 = BLOCK_BYTES as u64;
+const CHUNKS_PER_BLOCK: u64 = BLOCK / CHUNK_BYTES as u64;
 
 /// What a replica may hold in memory, in bytes of 4 KiB chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,8 +134,8 @@ pub struct Replica<I: Image + ?Sized> {
     pending: VecDeque<Pending>,
     serial: u64,
     promoted: bool,
-    /// Blocks of the base that have room on the host.
-    backed: BlockSet,
+    /// Blocks of the base that have room on the host, and whose room somebody counts on: a job that zeros them leaves it there.
+    backed: Arc<Mutex<BlockSet>>,
 }
 
 struct Pending {
@@ -149,6 +152,7 @@ pub struct CommitJob<I: Image + ?Sized> {
     serial: u64,
     last: Last,
     batch: Arc<SectorMap>,
+    backed: Arc<Mutex<BlockSet>>,
 }
 
 /// A finished job, to be given to [`Replica::committed`]: the base holds it durably.
@@ -172,9 +176,10 @@ impl Limits {
     /// Returns the batch that the journal must have room for, for a disk of `size` bytes.
     #[must_use]
     pub fn batch(&self, size: u64) -> u64 {
-        self.overlay
-            .max(self.staged)
-            .min(size.next_multiple_of(CHUNK_BYTES as u64))
+        // At worst every chunk of the disk, above an extent of zeros for every second one.
+        let chunks = size.div_ceil(CHUNK_BYTES as u64);
+        let whole = (chunks + chunks.div_ceil(2)).saturating_mul(CHUNK_BYTES as u64);
+        self.overlay.max(self.staged).min(whole)
     }
 }
 
@@ -201,7 +206,7 @@ impl<I: Image + ?Sized> Replica<I> {
             pending: VecDeque::new(),
             serial: 0,
             promoted: false,
-            backed: BlockSet::default(),
+            backed: Arc::default(),
         }
     }
 
@@ -235,6 +240,8 @@ impl<I: Image + ?Sized> Replica<I> {
         );
         self.overlay = SectorMap::default();
         self.abandon();
+        // The sync gives room back as it likes.
+        *self.backed() = BlockSet::default();
         self.journal.flush()?;
         Ok(Arc::clone(&self.image))
     }
@@ -258,7 +265,7 @@ impl<I: Image + ?Sized> Replica<I> {
     /// # Errors
     /// If the range is bad or the image fails.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), DiskError> {
-        check_range(self.image.size(), offset, buf.len())?;
+        check_range(self.image.size(), offset, buf.len() as u64)?;
         self.image.read_at(offset, buf)?;
         for pending in self.pending.iter().filter(|_| !mutants::on(Mutant::ReadOldBase)) {
             pending.batch.read(offset, buf);
@@ -272,12 +279,28 @@ impl<I: Image + ?Sized> Replica<I> {
     /// # Errors
     /// If the range is bad, the overlay is full, or the host has no room to ever keep the block.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
-        check_range(self.image.size(), offset, data.len())?;
+        check_range(self.image.size(), offset, data.len() as u64)?;
         if self.overlay.bytes() + self.overlay.growth(offset, data.len()) > self.limits.overlay {
             return Err(DiskError::OverlayFull);
         }
         self.back(offset, data.len() as u64)?;
         self.overlay.write(offset, data);
+        Ok(())
+    }
+
+    /// Keeps a discard of the guest: from now on it reads zeros there.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn zero(&mut self, offset: u64, len: u64) -> Result<(), DiskError> {
+        check_range(self.image.size(), offset, len)?;
+        if self.overlay.bytes() + footprint_of_zeros(offset, len) > self.limits.overlay {
+            return Err(DiskError::OverlayFull);
+        }
+        for (offset, len) in split(offset, len).0 {
+            self.back(offset, len)?;
+        }
+        self.overlay.zero(offset, len);
         Ok(())
     }
 
@@ -295,11 +318,11 @@ impl<I: Image + ?Sized> Replica<I> {
     ///
     /// # Errors
     /// If the primary sends what it must not; see [`StageError`].
-    pub fn stage(&mut self, epoch: Epoch, offset: u64, data: &[u8]) -> Result<(), StageError> {
+    pub fn stage(&mut self, epoch: Epoch, offset: u64, written: &Written) -> Result<(), StageError> {
         if self.promoted {
             return Err(StageError::Promoted);
         }
-        check_range(self.image.size(), offset, data.len())?;
+        check_range(self.image.size(), offset, written.len())?;
         let sealed = self.reserved.unwrap_or(self.last);
         if epoch <= sealed {
             return Err(StageError::Sealed { epoch, sealed });
@@ -308,16 +331,20 @@ impl<I: Image + ?Sized> Replica<I> {
             return Err(StageError::TooManyEpochs);
         }
         let staged = self.staged_bytes();
-        let growth = match self.buffers.get(&epoch) {
-            Some(buffer) => buffer.growth(offset, data.len()),
-            None => footprint(offset, data.len() as u64),
+        let growth = match (self.buffers.get(&epoch), written) {
+            (Some(buffer), Written::Data(data)) => buffer.growth(offset, data.len()),
+            _ => footprint(offset, written),
         };
         if staged + growth > self.limits.staged {
             return Err(StageError::TooMuch {
                 limit: self.limits.staged,
             });
         }
-        self.buffers.entry(epoch).or_default().write(offset, data);
+        let buffer = self.buffers.entry(epoch).or_default();
+        match written {
+            Written::Data(data) => buffer.write(offset, data),
+            Written::Zeros(len) => buffer.zero(offset, *len),
+        }
         Ok(())
     }
 
@@ -454,15 +481,17 @@ impl<I: Image + ?Sized> Replica<I> {
     /// If [`is_settled`](Self::is_settled) does not hold.
     pub fn into_image(self) -> io::Result<Arc<I>> {
         assert!(self.is_settled(), "the takeover is not on disk yet");
-        journal::apply(&*self.image, &self.overlay)?;
+        journal::apply(&*self.image, &self.overlay, &self.backed)?;
         Ok(self.image)
     }
 
     fn enqueue(&mut self, kind: Kind, batch: SectorMap) -> Option<CommitJob<I>> {
         let last = Last { tag: self.last(), kind };
+        let zeros: Vec<_> = batch.zeros().collect();
         if let Some(waiting) = self.pending.get_mut(1).filter(|_| kind == Kind::Commit) {
             Arc::make_mut(&mut waiting.batch).merge(batch);
             waiting.last = last;
+            self.give_up_room(zeros);
             return None;
         }
         self.serial += 1;
@@ -471,6 +500,7 @@ impl<I: Image + ?Sized> Replica<I> {
             last,
             batch: Arc::new(batch),
         });
+        self.give_up_room(zeros);
         (self.pending.len() == 1).then(|| self.job(&self.pending[0]))
     }
 
@@ -481,7 +511,25 @@ impl<I: Image + ?Sized> Replica<I> {
             serial: pending.serial,
             last: pending.last,
             batch: Arc::clone(&pending.batch),
+            backed: Arc::clone(&self.backed),
         }
+    }
+
+    /// Nobody counts on the room of what becomes zeros, but a batch that writes there and waits for the running job.
+    fn give_up_room(&self, zeros: Vec<Range<u64>>) {
+        let mut backed = self.backed();
+        for chunks in zeros {
+            let blocks = chunks.start / CHUNKS_PER_BLOCK..=(chunks.end - 1) / CHUNKS_PER_BLOCK;
+            backed.remove_if(blocks, |block| {
+                let chunks = block * CHUNKS_PER_BLOCK..(block + 1) * CHUNKS_PER_BLOCK;
+                let mut waiting = self.pending.iter().skip(1);
+                !waiting.any(|pending| pending.batch.has_chunk_in(chunks.clone()))
+            });
+        }
+    }
+
+    fn backed(&self) -> MutexGuard<'_, BlockSet> {
+        self.backed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the commit that waits for the running job, if there is one.
@@ -490,15 +538,16 @@ impl<I: Image + ?Sized> Replica<I> {
     }
 
     /// Makes sure that the blocks of a range have room on the host.
-    fn back(&mut self, offset: u64, len: u64) -> io::Result<()> {
+    fn back(&self, offset: u64, len: u64) -> io::Result<()> {
         if len == 0 {
             return Ok(());
         }
+        let mut backed = self.backed();
         for block in offset / BLOCK..=(offset + len - 1) / BLOCK {
-            if !self.backed.contains(block) {
+            if !backed.contains(block) {
                 let start = block * BLOCK;
                 self.image.reserve(start, BLOCK.min(self.image.size() - start))?;
-                self.backed.insert(block);
+                backed.insert(block);
             }
         }
         Ok(())
@@ -517,6 +566,7 @@ impl<I: Image + ?Sized> CommitJob<I> {
             serial,
             last,
             batch,
+            backed,
         } = self;
         let size = image.size();
         if !batch.is_empty() {
@@ -524,7 +574,7 @@ impl<I: Image + ?Sized> CommitJob<I> {
             if !mutants::on(Mutant::ApplyBeforeJournal) {
                 journal.flush().map_err(CommitError::Journal)?;
             }
-            journal::apply(&*image, &batch).map_err(CommitError::Apply)?;
+            journal::apply(&*image, &batch, &backed).map_err(CommitError::Apply)?;
             if !mutants::on(Mutant::RetireBeforeFlush) {
                 image.flush().map_err(CommitError::Apply)?;
             }

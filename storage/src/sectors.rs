@@ -2,9 +2,13 @@
 //!
 //! The overlay, the epoch buffers and the batch being committed are each one [`SectorMap`]. Sectors are kept in
 //! chunks of 4 KiB with one bit for each sector that is known, so that small writes cost one chunk of memory and
-//! a long write costs no more than its length. All bounds are counted in chunks, see [`footprint`].
+//! a long write costs no more than its length. Whole chunks of zeros lie beneath, as extents: however long, one costs what one
+//! chunk does. All bounds are counted in chunks, see [`footprint`].
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+use checkpoint::wire::Written;
 
 use crate::image::{SECTOR, SECTOR_BYTES};
 
@@ -38,22 +42,44 @@ pub enum RangeError {
     },
 }
 
-/// Returns what a write costs in the overlay or in an epoch buffer, at most: the chunks of 4 KiB it touches, in bytes.
+/// Returns what a write costs in the overlay or in an epoch buffer, at most, in bytes: the chunks of 4 KiB it touches; of zeros
+/// those that it touches in part, and one for all the others.
 ///
-/// Both ends count with this, so that what the primary's [`Mirror`](crate::Mirror) lets through always fits the
-/// secondary's buffers.
+/// Both ends count with this, so that what the primary lets through always fits the secondary's buffers.
 #[must_use]
-pub fn footprint(offset: u64, len: u64) -> u64 {
+pub fn footprint(offset: u64, written: &Written) -> u64 {
+    match written {
+        Written::Data(data) => chunks_touched(offset, data.len() as u64) * CHUNK,
+        Written::Zeros(len) => footprint_of_zeros(offset, *len),
+    }
+}
+
+pub(crate) fn footprint_of_zeros(offset: u64, len: u64) -> u64 {
+    let (edges, whole) = split(offset, len);
+    let edges: u64 = edges.iter().map(|(offset, len)| chunks_touched(*offset, *len)).sum();
+    (edges + u64::from(!whole.is_empty())) * CHUNK
+}
+
+fn chunks_touched(offset: u64, len: u64) -> u64 {
     if len == 0 {
         return 0;
     }
-    let last = offset.saturating_add(len - 1) / CHUNK;
-    (last - offset / CHUNK + 1).saturating_mul(CHUNK)
+    offset.saturating_add(len - 1) / CHUNK - offset / CHUNK + 1
+}
+
+/// Splits a range into the whole chunks in it, by their numbers, and the rest before and after, as offset and length.
+pub(crate) fn split(offset: u64, len: u64) -> ([(u64, u64); 2], Range<u64>) {
+    let end = offset + len;
+    let whole = offset.div_ceil(CHUNK)..end / CHUNK;
+    if whole.is_empty() {
+        return ([(offset, len), (end, 0)], 0..0);
+    }
+    let (from, to) = (whole.start * CHUNK, whole.end * CHUNK);
+    ([(offset, from - offset), (to, end - to)], whole)
 }
 
 /// Checks that a range is made of whole sectors within a disk of `size` bytes.
-pub(crate) fn check_range(size: u64, offset: u64, len: usize) -> Result<(), RangeError> {
-    let len = len as u64;
+pub(crate) fn check_range(size: u64, offset: u64, len: u64) -> Result<(), RangeError> {
     if !offset.is_multiple_of(SECTOR_BYTES) || !len.is_multiple_of(SECTOR_BYTES) {
         return Err(RangeError::Misaligned { offset, len });
     }
@@ -80,17 +106,30 @@ pub(crate) struct Chunk {
 /// Written sectors of a disk. See the module's documentation.
 #[derive(Clone, Default)]
 pub(crate) struct SectorMap {
+    /// What is known above the zeros.
     chunks: BTreeMap<u64, Chunk>,
+    /// Extents of whole chunks that are zeros where `chunks` does not know better: first chunk and end. They don't touch.
+    zeros: BTreeMap<u64, u64>,
 }
 
 impl SectorMap {
-    /// Returns the memory held, in bytes of chunks.
+    /// Returns the memory held, in bytes of chunks. An extent of zeros counts as one.
     pub(crate) fn bytes(&self) -> u64 {
-        self.chunks.len() as u64 * CHUNK
+        (self.chunks.len() + self.zeros.len()) as u64 * CHUNK
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.chunks.is_empty()
+        self.chunks.is_empty() && self.zeros.is_empty()
+    }
+
+    /// Returns the extents of zeros beneath the chunks, in ascending order, by the numbers of their chunks.
+    pub(crate) fn zeros(&self) -> impl ExactSizeIterator<Item = Range<u64>> {
+        self.zeros.iter().map(|(first, end)| *first..*end)
+    }
+
+    /// Tells whether any of these chunks has known sectors above the zeros.
+    pub(crate) fn has_chunk_in(&self, numbers: Range<u64>) -> bool {
+        self.chunks.range(numbers).next().is_some()
     }
 
     /// Returns the chunks in ascending order, each with its number.
@@ -124,12 +163,49 @@ impl SectorMap {
         }
     }
 
+    /// Keeps zeros in a range, which has been checked.
+    pub(crate) fn zero(&mut self, offset: u64, len: u64) {
+        let (edges, whole) = split(offset, len);
+        for (offset, len) in edges {
+            self.write(offset, &[0; 2 * CHUNK_BYTES][..to_usize(len)]);
+        }
+        if !whole.is_empty() {
+            self.zero_chunks(whole);
+        }
+    }
+
+    fn zero_chunks(&mut self, Range { mut start, mut end }: Range<u64>) {
+        self.chunks.extract_if(start..end, |_, _| true).for_each(drop);
+        if let Some((first, last)) = self
+            .zeros
+            .range(..start)
+            .next_back()
+            .filter(|(_, last)| **last >= start)
+        {
+            (start, end) = (*first, end.max(*last));
+        }
+        while let Some((first, last)) = self.zeros.range(start..=end).next() {
+            let first = *first;
+            end = end.max(*last);
+            self.zeros.remove(&first);
+        }
+        self.zeros.insert(start, end);
+    }
+
     /// Copies the known sectors of the range into `buf` and leaves the others as they are.
     pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) {
         if buf.is_empty() {
             return;
         }
         let end = offset + buf.len() as u64;
+        // They don't overlap: from the last backwards, each ends before the one after it.
+        for (first, last) in self.zeros.range(..end.div_ceil(CHUNK)).rev() {
+            let (from, to) = ((first * CHUNK).max(offset), (last * CHUNK).min(end));
+            if from >= to {
+                break;
+            }
+            buf[to_usize(from - offset)..to_usize(to - offset)].fill(0);
+        }
         for (number, chunk) in self.chunks.range(offset / CHUNK..=(end - 1) / CHUNK) {
             for (from, to) in runs(chunk.mask) {
                 let (from, to) = (number * CHUNK + from as u64, number * CHUNK + to as u64);
@@ -147,6 +223,9 @@ impl SectorMap {
         if self.is_empty() {
             *self = newer;
             return;
+        }
+        for (first, end) in newer.zeros {
+            self.zero_chunks(first..end);
         }
         for (number, chunk) in newer.chunks {
             match self.chunks.get_mut(&number) {
@@ -202,33 +281,67 @@ mod tests {
 
     #[test]
     fn footprint_counts_chunks_touched() {
-        assert_eq!(footprint(0, 0), 0);
-        assert_eq!(footprint(0, 512), 4096);
-        assert_eq!(footprint(3584, 1024), 8192);
-        assert_eq!(footprint(4096, 4096), 4096);
+        let data = |offset, len| footprint(offset, &Written::Data(vec![0; len].into()));
+        assert_eq!(data(0, 0), 0);
+        assert_eq!(data(0, 512), 4096);
+        assert_eq!(data(3584, 1024), 8192);
+        assert_eq!(data(4096, 4096), 4096);
+        let zeros = |offset, len| footprint(offset, &Written::Zeros(len));
+        assert_eq!(zeros(0, 512), 4096);
+        assert_eq!(zeros(3584, 1024), 8192);
+        assert_eq!(zeros(4096, 1 << 30), 4096);
+        assert_eq!(zeros(3584, 1 << 30), 3 * 4096);
+    }
+
+    /// What is done to a map.
+    #[derive(Clone, Debug)]
+    enum Op {
+        Write(u8),
+        Zero,
+    }
+
+    fn ops() -> impl Strategy<Value = Vec<(bool, u64, usize, Op)>> {
+        let op = prop_oneof![3 => any::<u8>().prop_map(Op::Write), 2 => Just(Op::Zero)];
+        prop::collection::vec((any::<bool>(), 0_u64..64, 1_usize..30, op), 1..40)
     }
 
     proptest! {
         #[test]
-        fn a_map_is_a_patch(ops in prop::collection::vec((any::<bool>(), 0_u64..64, 1_usize..20, any::<u8>()), 1..40)) {
-            const SIZE: usize = 84 * 512;
+        fn a_map_is_a_patch(ops in ops()) {
+            const SIZE: usize = 94 * 512;
             let mut flat = vec![0xaa; SIZE];
             let mut older = SectorMap::default();
             let mut newer = SectorMap::default();
             // Writes to the newer map are replayed onto the flat array after all of the older ones.
             for pass in [false, true] {
-                for (late, sector, count, value) in ops.iter().filter(|op| op.0 == pass) {
-                    let data = vec![*value; count * 512];
+                for (late, sector, count, op) in ops.iter().filter(|op| op.0 == pass) {
                     let map = if *late { &mut newer } else { &mut older };
+                    let (offset, len) = (sector * 512, count * 512);
                     let before = map.bytes();
-                    let growth = map.growth(sector * 512, data.len());
-                    map.write(sector * 512, &data);
-                    prop_assert_eq!(map.bytes(), before + growth);
-                    prop_assert!(growth <= footprint(sector * 512, data.len() as u64));
-                    flat[to_usize(sector * 512)..][..data.len()].copy_from_slice(&data);
+                    let part = &mut flat[to_usize(offset)..][..len];
+                    match op {
+                        Op::Write(value) => {
+                            let data = vec![*value; len];
+                            let growth = map.growth(offset, len);
+                            map.write(offset, &data);
+                            prop_assert_eq!(map.bytes(), before + growth);
+                            prop_assert!(growth <= footprint(offset, &Written::Data(data.into())));
+                            part.fill(*value);
+                        }
+                        Op::Zero => {
+                            map.zero(offset, len as u64);
+                            prop_assert!(map.bytes() <= before + footprint(offset, &Written::Zeros(len as u64)));
+                            part.fill(0);
+                        }
+                    }
+                    let extents: Vec<_> = map.zeros().collect();
+                    prop_assert!(extents.iter().all(|extent| !extent.is_empty()));
+                    prop_assert!(extents.windows(2).all(|pair| pair[0].end < pair[1].start), "{:?}", extents);
                 }
             }
+            let together = older.bytes() + newer.bytes();
             older.merge(newer);
+            prop_assert!(older.bytes() <= together);
             let mut read = vec![0xaa; SIZE];
             older.read(0, &mut read);
             prop_assert_eq!(&read, &flat);

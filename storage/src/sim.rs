@@ -12,7 +12,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
-use crate::image::{Image, SECTOR, SECTOR_BYTES};
+use crate::image::{Image, Room, SECTOR, SECTOR_BYTES};
 use crate::sectors::to_usize;
 
 /// One host's disk. See the module's documentation.
@@ -341,6 +341,33 @@ impl Image for SimImage {
         faults.powered()?;
         state.back(offset, len, &mut faults)
     }
+
+    /// Zeros need no room; of what is given back, a later write needs some again, however much there is.
+    fn zero(&self, offset: u64, len: u64, room: Room) -> io::Result<()> {
+        let zeros = vec![0; to_usize(len)];
+        let mut state = self.lock();
+        state.check(offset, zeros.len())?;
+        if zeros.is_empty() {
+            return Ok(());
+        }
+        let mut faults = self.disk.lock();
+        let was_off = faults.off;
+        if let Err(off) = faults.operation() {
+            if !was_off {
+                state.write(to_usize(offset), &zeros);
+            }
+            return Err(off);
+        }
+        if faults.fail_writes {
+            state.write(to_usize(offset), &zeros[..zeros.len() / 2 / SECTOR * SECTOR]);
+            return Err(io::Error::other("a write failed"));
+        }
+        state.write(to_usize(offset), &zeros);
+        if room == Room::GiveBack {
+            state.backed[to_usize(offset) / SECTOR..to_usize(offset + len).div_ceil(SECTOR)].fill(false);
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -397,6 +424,20 @@ mod tests {
         image.read_at(0, &mut [0; 512]).unwrap_err();
         disk.power_cycle();
         image.read_at(0, &mut [0; 512]).unwrap();
+    }
+
+    #[test]
+    fn what_gave_its_room_back_needs_some_again() {
+        let disk = SimDisk::new(0);
+        let image = disk.image(2048);
+        image.write_at(0, &[1; 2048]).unwrap();
+        disk.set_free(0);
+        image.zero(0, 1024, Room::Keep).unwrap();
+        image.zero(1024, 512, Room::GiveBack).unwrap();
+        assert_eq!(image.content(), [[0; 1536].as_slice(), &[1; 512]].concat());
+        image.write_at(0, &[2; 1024]).unwrap();
+        let refused = image.write_at(1024, &[2; 512]).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::StorageFull);
     }
 
     #[test]

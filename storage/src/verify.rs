@@ -8,6 +8,7 @@
 use std::io;
 
 use checkpoint::limits::BLOCK_BYTES;
+use checkpoint::wire::Written;
 
 use crate::image::Image;
 use crate::sectors::to_usize;
@@ -41,6 +42,29 @@ pub fn block_count(size: u64) -> u64 {
 pub fn block_range(size: u64, block: u64) -> (u64, usize) {
     assert!(block < block_count(size), "block {block} of a disk of {size} bytes");
     (block * BLOCK, to_usize((size - block * BLOCK).min(BLOCK)))
+}
+
+/// Reads a block as it is to be sent: where it begins, and its content.
+///
+/// # Errors
+/// If the image cannot be read.
+pub fn read_block<I: Image + ?Sized>(image: &I, block: u64) -> io::Result<(u64, Written)> {
+    let (offset, len) = block_range(image.size(), block);
+    Ok((offset, read_written(image, offset, len)?))
+}
+
+/// Reads a part of an image as a write that would make it so. Zeros are told as such.
+///
+/// # Errors
+/// If the image cannot be read.
+pub fn read_written<I: Image + ?Sized>(image: &I, offset: u64, len: usize) -> io::Result<Written> {
+    let mut data = vec![0; len];
+    image.read_at(offset, &mut data)?;
+    Ok(if is_zero(&data) {
+        Written::Zeros(len as u64)
+    } else {
+        Written::Data(data.into())
+    })
 }
 
 /// Returns the hash of a block's content.
@@ -120,6 +144,17 @@ mod tests {
             assert_ne!(hash_block(&KEY, &data), BlockHash::ZERO);
         }
         assert_ne!(hash_block(&KEY, &[1; 512]), hash_block(&HashKey([6; 32]), &[1; 512]));
+    }
+
+    #[test]
+    fn a_block_of_zeros_is_told_as_such() {
+        let image = SimDisk::new(1).image(BLOCK + 512);
+        image.write_at(BLOCK, &[1; 512]).unwrap();
+        assert_eq!(read_block(&*image, 0).unwrap(), (0, Written::Zeros(BLOCK)));
+        assert_eq!(
+            read_block(&*image, 1).unwrap(),
+            (BLOCK, Written::Data(vec![1; 512].into()))
+        );
     }
 
     #[test]

@@ -7,9 +7,9 @@ use checkpoint::pair::RecordUpdate;
 use checkpoint::wire::{BlockHashes, DiskWrite, Message};
 use primary::event::Event as PrimaryEvent;
 use secondary::event::Event as SecondaryEvent;
+use storage::CommitJob;
 use storage::sim::SimImage;
 use storage::verify::{BlockHash, HashKey};
-use storage::{CommitJob, Image};
 
 use crate::network::Channel;
 use crate::node::Role;
@@ -59,7 +59,7 @@ impl World {
         let host = &mut self.nodes[node];
         match order {
             DiskOrder::Apply(write) => {
-                if let Err(error) = host.image.write_at(write.offset, &write.data) {
+                if let Err(error) = storage::put(&*host.image, write.offset, &write.written) {
                     self.step_secondary(node, SecondaryEvent::StageFailed(error.to_string()));
                 }
             }
@@ -127,7 +127,7 @@ impl World {
             };
             let host = &mut self.nodes[node];
             let done = match order {
-                DiskOrder::Apply(write) => host.image.write_at(write.offset, &write.data).is_ok(),
+                DiskOrder::Apply(write) => storage::put(&*host.image, write.offset, &write.written).is_ok(),
                 DiskOrder::Run(job) => host.run_jobs(Some(job)).is_ok(),
                 // Without a record that says so, the image must not become anything else.
                 DiskOrder::Store(update) => host.store(update).is_ok(),
@@ -149,14 +149,8 @@ impl World {
     fn send_blocks(&mut self, node: usize, tag: Tag, blocks: &[u64]) -> std::io::Result<()> {
         let image = self.nodes[node].image.clone();
         for &block in blocks {
-            let (offset, length) = storage::verify::block_range(image.size(), block);
-            let mut data = vec![0; length];
-            image.read_at(offset, &mut data)?;
-            let write = DiskWrite {
-                tag,
-                offset,
-                data: data.into(),
-            };
+            let (offset, written) = storage::verify::read_block(&*image, block)?;
+            let write = DiskWrite { tag, offset, written };
             self.send(node, Channel::Data, Message::SyncBlock(write));
         }
         if self.nodes[node].link.is_some() {

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use checkpoint::EpochMode;
 use checkpoint::pair::Delivery;
+use checkpoint::wire::Written;
 use primary::event::Event as PrimaryEvent;
 use secondary::event::Event as SecondaryEvent;
 
@@ -131,7 +132,7 @@ impl World {
         for effect in effects.drain(..) {
             match effect {
                 Effect::Send { frame, first } => self.guest_sends(node, frame, first),
-                Effect::Write { offset, data } => self.guest_writes(node, offset, data),
+                Effect::Write { offset, written } => self.guest_writes(node, offset, written),
                 Effect::Flush(number) => self.ask_flush(node, number),
             }
         }
@@ -175,13 +176,13 @@ impl World {
         }
     }
 
-    fn guest_writes(&mut self, node: usize, offset: u64, data: Bytes) {
-        if self.nodes[node].write_disk(offset, &data).is_err() {
+    fn guest_writes(&mut self, node: usize, offset: u64, written: Written) {
+        if self.nodes[node].write_disk(offset, &written).is_err() {
             // The power fails in the middle of it: a disk that only refuses makes the guest wait.
             return;
         }
         if let Role::Primary(_) = self.nodes[node].role {
-            self.step_primary(node, PrimaryEvent::GuestWrote { offset, data });
+            self.step_primary(node, PrimaryEvent::GuestWrote { offset, written });
         }
     }
 

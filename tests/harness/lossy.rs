@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use checkpoint::wire::Written;
 
 use crate::clients::Clients;
 use crate::ops::KEYS;
@@ -94,9 +95,12 @@ impl Wire {
         for effect in effects {
             match effect {
                 Effect::Send { frame, .. } => self.travel(|| Item::ToClients(frame.clone())),
-                Effect::Write { offset, data } => {
-                    let at = usize::try_from(offset).expect("small");
-                    self.disk[at..at + data.len()].copy_from_slice(&data);
+                Effect::Write { offset, written } => {
+                    let [at, len] = [offset, written.len()].map(|number| usize::try_from(number).expect("small"));
+                    match written {
+                        Written::Data(data) => self.disk[at..at + len].copy_from_slice(&data),
+                        Written::Zeros(_) => self.disk[at..at + len].fill(0),
+                    }
                 }
                 Effect::Flush(number) => {
                     let (delay, fails) = (self.random.below(5), self.random.one_in(20));

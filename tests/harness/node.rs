@@ -9,7 +9,7 @@ use checkpoint::pages::Question;
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{DeviceState, DiskWrite, Held, Message, PageBatch, Section};
+use checkpoint::wire::{DeviceState, DiskWrite, Held, Message, PageBatch, Section, Written};
 use checkpoint::{Epoch, Generation, Instant, Role as PairRole, Tag};
 use primary::event::{Look, Shipment};
 use primary::protocol::Primary;
@@ -461,14 +461,8 @@ impl Node {
         let pages = copied.len() as u64;
         let mut rest = VecDeque::new();
         for &block in blocks {
-            let (offset, length) = storage::verify::block_range(self.image.size(), block);
-            let mut data = vec![0; length];
-            self.image.read_at(offset, &mut data).expect("in range");
-            let write = DiskWrite {
-                tag,
-                offset,
-                data: data.into(),
-            };
+            let (offset, written) = storage::verify::read_block(&*self.image, block).expect("in range");
+            let write = DiskWrite { tag, offset, written };
             totals.write(&write).expect("of this epoch");
             rest.push_back(Message::Write(write));
         }
@@ -662,10 +656,11 @@ impl Node {
     ///
     /// # Errors
     /// If the power fails: the guest waits for a disk that only refuses.
-    pub fn write_disk(&mut self, offset: u64, data: &Bytes) -> Result<(), String> {
-        match &mut self.replica {
-            Some(replica) => replica.write(offset, data).map_err(|error| error.to_string()),
-            None => self.image.write_at(offset, data).map_err(|error| error.to_string()),
+    pub fn write_disk(&mut self, offset: u64, written: &Written) -> Result<(), String> {
+        match (&mut self.replica, written) {
+            (Some(replica), Written::Data(data)) => replica.write(offset, data).map_err(|error| error.to_string()),
+            (Some(replica), Written::Zeros(len)) => replica.zero(offset, *len).map_err(|error| error.to_string()),
+            (None, _) => storage::put(&*self.image, offset, written).map_err(|error| error.to_string()),
         }
     }
 }

@@ -262,7 +262,7 @@ impl World {
                 }
                 SecondaryAction::StageWrite(write) => {
                     let replica = self.nodes[node].replica.as_mut().expect("a secondary");
-                    if let Err(error) = replica.stage(write.tag.epoch, write.offset, &write.data) {
+                    if let Err(error) = replica.stage(write.tag.epoch, write.offset, &write.written) {
                         let failed = SecondaryEvent::StageFailed(error.to_string());
                         self.later(0, Happening::SecondaryEvent(node, life, failed));
                     }

@@ -206,7 +206,7 @@ impl World {
             room: match seed % 4 {
                 1 | 2 => Room {
                     held_bytes: 4_096,
-                    written_bytes: 8_192,
+                    written_bytes: 32_768,
                     inputs: 24,
                     input_bytes: 2_048,
                     ..Room::default()

@@ -22,7 +22,7 @@ use crate::cpu::CpuModel;
 use crate::epoch::{Epoch, EpochMode, InputNumber, Tag};
 use crate::limits::{
     DEVICE_NAME_BYTES_MAX, DEVICES_MAX, MEMORY_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES, SECTION_NAME_BYTES_MAX,
-    SECTIONS_MAX, STREAMS_MAX, TEXT_BYTES_MAX,
+    SECTIONS_MAX, STREAMS_MAX, TEXT_BYTES_MAX, ZEROS_BYTES_MAX,
 };
 use crate::nic::Nic;
 use crate::pages::PageError;
@@ -31,11 +31,13 @@ use crate::time::Instant;
 use crate::wire::header::{HEADER_BYTES, Header, Kind};
 use crate::wire::{
     Attach, Begin, BlockHashes, DeviceState, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Hello, Input, Message,
-    NetworkState, Output, PROTOCOL_VERSION, PageBatch, PageSum, PageSums, Refusal, Section, Session, Welcome,
+    NetworkState, Output, PROTOCOL_VERSION, PageBatch, PageSum, PageSums, Refusal, Section, Session, Welcome, Written,
 };
 
 /// Pages of the largest memory; whether the machine has a page is seen when it is read.
 const PAGES_MAX: u64 = MEMORY_BYTES_MAX / PAGE_BYTES as u64;
+/// Bytes of a sector of the disk, in which zeros are counted.
+const SECTOR_BYTES: u64 = 512;
 /// Bytes of one block hash.
 const HASH_BYTES: usize = 16;
 
@@ -165,14 +167,14 @@ pub fn encode(message: &Message) -> Encoded {
         Message::Goodbye(reason) => (Kind::Goodbye, 0, 0, archive(&cut_goodbye(reason))),
         Message::Begin(begin) => (Kind::Begin, 0, 0, archive(&begin.base)),
         Message::BlockHashes(hashes) => (Kind::BlockHashes, hashes.first, 0, Bytes::from(hashes.hashes.concat())),
-        Message::SyncBlock(write) => (Kind::SyncBlock, write.offset, 0, write.data.clone()),
+        Message::SyncBlock(write) => encode_write(Kind::SyncBlock, write),
         Message::Input(input) => (
             Kind::Input,
             input.number.0,
             input.nic.number().into(),
             input.frame.clone(),
         ),
-        Message::Write(write) => (Kind::Write, write.offset, 0, write.data.clone()),
+        Message::Write(write) => encode_write(Kind::Write, write),
         Message::Pages(batch) => (Kind::Pages, 0, batch.count, batch.encoded.clone()),
         Message::DeviceState(state) => {
             check_sections(&state.sections).expect("this machine's own state is within its bounds");
@@ -461,19 +463,39 @@ fn decode_hashes(header: &Header, body: &[u8]) -> Result<BlockHashes, WireError>
     })
 }
 
+fn encode_write(kind: Kind, write: &DiskWrite) -> (Kind, u64, u32, Bytes) {
+    let (sectors, body) = match &write.written {
+        Written::Data(data) => (0, data.clone()),
+        Written::Zeros(len) => {
+            let within = (1..=ZEROS_BYTES_MAX).contains(len) && len.is_multiple_of(SECTOR_BYTES);
+            assert!(within, "{len} zeros in one disk write");
+            let sectors = u32::try_from(len / SECTOR_BYTES).expect("the bound fits");
+            (sectors, Bytes::new())
+        }
+    };
+    (kind, write.offset, sectors, body)
+}
+
 fn decode_write(header: &Header, body: Bytes) -> Result<DiskWrite, WireError> {
+    let field = |what| WireError::Field {
+        kind: header.kind.name(),
+        what,
+    };
+    let zeros = u64::from(header.count) * SECTOR_BYTES;
+    let written = match (zeros, body.is_empty()) {
+        (0, _) => Written::Data(body),
+        (1..=ZEROS_BYTES_MAX, true) => Written::Zeros(zeros),
+        _ => return Err(field("the number of zeros")),
+    };
     // Files end at 2⁶³ − 1, so that an offset plus a length never wraps further on.
-    let end = header.number.checked_add(body.len() as u64);
+    let end = header.number.checked_add(written.len());
     if end.is_none_or(|end| i64::try_from(end).is_err()) {
-        return Err(WireError::Field {
-            kind: header.kind.name(),
-            what: "an offset",
-        });
+        return Err(field("an offset"));
     }
     Ok(DiskWrite {
         tag: header.tag,
         offset: header.number,
-        data: body,
+        written,
     })
 }
 

@@ -288,7 +288,9 @@ impl Kind {
             | Self::Committed
             | Self::Halt
             | Self::Halted => (true, false, false),
-            Self::BlockHashes | Self::SyncBlock | Self::Write | Self::Confirm => (true, true, false),
+            Self::BlockHashes | Self::Confirm => (true, true, false),
+            // The count is that of zero sectors instead of a body.
+            Self::SyncBlock | Self::Write => (true, true, true),
             // The count is the card's number.
             Self::Input => (true, true, true),
             Self::Output | Self::Pages | Self::PageHashes | Self::PageMatches => (true, false, true),
@@ -319,12 +321,12 @@ mod tests {
     fn bytes_on_the_wire_are_fixed() {
         #[rustfmt::skip]
         let golden = [
-            b'T', b'N', b'D', b'M', 8, 0, 21, 0,
+            b'T', b'N', b'D', b'M', 9, 0, 21, 0,
             8, 7, 6, 5, 4, 3, 2, 1,
             0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11,
             0, 0, 0, 0, 0, 0, 0, 0,
             0x33, 0x32, 3, 0, 0x24, 0x23, 0x22, 0x21,
-            0x44, 0x43, 0x42, 0x41, 70, 231, 215, 7,
+            0x44, 0x43, 0x42, 0x41, 1, 117, 147, 168,
         ];
         assert_eq!(sample().to_bytes(), golden);
         assert_eq!(Header::parse(&golden), Ok(sample()));
@@ -346,7 +348,7 @@ mod tests {
     #[test]
     fn another_version_is_told_from_garbage() {
         let mut bytes = sample().to_bytes();
-        bytes[4] = 9;
+        bytes[4] = 10;
         assert_eq!(
             Header::parse(&bytes),
             Err(WireError::HeaderChecksum),
@@ -355,7 +357,7 @@ mod tests {
         bytes[6] = 0xff; // A kind that this version does not know.
         let crc = crc32fast::hash(&bytes[..CHECKED_BYTES]);
         bytes[CHECKED_BYTES..].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(Header::parse(&bytes), Err(WireError::Version { theirs: 9 }));
+        assert_eq!(Header::parse(&bytes), Err(WireError::Version { theirs: 10 }));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! compare pages before they are sent; 4 — pages travel on streams of their own: `Hello` and `Welcome` agree on their number,
 //! `Attach` says which connection it is, `End` has the sums of each; 5 — the network's state has clocks of TCP connections;
 //! 6 — `Input`, `Output` and the network's state name the network card; 7 — a frame has a header that says what is left to do on it;
-//! 8 — `Hello` and `Welcome` agree on the VM's CPU.
+//! 8 — `Hello` and `Welcome` agree on the VM's CPU; 9 — `Write` and `SyncBlock` can be zeros without a body.
 
 pub mod codec;
 pub mod decoder;
@@ -35,7 +35,7 @@ use crate::pages::identical::{PageHashes, PageMatches};
 use crate::time::Instant;
 
 /// The protocol version that this build speaks. Both sides must speak the same.
-pub const PROTOCOL_VERSION: u16 = 8;
+pub const PROTOCOL_VERSION: u16 = 9;
 
 /// One message of either connection.
 #[derive(Clone, Debug, PartialEq)]
@@ -203,15 +203,24 @@ pub struct BlockHashes {
     pub hashes: Vec<[u8; 16]>,
 }
 
-/// Bytes written to the disk.
+/// What a piece of the disk becomes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// These bytes.
+    Data(Bytes),
+    /// So many zeros, up to `limits::ZEROS_BYTES_MAX`, whole sectors: the guest has discarded what was there, or wants zeros.
+    Zeros(u64),
+}
+
+/// A write to the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskWrite {
     /// Epoch in which the guest wrote.
     pub tag: Tag,
     /// First byte on the disk.
     pub offset: u64,
-    /// The bytes.
-    pub data: Bytes,
+    /// What is there from then on.
+    pub written: Written,
 }
 
 /// A frame that reached the primary's guest.
@@ -278,7 +287,7 @@ pub struct EndMark {
     pub pages: PageSums,
     /// Disk writes tagged with it.
     pub writes: u64,
-    /// crc32 of those writes' offsets (little endian) and data, in order.
+    /// crc32 of those writes, in order: of each the offset, then the data, or `zeros` and how many (numbers little endian).
     pub writes_digest: u32,
     /// Sections of device state.
     pub sections: u32,
@@ -288,6 +297,24 @@ pub struct EndMark {
     pub next: EpochMode,
     /// Seed of the entropy device for the next epoch.
     pub entropy: [u8; 32],
+}
+
+impl Written {
+    /// Returns how many bytes of the disk are written.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "nobody asks")]
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Data(data) => data.len() as u64,
+            Self::Zeros(len) => *len,
+        }
+    }
+}
+
+impl From<Bytes> for Written {
+    fn from(data: Bytes) -> Self {
+        Self::Data(data)
+    }
 }
 
 impl Message {
@@ -340,7 +367,12 @@ pub(crate) fn wire_samples() -> Vec<Message> {
     let write = DiskWrite {
         tag,
         offset: 65_536,
-        data: bytes.clone(),
+        written: Written::Data(bytes.clone()),
+    };
+    let zeros = DiskWrite {
+        tag,
+        offset: 1 << 20,
+        written: Written::Zeros(1 << 20),
     };
     let shape = MachineShape {
         memory_bytes: 256 << 20,
@@ -432,6 +464,7 @@ pub(crate) fn wire_samples() -> Vec<Message> {
             frame: bytes.clone(),
         }),
         Message::Write(write),
+        Message::Write(zeros),
         Message::Pages(PageBatch::new(tag, 2, bytes.clone())),
         Message::DeviceState(DeviceState {
             tag,

@@ -1,16 +1,20 @@
-//! The disk: one queue of reads, writes, flushes and identity requests.
+//! The disk: one queue of reads, writes, flushes, discards, requests for zeros and for the identity.
 //!
 //! Requests are carried out one after the other, in the order in which the guest queued them, and each
 //! is answered before the next one begins: between two requests nothing is in flight, and a checkpoint
 //! taken there has each request either done and answered or not begun. A back end's error becomes the
 //! guest's I/O error. A driver that does not know flushes gets one after each write.
+//!
+//! What was discarded reads as zeros: the back end sees zeros only, with or without leave to give the room back.
 
 use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
@@ -34,6 +38,17 @@ const BATCH: usize = 32;
 /// Of a chain of the longest possible length, header and status are not data.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE_MAX as u32 - 2;
 const FEATURE_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+const FEATURE_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
+const FEATURE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+
+/// The most sectors that one range of zeros may have, and
+pub const ZEROS_SECTORS_MAX: u32 = 512 * 1024;
+/// the most ranges of a request: together 4 GiB, which a file system gives back in one go.
+pub const ZEROS_RANGES_MAX: u32 = 16;
+/// Discards that begin and end at pages of the host's file system give all of their room back.
+const DISCARD_ALIGNMENT: u32 = 8;
+/// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, sectors, flags.
+const RANGE_BYTES: u32 = 16;
 
 /// The disk's content. Called on the disk's worker, never while the disk is frozen.
 pub trait Backend: Send {
@@ -43,6 +58,8 @@ pub trait Backend: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()>;
     /// Writes `data` at `offset`. Within [`Backend::size`].
     fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Makes a range zeros, from `offset` on. Within [`Backend::size`]. Its room may go back to the host if `give_back`.
+    fn zero(&mut self, offset: u64, length: u64, give_back: bool) -> io::Result<()>;
     /// Returns when everything written so far is as durable as this disk can make it.
     fn flush(&mut self) -> io::Result<()>;
 }
@@ -131,7 +148,7 @@ impl Device for Disk {
     }
 
     fn features(&self) -> u64 {
-        FEATURE_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX
+        FEATURE_FLUSH | FEATURE_DISCARD | FEATURE_ZEROES | 1 << VIRTIO_BLK_F_SEG_MAX
     }
 
     fn queues(&self) -> usize {
@@ -143,6 +160,14 @@ impl Device for Disk {
         let mut config = (self.size / SECTOR_BYTES).to_le_bytes().to_vec();
         config.extend_from_slice(&0u32.to_le_bytes());
         config.extend_from_slice(&SEGMENTS_MAX.to_le_bytes());
+        // Geometry to num_queues: not offered.
+        config.resize(36, 0);
+        let limits = [ZEROS_SECTORS_MAX, ZEROS_RANGES_MAX];
+        for field in [&limits[..], &[DISCARD_ALIGNMENT], &limits].concat() {
+            config.extend_from_slice(&field.to_le_bytes());
+        }
+        // write_zeroes_may_unmap, and the rest of the structure.
+        config.extend_from_slice(&[1, 0, 0, 0]);
         config
     }
 
@@ -219,28 +244,68 @@ impl Disk {
                 chain.write(ram, 0, &self.id[..crate::index(length.into())])?;
                 Ok(length)
             }
+            VIRTIO_BLK_T_DISCARD if self.features & FEATURE_DISCARD != 0 => self.zero(chain, 0, ram),
+            VIRTIO_BLK_T_WRITE_ZEROES if self.features & FEATURE_ZEROES != 0 => {
+                self.zero(chain, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, ram)
+            }
             _ => Err(Refusal::Status(VIRTIO_BLK_S_UNSUPP)),
         }
+    }
+
+    /// Carries out a discard or a request for zeros, whose ranges may have these flags; all of it is checked before any of it is done.
+    fn zero(&mut self, chain: &Chain, flags_known: u32, ram: &Memory) -> Result<u32, Refusal> {
+        let length = chain.readable() - HEADER_BYTES;
+        let ranges = length / RANGE_BYTES;
+        if !length.is_multiple_of(RANGE_BYTES) || !(1..=ZEROS_RANGES_MAX).contains(&ranges) {
+            return Err(self.refuse("no whole ranges to make zeros, or too many", 0, length.into()));
+        }
+        let mut bytes = vec![0; crate::index(length.into())];
+        chain.read(ram, HEADER_BYTES, &mut bytes)?;
+        let (ranges, _) = bytes.as_chunks::<{ RANGE_BYTES as usize }>();
+        let mut extents = Vec::with_capacity(ranges.len());
+        for [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, flags @ ..] in ranges {
+            let sector = u64::from_le_bytes([*s0, *s1, *s2, *s3, *s4, *s5, *s6, *s7]);
+            let count = u32::from_le_bytes([*c0, *c1, *c2, *c3]);
+            let flags = u32::from_le_bytes(*flags);
+            if flags & !flags_known != 0 {
+                return Err(Refusal::Status(VIRTIO_BLK_S_UNSUPP));
+            }
+            if !self.holds(sector, count.into()) || count > ZEROS_SECTORS_MAX {
+                return Err(self.refuse("zeros outside the disk, or too many", sector, count.into()));
+            }
+            // A discard is there to give room back; zeros may, if the guest says so.
+            let give_back = flags_known == 0 || flags != 0;
+            extents.push((sector * SECTOR_BYTES, u64::from(count) * SECTOR_BYTES, give_back));
+        }
+        for (offset, length, give_back) in extents {
+            let zeroed = self.backend.zero(offset, length, give_back);
+            self.io(zeroed, "zero", offset / SECTOR_BYTES)?;
+        }
+        self.write_through()?;
+        Ok(0)
     }
 
     /// Returns the offset of `sector` if `length` bytes from there are whole sectors of this disk.
     fn extent(&mut self, sector: u64, length: u32) -> Result<u64, Refusal> {
         let sectors = u64::from(length) / SECTOR_BYTES;
-        let inside = sector
-            .checked_add(sectors)
-            .is_some_and(|end| end <= self.size / SECTOR_BYTES);
-        if inside && u64::from(length).is_multiple_of(SECTOR_BYTES) && length <= REQUEST_BYTES_MAX {
+        let whole = u64::from(length).is_multiple_of(SECTOR_BYTES);
+        if self.holds(sector, sectors) && whole && length <= REQUEST_BYTES_MAX {
             return Ok(sector * SECTOR_BYTES);
         }
+        Err(self.refuse("not whole sectors inside the disk, or too long", sector, length.into()))
+    }
+
+    /// Tells whether all these sectors are inside the disk.
+    fn holds(&self, sector: u64, sectors: u64) -> bool {
+        let end = sector.checked_add(sectors);
+        end.is_some_and(|end| end <= self.size / SECTOR_BYTES)
+    }
+
+    fn refuse(&mut self, what: &'static str, sector: u64, length: u64) -> Refusal {
         if let Some(count) = self.complaints.due() {
-            tracing::warn!(
-                sector,
-                length,
-                count,
-                "disk request refused: not whole sectors inside the disk, or too long"
-            );
+            tracing::warn!(sector, length, count, what, "disk request refused");
         }
-        Err(Refusal::Status(VIRTIO_BLK_S_IOERR))
+        Refusal::Status(VIRTIO_BLK_S_IOERR)
     }
 
     fn read(&mut self, chain: &Chain, offset: u64, length: u32, ram: &Memory) -> Result<(), Refusal> {
@@ -266,9 +331,14 @@ impl Disk {
             self.io(written, "write", offset / SECTOR_BYTES)?;
             done += chunk;
         }
+        self.write_through()
+    }
+
+    /// A driver that does not know flushes counts on each write to be durable.
+    fn write_through(&mut self) -> Result<(), Refusal> {
         if self.features & FEATURE_FLUSH == 0 {
             let flushed = self.backend.flush();
-            self.io(flushed, "flush", offset / SECTOR_BYTES)?;
+            self.io(flushed, "flush", 0)?;
         }
         Ok(())
     }

@@ -55,6 +55,9 @@ impl block::Backend for Blank {
     fn write(&mut self, _: u64, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
+    fn zero(&mut self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Ok(())
+    }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -4,7 +4,7 @@ use smallvec::SmallVec;
 
 use super::{
     ANNOUNCE_AFTER, Action, Bytes, Delivery, DiskWrite, EpochMode, GoodbyeReason, GuestEnd, Input, Instant, Liveness,
-    Message, Mutant, Nic, Outcome, Place, Primary, Reason, Report, State, Trigger, Verdict, mutants, proxy,
+    Message, Mutant, Nic, Outcome, Place, Primary, Reason, Report, State, Trigger, Verdict, Written, mutants, proxy,
 };
 
 /// Divergences that the operator can look back at.
@@ -48,17 +48,19 @@ impl Primary {
         }
     }
 
-    pub(super) fn guest_wrote(&mut self, now: Instant, offset: u64, data: Bytes, actions: &mut Vec<Action>) {
-        self.changed.mark(offset, data.len() as u64);
+    pub(super) fn guest_wrote(&mut self, now: Instant, offset: u64, written: Written, actions: &mut Vec<Action>) {
+        if matches!(written, Written::Data(_)) || !mutants::on(Mutant::ForgetDiscards) {
+            self.changed.mark(offset, written.len());
+        }
         let stopping = matches!(self.state, State::Stopping { .. });
         if !self.mirroring() || (stopping && mutants::on(Mutant::MirrorStopsAtTrigger)) {
             return;
         }
-        self.write_bytes += data.len() as u64;
+        self.write_bytes += storage::footprint(offset, &written);
         let write = DiskWrite {
             tag: self.tag(),
             offset,
-            data,
+            written,
         };
         self.totals.write(&write).expect("the sums are of the running epoch");
         actions.push(Action::Send(Message::Write(write)));

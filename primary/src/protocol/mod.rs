@@ -44,7 +44,9 @@ use checkpoint::mutants::{self, Mutant};
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, Place, RecordUpdate, Report, Sight, Trigger, WitnessAnswer};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Output, Welcome};
+use checkpoint::wire::{
+    BlockHashes, DiskWrite, GoodbyeReason, Held, Input, Message, NetworkState, Output, Welcome, Written,
+};
 use checkpoint::{Duration, Epoch, EpochMode, Generation, InputNumber, Instant, Nic, Role, Tag};
 use proxy::{self, ComparatorLimits, Comparators, Divergence, Pictures, Reason, Verdict};
 use storage::ChangedBlocks;
@@ -457,7 +459,7 @@ impl Primary {
             Event::FrameArrived(nic, frame) => actions.push(Action::Deliver(self.network.arriving(nic, frame))),
             Event::GuestSent(nic, frame) => self.guest_sent(now, nic, frame, actions),
             Event::GuestStopped(end) => self.guest_stopped(now, end, actions),
-            Event::GuestWrote { offset, data } => self.guest_wrote(now, offset, data, actions),
+            Event::GuestWrote { offset, written } => self.guest_wrote(now, offset, written, actions),
             Event::Hashed(hashes) => self.hashed(hashes, actions),
             Event::InputConsumed(delivery) => self.input_consumed(now, delivery, actions),
             Event::LinkClosed(cause) => self.link_lost(now, failover::Event::Lost, &cause, actions),

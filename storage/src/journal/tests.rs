@@ -13,13 +13,20 @@ fn tag(epoch: u64) -> Tag {
     }
 }
 
-/// Makes a batch of `(first sector, sectors, value)`.
+/// Makes a batch of `(first sector, sectors, value)`; zeros are kept as such.
 fn batch(writes: &[(u64, usize, u8)]) -> SectorMap {
     let mut batch = SectorMap::default();
     for (sector, count, value) in writes {
-        batch.write(sector * 512, &vec![*value; count * 512]);
+        match value {
+            0 => batch.zero(sector * 512, *count as u64 * 512),
+            value => batch.write(sector * 512, &vec![*value; count * 512]),
+        }
     }
     batch
+}
+
+fn on(image: &SimImage, batch: &SectorMap) -> io::Result<()> {
+    apply(image, batch, &Mutex::default())
 }
 
 fn patched(base: &[u8], batch: &SectorMap) -> Vec<u8> {
@@ -35,7 +42,7 @@ fn commit(image: &SimImage, journal: &SimImage, last: Last, batch: &SectorMap) -
         write(journal, image.size(), last, batch)?;
         journal.flush()?;
         promised = true;
-        apply(image, batch)?;
+        on(image, batch)?;
         image.flush()?;
         retire(journal, image.size(), last)
     };
@@ -73,6 +80,7 @@ fn shapes() -> Vec<(SectorMap, SectorMap)> {
         (batch(&[(0, 8, 1)]), batch(&[(3, 4, 2), (40, 9, 3), (72, 2, 4)])),
         (batch(&[(0, 74, 1)]), batch(&[(1, 1, 2)])),
         (batch(&[(8, 16, 1)]), batch(&[(8, 16, 2)])),
+        (batch(&[(0, 40, 0)]), batch(&[(3, 40, 0), (9, 2, 6), (56, 16, 0)])),
         (SectorMap::default(), batch(&[(0, 74, 5)])),
     ]
 }
@@ -138,7 +146,7 @@ fn case_31_a_crash_at_every_step_of_commit_and_recovery_leaves_one_state() {
 
 #[test]
 fn a_journal_torn_at_any_byte_is_the_old_one_the_new_one_or_none() {
-    for (first, second) in &shapes()[..3] {
+    for (first, second) in &shapes()[..4] {
         let World {
             image, journal, before, ..
         } = world(1, first);
@@ -230,7 +238,20 @@ fn forged_journals_with_good_checksums_are_errors() {
         Recovery::Fresh,
         "an image may be resized between two runs"
     );
+    for zeros in [0..u64::MAX >> 9, 9..10, 1 << 52..(1 << 52) + 1] {
+        let index = [
+            zeros.start.to_le_bytes(),
+            ((zeros.end - zeros.start) << 8).to_le_bytes(),
+        ]
+        .concat();
+        forge_index(&journal, last, &index);
+        assert!(
+            matches!(recover(&*image, &*journal), Err(RecoverError::Damaged { .. })),
+            "{zeros:?}"
+        );
+    }
     let huge = Header {
+        version: VERSION,
         full: true,
         last,
         image_bytes: SIZE,
@@ -240,6 +261,71 @@ fn forged_journals_with_good_checksums_are_errors() {
     journal.write_at(0, &huge.encode()).unwrap();
     assert_eq!(recover(&*image, &*journal).unwrap(), Recovery::Discarded);
     assert_eq!(image.content(), before);
+}
+
+/// Writes a whole journal of the first version with one write.
+fn write_first_version(journal: &SimImage, last: Last) {
+    let mut header = Header {
+        version: 1,
+        full: true,
+        last,
+        image_bytes: SIZE,
+        count: 1,
+        digest: [0; 32],
+    };
+    let index = [3_u64.to_le_bytes(), 0x81_u64.to_le_bytes()].concat();
+    let data = [7; CHUNK_BYTES];
+    header.digest = *header.hasher().update(&index).update(&data).finalize().as_bytes();
+    journal.write_at(INDEX_AT, &index).unwrap();
+    journal.write_at(header.data_at(), &data).unwrap();
+    journal.write_at(0, &header.encode()).unwrap();
+}
+
+#[test]
+fn a_journal_of_the_first_version_is_brought_in_and_one_of_a_later_is_left_alone() {
+    let World {
+        image, journal, before, ..
+    } = world(1, &SectorMap::default());
+    let last = Last {
+        tag: tag(2),
+        kind: Kind::Commit,
+    };
+    write_first_version(&journal, last);
+    assert_eq!(&journal.content()[..8], b"TandemJ1");
+    assert_eq!(recover(&*image, &*journal).unwrap(), Recovery::Replayed(last));
+    let content = image.content();
+    assert_eq!((content[3 * CHUNK_BYTES], content[4 * CHUNK_BYTES - 1]), (7, 7));
+    assert_eq!(content[3 * CHUNK_BYTES + 512], before[3 * CHUNK_BYTES + 512]);
+    assert_eq!(recover(&*image, &*journal).unwrap(), Recovery::Clean(last));
+    let later = Header {
+        version: VERSION + 1,
+        full: true,
+        last,
+        image_bytes: SIZE,
+        count: 0,
+        digest: [0; 32],
+    };
+    journal.write_at(0, &later.encode()).unwrap();
+    let left = journal.content();
+    let error = recover(&*image, &*journal).unwrap_err();
+    assert!(matches!(error, RecoverError::Version { version: 3 }));
+    assert!(error.to_string().contains("run the newer program"), "{error}");
+    assert!(journal.content() == left && image.content() == content);
+}
+
+/// Writes a journal with any index and no chunks, whose digest holds.
+fn forge_index(journal: &SimImage, last: Last, index: &[u8]) {
+    let mut header = Header {
+        version: VERSION,
+        full: true,
+        last,
+        image_bytes: SIZE,
+        count: (index.len() / INDEX_ENTRY) as u64,
+        digest: [0; 32],
+    };
+    header.digest = *header.hasher().update(index).finalize().as_bytes();
+    journal.write_at(INDEX_AT, index).unwrap();
+    journal.write_at(0, &header.encode()).unwrap();
 }
 
 #[test]

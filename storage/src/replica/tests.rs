@@ -23,6 +23,7 @@ fn tag(epoch: u64) -> Tag {
 fn files(seed: u64) -> (Arc<SimDisk>, Arc<SimImage>, Arc<SimImage>) {
     let disk = SimDisk::new(seed);
     let (image, journal) = (disk.image(SIZE), disk.image(journal::size_for(LIMITS.batch(SIZE))));
+    journal.reserve(0, journal.size()).unwrap();
     (disk, image, journal)
 }
 
@@ -36,6 +37,10 @@ fn bytes(value: u8, sectors: usize) -> Vec<u8> {
     vec![value; sectors * 512]
 }
 
+fn data(value: u8, sectors: usize) -> Written {
+    Written::Data(bytes(value, sectors).into())
+}
+
 fn view(replica: &Replica<SimImage>) -> Vec<u8> {
     let mut content = vec![0; to_usize(SIZE)];
     replica.read(0, &mut content).unwrap();
@@ -44,22 +49,28 @@ fn view(replica: &Replica<SimImage>) -> Vec<u8> {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Write(u64, usize, u8),
-    Stage(u64, u64, usize, u8),
+    /// From a sector on so many; zeros without a value.
+    Write(u64, usize, Option<u8>),
+    Stage(u64, u64, usize, Option<u8>),
     Commit,
     Job,
     Abandon,
     TakeOver,
+    /// The host's file system has no room left, or has some again.
+    Fill(bool),
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let range = (0..SECTORS - 20, 1_usize..20, any::<u8>());
+    let long = (0..SECTORS - 150, 30_usize..150, Just(None));
+    let short = (0..SECTORS - 20, 1_usize..20, prop::option::weighted(0.7, any::<u8>()));
+    let range = prop_oneof![5 => short, 1 => long];
     prop_oneof![
         6 => range.clone().prop_map(|(sector, count, value)| Op::Write(sector, count, value)),
         6 => (1_u64..3, range).prop_map(|(ahead, (sector, count, value))| Op::Stage(ahead, sector, count, value)),
         4 => Just(Op::Commit),
         3 => Just(Op::Job),
         1 => Just(Op::Abandon),
+        1 => any::<bool>().prop_map(Op::Fill),
         1 => prop::bool::weighted(0.2).prop_map(|take| if take { Op::TakeOver } else { Op::Job }),
     ]
 }
@@ -105,8 +116,8 @@ fn put(flat: &mut [u8], offset: u64, data: &[u8]) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Reads always see the committed state plus the guest's own writes, the base always is one whole state, and a
-    /// power cut at the end leaves the state before or after the job that was running.
+    /// Reads always see the committed state plus the guest's own writes, the base always is one whole state, a job never
+    /// lacks room, and a power cut at the end leaves the state before or after the job that was running.
     #[test]
     fn the_replica_is_two_flat_disks(ops in prop::collection::vec(op(), 1..60), seed: u64, cut in prop::option::of(0_u64..12)) {
         let (disk, image, journal, mut replica) = replica(seed);
@@ -115,17 +126,31 @@ proptest! {
             speculative: zeros.clone(), states: [(Epoch(0), zeros.clone())].into(), taken_over: None,
             staged: BTreeMap::new(), base: zeros, last: Epoch(0),
         };
-        let mut running = None;
+        let (mut running, mut full) = (None, false);
         for op in ops {
             match op {
                 Op::Write(sector, count, value) => {
-                    let data = bytes(value, count);
-                    replica.write(sector * 512, &data).unwrap();
-                    put(&mut model.speculative, sector * 512, &data);
+                    let data = bytes(value.unwrap_or(0), count);
+                    let kept = match value {
+                        Some(_) => replica.write(sector * 512, &data),
+                        None => replica.zero(sector * 512, data.len() as u64),
+                    };
+                    match kept {
+                        Ok(()) => put(&mut model.speculative, sector * 512, &data),
+                        Err(error) => prop_assert!(full && matches!(error, DiskError::Io(_)), "{error}"),
+                    }
+                }
+                Op::Fill(fill) => {
+                    full = fill;
+                    disk.set_free(if fill { 0 } else { u64::MAX });
                 }
                 Op::Stage(ahead, sector, count, value) => {
-                    let (epoch, data) = (Epoch(model.last.0 + ahead), bytes(value, count));
-                    let staged = replica.stage(epoch, sector * 512, &data);
+                    let (epoch, data) = (Epoch(model.last.0 + ahead), bytes(value.unwrap_or(0), count));
+                    let written = match value {
+                        Some(_) => Written::Data(data.clone().into()),
+                        None => Written::Zeros(data.len() as u64),
+                    };
+                    let staged = replica.stage(epoch, sector * 512, &written);
                     if model.taken_over.is_some() {
                         prop_assert_eq!(staged, Err(StageError::Promoted));
                     } else {
@@ -137,6 +162,7 @@ proptest! {
                     let epoch = model.last.next();
                     match replica.reserve(epoch) {
                         Err(ReserveError::Busy) => prop_assert!(running.is_some()),
+                        Err(ReserveError::Io(_)) => prop_assert!(full),
                         other => {
                             other.unwrap();
                             model.commit();
@@ -189,8 +215,8 @@ proptest! {
 #[test]
 fn the_guest_never_sees_the_primarys_writes_before_the_commit() {
     let (_, _, _, mut replica) = replica(0);
-    replica.stage(Epoch(1), 0, &bytes(1, 8)).unwrap();
-    replica.stage(Epoch(2), 0, &bytes(2, 1)).unwrap();
+    replica.stage(Epoch(1), 0, &data(1, 8)).unwrap();
+    replica.stage(Epoch(2), 0, &data(2, 1)).unwrap();
     replica.write(512, &bytes(9, 2)).unwrap();
     assert_eq!(view(&replica)[..2048], [bytes(0, 1), bytes(9, 2), bytes(0, 1)].concat());
     replica.reserve(Epoch(1)).unwrap();
@@ -216,7 +242,7 @@ fn commits_meanwhile_join_and_a_takeover_comes_last() {
     let (_, image, journal, mut replica) = replica(0);
     let commit = |replica: &mut Replica<SimImage>, epoch| {
         replica
-            .stage(Epoch(epoch), epoch * 512, &bytes(u8::try_from(epoch).unwrap(), 1))
+            .stage(Epoch(epoch), epoch * 512, &data(u8::try_from(epoch).unwrap(), 1))
             .unwrap();
         replica.reserve(Epoch(epoch)).unwrap();
         replica.commit(Epoch(epoch))
@@ -283,7 +309,9 @@ fn case_33_a_power_cut_at_every_step_of_the_job_leaves_one_state() {
                 replica.write(512, &bytes(1, 99)).unwrap();
                 replica.take_over().unwrap()
             } else {
-                replica.stage(Epoch(1), 512, &bytes(1, 99)).unwrap();
+                replica.stage(Epoch(1), 512, &data(1, 99)).unwrap();
+                replica.stage(Epoch(1), 4096, &Written::Zeros(80 * 1024)).unwrap();
+                replica.stage(Epoch(1), 65_536, &data(2, 3)).unwrap();
                 replica.reserve(Epoch(1)).unwrap();
                 replica.commit(Epoch(1)).unwrap()
             };
@@ -308,7 +336,7 @@ fn case_33_a_power_cut_at_every_step_of_the_job_leaves_one_state() {
 fn a_sync_is_not_overwritten_by_an_old_journal() {
     for seed in 0..64 {
         let (disk, image, journal, mut replica) = replica(seed);
-        replica.stage(Epoch(1), 0, &bytes(1, 1)).unwrap();
+        replica.stage(Epoch(1), 0, &data(1, 1)).unwrap();
         replica.reserve(Epoch(1)).unwrap();
         let job = replica.commit(Epoch(1)).unwrap();
         assert!(replica.committed(&job.run().unwrap()).is_none());
@@ -325,16 +353,15 @@ fn a_sync_is_not_overwritten_by_an_old_journal() {
 
 #[test]
 fn case_29_a_full_disk_is_noticed_before_the_commit_point() {
-    let (disk, _, journal, mut replica) = replica(0);
-    journal.reserve(0, journal.size()).unwrap();
+    let (disk, _, _, mut replica) = replica(0);
     disk.set_free(BLOCK);
-    replica.stage(Epoch(1), 0, &bytes(1, 1)).unwrap();
-    replica.stage(Epoch(1), BLOCK, &bytes(1, 1)).unwrap();
+    replica.stage(Epoch(1), 0, &data(1, 1)).unwrap();
+    replica.stage(Epoch(1), BLOCK, &data(1, 1)).unwrap();
     assert!(
         matches!(replica.reserve(Epoch(1)), Err(ReserveError::Io(error)) if error.kind() == io::ErrorKind::StorageFull)
     );
     replica.abandon();
-    replica.stage(Epoch(2), 0, &bytes(2, 1)).unwrap();
+    replica.stage(Epoch(2), 0, &data(2, 1)).unwrap();
     replica.reserve(Epoch(2)).unwrap();
     let done = replica.commit(Epoch(2)).unwrap().run().unwrap();
     assert!(replica.committed(&done).is_none());
@@ -349,7 +376,7 @@ fn case_29_a_full_disk_is_noticed_before_the_commit_point() {
 fn case_30_a_disk_that_fails_after_the_commit_point_stops_this_side_and_recovers_later() {
     for (seed, flushes) in (0..32).flat_map(|seed| [(seed, false), (seed, true)]) {
         let (disk, image, journal, mut replica) = replica(seed);
-        replica.stage(Epoch(1), 0, &bytes(1, 60)).unwrap();
+        replica.stage(Epoch(1), 0, &data(1, 60)).unwrap();
         replica.reserve(Epoch(1)).unwrap();
         let job = replica.commit(Epoch(1)).unwrap();
         disk.fail_flushes(flushes);
@@ -363,34 +390,94 @@ fn case_30_a_disk_that_fails_after_the_commit_point_stops_this_side_and_recovers
 }
 
 #[test]
+fn a_discard_gives_room_back_only_where_nobody_counts_on_it() {
+    let (disk, image, _, mut replica) = replica(0);
+    image.set_content(&vec![1; to_usize(SIZE)]);
+    image.reserve(0, SIZE).unwrap();
+    disk.set_free(0);
+    replica.stage(Epoch(1), 0, &Written::Zeros(SIZE - 512)).unwrap();
+    replica.reserve(Epoch(1)).unwrap();
+    let discards = replica.commit(Epoch(1)).unwrap();
+    // Room is found while that job has not run yet, and is there when it has.
+    replica.stage(Epoch(2), BLOCK, &data(2, 1)).unwrap();
+    replica.reserve(Epoch(2)).unwrap();
+    assert!(replica.commit(Epoch(2)).is_none());
+    replica.write(0, &bytes(3, 1)).unwrap();
+    let next = replica.committed(&discards.run().unwrap()).unwrap();
+    assert!(replica.committed(&next.run().unwrap()).is_none());
+    let done = replica.take_over().unwrap().run().unwrap();
+    assert!(replica.committed(&done).is_none());
+    let expected = [bytes(3, 1), vec![0; to_usize(BLOCK) - 512], bytes(2, 1)].concat();
+    assert!(image.content()[..expected.len()] == expected);
+    let refused = image.write_at(2 * BLOCK, &bytes(4, 1)).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::StorageFull, "this room went back");
+}
+
+#[test]
+fn a_long_discard_costs_no_more_than_a_short_one() {
+    let disk = SimDisk::new(0);
+    let size = 64 << 20;
+    let (image, journal) = (disk.image(size), disk.image(journal::size_for(8 * 4096)));
+    let limits = Limits {
+        overlay: 8 * 4096,
+        staged: 8 * 4096,
+    };
+    let mut replica = Replica::new(image, journal, limits, tag(0));
+    replica.zero(512, size - 1024).unwrap();
+    replica.stage(Epoch(1), 512, &Written::Zeros(size - 1024)).unwrap();
+    assert_eq!((replica.overlay_bytes(), replica.staged_bytes()), (3 * 4096, 3 * 4096));
+    replica.stage(Epoch(1), 0, &Written::Zeros(size)).unwrap();
+    assert_eq!(replica.staged_bytes(), 4096);
+    for extent in 1..6 {
+        replica.zero(8192 * extent, 4096).unwrap();
+    }
+    assert!(matches!(replica.zero(512, 8192), Err(DiskError::OverlayFull)) || replica.overlay_bytes() <= 8 * 4096);
+    replica.reserve(Epoch(1)).unwrap();
+    let before = disk.operations();
+    assert!(replica.commit(Epoch(1)).unwrap().run().is_ok());
+    assert!(disk.operations() - before < 10);
+}
+
+#[test]
 fn what_a_primary_must_not_send_is_refused() {
     let (_, _, _, mut replica) = replica(0);
+    for (offset, len) in [
+        (1, 512),
+        (0, 511),
+        (SIZE, 512),
+        (512, SIZE),
+        (u64::MAX - 511, 512),
+        (512, u64::MAX - 511),
+    ] {
+        assert!(matches!(
+            replica.stage(Epoch(1), offset, &Written::Zeros(len)),
+            Err(StageError::Range(_))
+        ));
+        assert!(matches!(replica.zero(offset, len), Err(DiskError::Range(_))));
+    }
     assert!(matches!(
-        replica.stage(Epoch(1), 1, &bytes(0, 1)),
+        replica.stage(Epoch(1), 1, &data(0, 1)),
         Err(StageError::Range(_))
     ));
     assert!(matches!(
-        replica.stage(Epoch(1), SIZE, &bytes(0, 1)),
+        replica.stage(Epoch(1), SIZE, &data(0, 1)),
         Err(StageError::Range(_))
     ));
     assert!(matches!(
-        replica.stage(Epoch(1), u64::MAX - 511, &bytes(0, 1)),
+        replica.stage(Epoch(1), u64::MAX - 511, &data(0, 1)),
         Err(StageError::Range(_))
     ));
     assert!(matches!(
-        replica.stage(Epoch(0), 0, &bytes(0, 1)),
+        replica.stage(Epoch(0), 0, &data(0, 1)),
         Err(StageError::Sealed { .. })
     ));
     for epoch in 1..=BUFFERS_MAX as u64 {
-        replica.stage(Epoch(epoch), 0, &bytes(0, 1)).unwrap();
+        replica.stage(Epoch(epoch), 0, &data(0, 1)).unwrap();
     }
-    assert_eq!(
-        replica.stage(Epoch(99), 0, &bytes(0, 1)),
-        Err(StageError::TooManyEpochs)
-    );
+    assert_eq!(replica.stage(Epoch(99), 0, &data(0, 1)), Err(StageError::TooManyEpochs));
     replica.reserve(Epoch(1)).unwrap();
     assert!(matches!(
-        replica.stage(Epoch(1), 0, &bytes(0, 1)),
+        replica.stage(Epoch(1), 0, &data(0, 1)),
         Err(StageError::Sealed { .. })
     ));
 }
@@ -415,10 +502,10 @@ fn memory_is_bounded_and_a_checkpoint_is_asked_for_before() {
     ));
     replica.write(0, &bytes(2, 64)).unwrap();
     assert_eq!(replica.overlay_bytes(), 8 * 4096);
-    replica.stage(Epoch(1), 0, &bytes(1, 40)).unwrap();
-    replica.stage(Epoch(2), 0, &bytes(1, 24)).unwrap();
+    replica.stage(Epoch(1), 0, &data(1, 40)).unwrap();
+    replica.stage(Epoch(2), 0, &data(1, 24)).unwrap();
     assert_eq!(
-        replica.stage(Epoch(2), 24 * 512, &bytes(1, 1)),
+        replica.stage(Epoch(2), 24 * 512, &data(1, 1)),
         Err(StageError::TooMuch { limit: 8 * 4096 })
     );
 }
@@ -434,13 +521,13 @@ fn commits_that_wait_never_outgrow_the_journal() {
     let mut replica = Replica::new(Arc::clone(&image), journal, limits, tag(0));
     let commit = |replica: &mut Replica<SimImage>, epoch, first: u64, sectors| {
         replica
-            .stage(Epoch(epoch), first * 512, &bytes(u8::try_from(epoch).unwrap(), sectors))
+            .stage(Epoch(epoch), first * 512, &data(u8::try_from(epoch).unwrap(), sectors))
             .unwrap();
         replica.reserve(Epoch(epoch)).map(|()| replica.commit(Epoch(epoch)))
     };
     let first = commit(&mut replica, 1, 0, 8).unwrap().unwrap();
-    assert!(commit(&mut replica, 2, 0, 200).unwrap().is_none());
-    assert!(matches!(commit(&mut replica, 3, 100, 200), Err(ReserveError::Busy)));
+    assert!(commit(&mut replica, 2, 0, 260).unwrap().is_none());
+    assert!(matches!(commit(&mut replica, 3, 60, 260), Err(ReserveError::Busy)));
     assert!(matches!(replica.reserve(Epoch(3)), Err(ReserveError::Busy)));
     let second = replica.committed(&first.run().unwrap()).unwrap();
     replica.reserve(Epoch(3)).unwrap();
@@ -449,7 +536,7 @@ fn commits_that_wait_never_outgrow_the_journal() {
     let third = replica.committed(&second.run().unwrap()).unwrap();
     assert!(replica.committed(&third.run().unwrap()).is_none());
     assert_eq!(image.content(), view(&replica));
-    assert_eq!(image.content()[99 * 512..101 * 512], [[2; 512], [3; 512]].concat());
+    assert_eq!(image.content()[59 * 512..61 * 512], [[2; 512], [3; 512]].concat());
 }
 
 #[test]
@@ -474,7 +561,7 @@ fn commits_on_a_real_file_survive_reopening() {
     let mut replica = Replica::new(image, journal, LIMITS, tag(0));
     for epoch in 1..=5 {
         replica
-            .stage(Epoch(epoch), epoch * 4096, &bytes(u8::try_from(epoch).unwrap(), 3))
+            .stage(Epoch(epoch), epoch * 4096, &data(u8::try_from(epoch).unwrap(), 3))
             .unwrap();
         replica.reserve(Epoch(epoch)).unwrap();
         let job = replica.commit(Epoch(epoch)).unwrap();

@@ -158,6 +158,12 @@ impl block::Backend for Disk {
         Ok(())
     }
 
+    fn zero(&mut self, offset: u64, length: u64, _: bool) -> io::Result<()> {
+        let length = usize::try_from(length).map_err(io::Error::other)?;
+        self.part(offset, length)?.fill(0);
+        Ok(())
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }

@@ -1,12 +1,12 @@
 //! The language of scenarios. `docs/TESTING.md` describes it; each command is one arm here.
 
-use checkpoint::wire::Message;
+use checkpoint::wire::{Message, Written};
 use checkpoint::{Duration, Nic, cpu};
 use primary::event::{Event as PrimaryEvent, GuestEnd};
 use secondary::event::Event as SecondaryEvent;
 
 use super::forge;
-use super::host::{Role, stream_of_batch};
+use super::host::{Role, SECTOR, stream_of_batch};
 use super::link::{BOTH, Connection, Item};
 use super::pair::{Event, Pair};
 use super::script::words;
@@ -187,18 +187,32 @@ impl Pair {
                 at.write_page(page.parse().map_err(|_| "a page has a number")?, content);
             }
             ["writes", "sector", sector, content] => {
-                let sector = sector.parse().map_err(|_| "a sector has a number")?;
-                let (offset, data) = at.write_disk(sector, content);
-                if leads {
-                    self.step(host, Event::Primary(PrimaryEvent::GuestWrote { offset, data }));
-                }
+                let data = [content.as_bytes(), &[0; SECTOR]].concat()[..SECTOR].to_vec();
+                self.guest_wrote(host, leads, sector, Written::Data(data.into()))?;
             }
-            _ => return Err("a guest sends, reads, writes page N X, writes sector N X".to_owned()),
+            ["discards", sectors, "sectors", "from", sector] => {
+                let sectors: u64 = sectors.parse().map_err(|_| "sectors are counted")?;
+                self.guest_wrote(host, leads, sector, Written::Zeros(sectors * SECTOR as u64))?;
+            }
+            _ => {
+                let what = "a guest sends, reads, writes page N X, writes sector N X, discards N sectors from N";
+                return Err(what.to_owned());
+            }
         }
         Ok(())
     }
 
     // The link.
+
+    fn guest_wrote(&mut self, host: usize, leads: bool, sector: &str, written: Written) -> Done {
+        let sector: u64 = sector.parse().map_err(|_| "a sector has a number")?;
+        let offset = sector * SECTOR as u64;
+        self.hosts[host].write_disk(offset, &written);
+        if leads {
+            self.step(host, Event::Primary(PrimaryEvent::GuestWrote { offset, written }));
+        }
+        Ok(())
+    }
 
     fn deliver(&mut self, host: usize, which: &[&str]) -> Done {
         if self.hosts[host].frozen {

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use checkpoint::pages::identical::{PageHash, PageHashes, PageMatches};
 use checkpoint::wire::{
     Begin, DiskWrite, EndMark, GoodbyeReason, Heartbeat, Held, Input, Message, Output, PageBatch, PageSum, PageSums,
+    Written,
 };
 use checkpoint::{Epoch, EpochMode, Generation, InputNumber, Instant, Tag};
 
@@ -56,7 +57,7 @@ pub(super) fn message(frames: &mut Frames, words: &[&str]) -> Result<Message, St
         ["Write", at, text] => Message::Write(DiskWrite {
             tag: tag(at)?,
             offset: 0,
-            data: Bytes::copy_from_slice(&[text.as_bytes(), &[0; 512]].concat()[..512]),
+            written: Written::Data(Bytes::copy_from_slice(&[text.as_bytes(), &[0; 512]].concat()[..512])),
         }),
         ["End", at, base, pages, writes, last] => Message::End(Box::new(EndMark {
             tag: tag(at)?,

@@ -11,7 +11,9 @@ use checkpoint::pages::identical::{PageHasher, PageHashes, PageMatches};
 use checkpoint::pages::{Page, stream_of};
 use checkpoint::pair::{Delivery, RecordUpdate};
 use checkpoint::staging::Totals;
-use checkpoint::wire::{BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, PageSum, PageSums, Section};
+use checkpoint::wire::{
+    BlockHashes, DeviceState, DiskWrite, Held, Message, PageBatch, PageSum, PageSums, Section, Written,
+};
 use checkpoint::{Duration, Epoch, Generation, Instant, Nic, Tag};
 use primary::event::{AheadShipment, Look, Shipment};
 use primary::protocol::Primary;
@@ -345,17 +347,14 @@ impl Host {
         self.dirty.insert(page);
     }
 
-    /// The guest writes a sector; returns where and what.
-    pub(super) fn write_disk(&mut self, sector: u64, content: &str) -> (u64, Bytes) {
+    /// The guest writes to its disk.
+    pub(super) fn write_disk(&mut self, offset: u64, written: &Written) {
         self.cpu += 1;
-        let mut data = content.as_bytes().to_vec();
-        data.resize(SECTOR, 0);
-        let offset = sector * SECTOR as u64;
-        match &mut self.replica {
-            Some(replica) => replica.write(offset, &data).expect("the overlay has room"),
-            None => self.image.write_at(offset, &data).expect("in range"),
+        match (&mut self.replica, written) {
+            (Some(replica), Written::Data(data)) => replica.write(offset, data).expect("the overlay has room"),
+            (Some(replica), Written::Zeros(len)) => replica.zero(offset, *len).expect("the overlay has room"),
+            (None, _) => storage::put(&*self.image, offset, written).expect("in range"),
         }
-        (offset, data.into())
     }
 
     // A primary's threads.
@@ -519,11 +518,8 @@ impl Host {
     }
 
     pub(super) fn block(&self, tag: Tag, block: u64) -> DiskWrite {
-        let (offset, length) = storage::verify::block_range(DISK_BYTES, block);
-        let mut data = vec![0; length];
-        self.image.read_at(offset, &mut data).expect("in range");
-        let data = data.into();
-        DiskWrite { tag, offset, data }
+        let (offset, written) = storage::verify::read_block(&*self.image, block).expect("in range");
+        DiskWrite { tag, offset, written }
     }
 
     fn content(&self, pages: &BTreeSet<u64>) -> Memory {

@@ -251,7 +251,7 @@ impl Pair {
             match action {
                 SecondaryAction::ApplyPages(_, batch) => at.order(Order::Apply(batch)),
                 SecondaryAction::ApplyWrite(write) => {
-                    storage::Image::write_at(&*at.image, write.offset, &write.data).expect("in range");
+                    storage::put(&*at.image, write.offset, &write.written).expect("in range");
                 }
                 SecondaryAction::BeginSync(Begin { tag, base }) => {
                     at.begin_sync(base.memory.is_some());
@@ -284,7 +284,7 @@ impl Pair {
                 SecondaryAction::StageWrite(write) => {
                     let replica = at.replica.as_mut().expect("a secondary");
                     replica
-                        .stage(write.tag.epoch, write.offset, &write.data)
+                        .stage(write.tag.epoch, write.offset, &write.written)
                         .expect("the primary keeps the rules");
                 }
                 SecondaryAction::StoreRecord(record) => at.order(Order::Store(record)),

@@ -2,7 +2,7 @@
 
 use checkpoint::pages::identical::{PageHashes, PageMatches};
 use checkpoint::pair::{Delivery, RecordUpdate, Report, WitnessAnswer};
-use checkpoint::wire::{Begin, DiskWrite, Held, Message};
+use checkpoint::wire::{Begin, DiskWrite, Held, Message, Written};
 use checkpoint::{Duration, EpochMode, Instant, Tag};
 use primary::event::{Action as PrimaryAction, Event as PrimaryEvent, GuestEnd, Outcome as PrimaryOutcome};
 use secondary::event::{Action as SecondaryAction, Event as SecondaryEvent, Outcome as SecondaryOutcome};
@@ -32,7 +32,7 @@ impl Shown<'_> {
                 GuestEnd::Reset => "GuestStopped: reset".to_owned(),
                 GuestEnd::Crashed(why) => format!("GuestStopped: {why}"),
             },
-            PrimaryEvent::GuestWrote { offset, data } => format!("GuestWrote {}", self.bytes(*offset, data)),
+            PrimaryEvent::GuestWrote { offset, written } => format!("GuestWrote {}", self.written(*offset, written)),
             PrimaryEvent::Hashed(hashes) => format!("Hashed {}", hashes_line(hashes)),
             PrimaryEvent::InputConsumed(delivery) => format!("InputConsumed {}", self.delivery(delivery)),
             PrimaryEvent::LinkClosed(cause) => format!("LinkClosed: {cause}"),
@@ -190,8 +190,9 @@ impl Shown<'_> {
             Message::BlockHashes(hashes) => {
                 format!("{name} {}: {} from {}", hashes.tag, hashes.hashes.len(), hashes.first)
             }
-            Message::SyncBlock(DiskWrite { tag, offset, data }) | Message::Write(DiskWrite { tag, offset, data }) => {
-                format!("{name} {tag}: {}", self.bytes(*offset, data))
+            Message::SyncBlock(DiskWrite { tag, offset, written })
+            | Message::Write(DiskWrite { tag, offset, written }) => {
+                format!("{name} {tag}: {}", self.written(*offset, written))
             }
             Message::Input(input) => {
                 format!(
@@ -246,12 +247,11 @@ impl Shown<'_> {
         }
     }
 
-    fn bytes(&self, offset: u64, data: &[u8]) -> String {
-        let text = sectors(offset, data);
-        if text.is_empty() {
-            format!("at {offset} zeros")
-        } else {
-            text
+    fn written(&self, offset: u64, written: &Written) -> String {
+        match written {
+            Written::Data(data) if storage::verify::is_zero(data) => format!("at {offset} zeros"),
+            Written::Data(data) => sectors(offset, data),
+            Written::Zeros(len) => format!("at {offset} {len} zeros"),
         }
     }
 }

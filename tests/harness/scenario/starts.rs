@@ -38,9 +38,9 @@ impl Pair {
                     self.options.ahead = true;
                     self.options.budget = Some(span_of(&format!("+{span}"))?);
                 }
-                Some(("written", sectors)) => {
-                    let sectors: u64 = sectors.parse().map_err(|_| format!("'{sectors}' is no number"))?;
-                    self.options.room.written_bytes = sectors * super::host::SECTOR as u64;
+                Some(("written", writes)) => {
+                    let writes: u64 = writes.parse().map_err(|_| format!("'{writes}' is no number"))?;
+                    self.options.room.written_bytes = writes * limits::PAGE_BYTES as u64;
                 }
                 Some(("pages", pages)) => {
                     self.options.ahead = true;

@@ -13,6 +13,7 @@ mod memory;
 mod service;
 
 use bytes::Bytes;
+use checkpoint::wire::Written;
 
 pub(crate) use memory::index;
 pub use memory::{Memory, PAGES};
@@ -59,12 +60,12 @@ pub enum Effect {
         /// First number of the guest and of the client, for a segment of a connection.
         first: Option<(u32, u32)>,
     },
-    /// It writes a register, to two sectors.
+    /// It writes a register, to two sectors, or discards a piece of its disk.
     Write {
         /// Where.
         offset: u64,
         /// What.
-        data: Bytes,
+        written: Written,
     },
     /// It wants all it has written to be durable; answered by [`ToyVm::flushed`] or [`ToyVm::flush_failed`].
     Flush(u64),
@@ -267,6 +268,12 @@ pub fn sector(key: u8) -> u64 {
 /// Returns where the sector of a rare block is.
 fn rare_sector(rare: u64) -> u64 {
     (1 + rare) * BLOCK + BLOCK / 2
+}
+
+/// Returns what is discarded with a rare block: from within it on, whole pages and parts of them, and the next one's sector.
+fn rare_discard(rare: u64) -> (u64, u64) {
+    let from = rare_sector(rare) - 3 * SECTOR_BYTES as u64;
+    (from, (from + BLOCK + 8 * 1024).min(SHORT_BLOCK) - from)
 }
 
 /// Returns where all sectors are that a guest ever writes.

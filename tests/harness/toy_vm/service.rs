@@ -1,9 +1,11 @@
 //! The toy's registers: requests are carried out once, and answered in order when their changes are durable.
 
 use bytes::Bytes;
+use checkpoint::wire::Written;
 
 use super::{
-    Effect, MISC, NOISE, PAGES, QUEUE, RARE_BLOCKS, RARE_EVERY, SECTOR_BYTES, ToyVm, Turn, rare_sector, sector,
+    Effect, MISC, NOISE, PAGES, QUEUE, RARE_BLOCKS, RARE_EVERY, SECTOR_BYTES, ToyVm, Turn, rare_discard, rare_sector,
+    sector,
 };
 use crate::ops::{Answer, Op, RECORD_BYTES, Request};
 use crate::packet::{self, End, GUEST, SERVICE_PORT};
@@ -14,6 +16,8 @@ pub(super) const FLUSHES_DONE: usize = 1;
 const QUEUE_HEAD: usize = 2;
 const QUEUE_TAIL: usize = 3;
 
+/// When between two writes to rare blocks something is discarded.
+const DISCARD_AT: u64 = RARE_EVERY / 2;
 const QUEUE_MAX: u64 = 32;
 const ENTRY_BYTES: usize = 16 + RECORD_BYTES;
 const LAST_REQUESTS: usize = 8;
@@ -92,21 +96,31 @@ impl ToyVm {
     pub(super) fn write_sector(&self, key: u8) -> Effect {
         Effect::Write {
             offset: sector(key),
-            data: self.memory.page(u64::from(key))[..SECTOR_BYTES].repeat(2).into(),
+            written: Written::Data(self.memory.page(u64::from(key))[..SECTOR_BYTES].repeat(2).into()),
         }
     }
 
-    /// Some changes are also written down in a block that is seldom written.
+    /// Some changes are also written down in a block that is seldom written; others discard it.
     fn write_rarely(&self, key: u8) -> Option<Effect> {
         let changes = self.memory.number(MISC, FLUSHES_ASKED);
         let rare = changes / RARE_EVERY % RARE_BLOCKS;
-        changes.is_multiple_of(RARE_EVERY).then(|| self.write_rare(rare, key))
+        match changes % RARE_EVERY {
+            0 => Some(self.write_rare(rare, key)),
+            DISCARD_AT => {
+                let (offset, len) = rare_discard(rare);
+                let written = Written::Zeros(len);
+                Some(Effect::Write { offset, written })
+            }
+            _ => None,
+        }
     }
 
     pub(super) fn write_rare(&self, rare: u64, key: u8) -> Effect {
         Effect::Write {
             offset: rare_sector(rare),
-            data: Bytes::copy_from_slice(&self.memory.page(u64::from(key))[..SECTOR_BYTES]),
+            written: Written::Data(Bytes::copy_from_slice(
+                &self.memory.page(u64::from(key))[..SECTOR_BYTES],
+            )),
         }
     }
 

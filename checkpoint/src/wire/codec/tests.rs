@@ -117,7 +117,9 @@ fn marks() -> impl Strategy<Value = EndMark> {
 }
 
 fn writes() -> impl Strategy<Value = DiskWrite> {
-    (tags(), 0..1u64 << 60, bytes(5000)).prop_map(|(tag, offset, data)| DiskWrite { tag, offset, data })
+    let zeros = (1..=ZEROS_BYTES_MAX / SECTOR_BYTES).prop_map(|sectors| Written::Zeros(sectors * SECTOR_BYTES));
+    let written = prop_oneof![bytes(5000).prop_map(Written::Data), zeros];
+    (tags(), 0..1u64 << 60, written).prop_map(|(tag, offset, written)| DiskWrite { tag, offset, written })
 }
 
 fn sections() -> impl Strategy<Value = Vec<Section>> {
@@ -427,13 +429,62 @@ fn a_disk_write_past_the_end_of_all_files_is_refused() {
     let write = DiskWrite {
         tag: Tag::default(),
         offset: u64::MAX - 2,
-        data: Bytes::from_static(b"abc"),
+        written: Written::Data(Bytes::from_static(b"abc")),
     };
-    assert_eq!(
-        read_one(&to_vec(&Message::Write(write))),
-        Err(WireError::Field {
-            kind: "Write",
-            what: "an offset"
-        })
-    );
+    let zeros = DiskWrite {
+        offset: u64::MAX - 511,
+        written: Written::Zeros(512),
+        ..write
+    };
+    for write in [write, zeros] {
+        assert_eq!(
+            read_one(&to_vec(&Message::Write(write))),
+            Err(WireError::Field {
+                kind: "Write",
+                what: "an offset"
+            })
+        );
+    }
+}
+
+#[test]
+fn zeros_of_a_disk_write_are_bounded_and_have_no_body() {
+    let read = |sectors: u64, body: &'static [u8]| {
+        let header = Header {
+            kind: Kind::SyncBlock,
+            tag: Tag::default(),
+            number: 4096,
+            count: u32::try_from(sectors).unwrap(),
+            body_bytes: u32::try_from(body.len()).unwrap(),
+            body_crc: crc32fast::hash(body),
+        };
+        decode(&header, Bytes::from_static(body))
+    };
+    let most = ZEROS_BYTES_MAX / SECTOR_BYTES;
+    let zeros = |len| DiskWrite {
+        tag: Tag::default(),
+        offset: 4096,
+        written: Written::Zeros(len),
+    };
+    assert_eq!(read(most, b""), Ok(Message::SyncBlock(zeros(ZEROS_BYTES_MAX))));
+    assert_eq!(encode(&Message::SyncBlock(zeros(ZEROS_BYTES_MAX))).len(), HEADER_BYTES);
+    for (sectors, body) in [(most + 1, &b""[..]), (u64::from(u32::MAX), b""), (1, b"x")] {
+        assert_eq!(
+            read(sectors, body),
+            Err(WireError::Field {
+                kind: "SyncBlock",
+                what: "the number of zeros"
+            })
+        );
+    }
+}
+
+#[test]
+#[should_panic(expected = "zeros in one disk write")]
+fn more_zeros_than_a_disk_write_may_have_are_a_fault() {
+    let _ = encode(&Message::Write(DiskWrite {
+        tag: Tag::default(),
+        offset: 0,
+        written: Written::Zeros(ZEROS_BYTES_MAX + 512),
+    }));
 }

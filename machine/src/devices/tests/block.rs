@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use super::driver::{DriverQueue, Piece, bell, get, put, ram, read32, start, start_with, wait_for, written_pages};
 use crate::devices::DeviceError;
-use crate::devices::block::{Backend, Block, REQUEST_BYTES_MAX};
+use crate::devices::block::{Backend, Block, REQUEST_BYTES_MAX, ZEROS_RANGES_MAX, ZEROS_SECTORS_MAX};
 use crate::memory::Memory;
 
 const SECTORS: u64 = 2048;
@@ -14,6 +14,8 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -25,6 +27,7 @@ const STATUS: u64 = 0x60_000;
 enum Call {
     Read(u64, usize),
     Write(u64, usize),
+    Zero(u64, u64, bool),
     Flush,
 }
 
@@ -89,6 +92,13 @@ impl Backend for Ram {
         Ok(())
     }
 
+    fn zero(&mut self, offset: u64, length: u64, give_back: bool) -> io::Result<()> {
+        self.call(Call::Zero(offset, length, give_back))?;
+        let [start, length] = [offset, length].map(crate::index);
+        self.0.lock().unwrap().bytes[start..start + length].fill(0);
+        Ok(())
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         self.call(Call::Flush)
     }
@@ -126,10 +136,16 @@ fn shows_its_capacity_and_identity() {
     let block = disk(&ram, &Ram::new(DISK_BYTES + 100));
     let mut queue = DriverQueue::new(&ram, 0);
     start(block.mmio(), &[&queue]);
-    let mut config = [0; 16];
+    let mut config = [0xee; 64];
     block.mmio().read(0x100, &mut config);
     assert_eq!(config[..8], SECTORS.to_le_bytes());
-    assert_eq!(config[12..], 254u32.to_le_bytes());
+    assert_eq!(config[12..16], 254u32.to_le_bytes());
+    assert_eq!(config[16..36], [0; 20]);
+    let limits: Vec<u8> = [512 * 1024, 16, 8, 512 * 1024, 16, 1_u32]
+        .map(u32::to_le_bytes)
+        .concat();
+    assert_eq!(config[36..60], limits);
+    assert_eq!(config[60..], [0; 4], "beyond the structure");
     assert_eq!(read32(block.mmio(), 8), 2);
     assert_eq!(
         request(&ram, &block, &mut queue, &header(GET_ID, 0), &[Piece::Write(DATA, 20)]),
@@ -211,7 +227,7 @@ fn refuses_what_is_not_whole_sectors_inside() {
             (IOERR, 1)
         );
     }
-    for kind in [2, 11, 13, 99, u32::MAX] {
+    for kind in [2, 10, 12, 14, 99, u32::MAX] {
         assert_eq!(
             request(&ram, &block, &mut queue, &header(kind, 0), &[Piece::Write(DATA, 512)]),
             (UNSUPP, 1)
@@ -289,6 +305,128 @@ fn a_failing_disk_is_the_guests_error() {
     assert_eq!(request(&ram, &block, &mut queue, &header(FLUSH, 0), &[]), (IOERR, 1));
     content.0.lock().unwrap().failing = false;
     assert_eq!(request(&ram, &block, &mut queue, &header(FLUSH, 0), &[]), (OK, 1));
+}
+
+/// Ranges as the driver writes them: sector, sectors, flags.
+fn ranges(ranges: &[(u64, u32, u32)]) -> Vec<u8> {
+    let range = |(sector, count, flags): &(u64, u32, u32)| {
+        [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+    };
+    ranges.iter().flat_map(range).collect()
+}
+
+fn zero(ram: &Memory, block: &Block, queue: &mut DriverQueue<'_>, kind: u32, wanted: &[(u64, u32, u32)]) -> (u8, u32) {
+    let bytes = ranges(wanted);
+    put(ram, DATA, &bytes);
+    let length = u32::try_from(bytes.len()).unwrap();
+    request(ram, block, queue, &header(kind, 0), &[Piece::Read(DATA, length)])
+}
+
+#[test]
+fn what_is_discarded_reads_as_zeros() {
+    let ram = ram();
+    let content = Ram::new(DISK_BYTES);
+    content.0.lock().unwrap().bytes.fill(7);
+    let block = disk(&ram, &content);
+    let mut queue = DriverQueue::new(&ram, 0);
+    start(block.mmio(), &[&queue]);
+    let pieces = [(8, 16, 0), (SECTORS - 1, 1, 0), (3, 0, 0)];
+    assert_eq!(zero(&ram, &block, &mut queue, DISCARD, &pieces), (OK, 1));
+    let expected = [(8 * 512, 16 * 512), ((SECTORS - 1) * 512, 512), (3 * 512, 0)];
+    assert_eq!(
+        content.calls(),
+        expected.map(|(offset, length)| Call::Zero(offset, length, true))
+    );
+    assert_eq!(
+        zero(&ram, &block, &mut queue, WRITE_ZEROES, &[(0, 8, 0), (24, 1, 1)]),
+        (OK, 1)
+    );
+    assert_eq!(
+        content.calls(),
+        [Call::Zero(0, 4096, false), Call::Zero(24 * 512, 512, true)]
+    );
+    let bytes = content.0.lock().unwrap().bytes.clone();
+    assert!(bytes[..25 * 512].iter().all(|byte| *byte == 0));
+    assert_eq!(
+        (bytes[25 * 512], bytes[DISK_BYTES - 513], bytes[DISK_BYTES - 1]),
+        (7, 7, 0)
+    );
+    // The ranges may lie in any pieces of memory.
+    put(&ram, DATA, &ranges(&[(100, 1, 0)]));
+    let pieces = [Piece::Read(DATA, 3), Piece::Read(DATA + 3, 13)];
+    assert_eq!(request(&ram, &block, &mut queue, &header(DISCARD, 0), &pieces), (OK, 1));
+    assert_eq!(content.calls(), [Call::Zero(100 * 512, 512, true)]);
+    content.0.lock().unwrap().failing = true;
+    assert_eq!(zero(&ram, &block, &mut queue, DISCARD, &[(0, 1, 0)]), (IOERR, 1));
+}
+
+#[test]
+fn hostile_discards_do_nothing() {
+    let ram = ram();
+    let most = ZEROS_SECTORS_MAX;
+    let content = Ram::new(512 * (crate::index(most.into()) + 1));
+    let block = disk(&ram, &content);
+    let mut queue = DriverQueue::new(&ram, 0);
+    start(block.mmio(), &[&queue]);
+    let last = u64::from(most);
+    for kind in [DISCARD, WRITE_ZEROES] {
+        for (bad, status) in [
+            ((last + 1, 1, 0), IOERR),
+            ((last, 2, 0), IOERR),
+            ((u64::MAX, 1, 0), IOERR),
+            ((u64::MAX, u32::MAX, 0), IOERR),
+            ((1 << 55, 1, 0), IOERR),
+            ((0, most + 1, 0), IOERR),
+            ((0, u32::MAX, 0), IOERR),
+            ((0, 1, 2), UNSUPP),
+            ((0, 1, u32::MAX), UNSUPP),
+            ((u64::MAX, 1, 4), UNSUPP),
+        ] {
+            assert_eq!(
+                zero(&ram, &block, &mut queue, kind, &[(0, 1, 0), bad]),
+                (status, 1),
+                "{kind} {bad:?}"
+            );
+        }
+        let too_many = vec![(0, 1, 0); crate::index(ZEROS_RANGES_MAX.into()) + 1];
+        for wanted in [&too_many[..], &[]] {
+            assert_eq!(zero(&ram, &block, &mut queue, kind, wanted), (IOERR, 1));
+        }
+        for length in [1, 15, 17] {
+            let pieces = [Piece::Read(DATA, length)];
+            assert_eq!(request(&ram, &block, &mut queue, &header(kind, 0), &pieces), (IOERR, 1));
+        }
+    }
+    assert_eq!(zero(&ram, &block, &mut queue, DISCARD, &[(0, 1, 1)]), (UNSUPP, 1));
+    assert_eq!(
+        content.calls(),
+        [],
+        "all of a request is checked before any of it is done"
+    );
+    let mut wanted = vec![(0, 1, 0); crate::index(ZEROS_RANGES_MAX.into())];
+    wanted[3] = (1, most, 0);
+    assert_eq!(zero(&ram, &block, &mut queue, DISCARD, &wanted), (OK, 1));
+}
+
+#[test]
+fn a_driver_that_did_not_ask_for_discards_has_none() {
+    let ram = ram();
+    let content = Ram::new(DISK_BYTES);
+    let block = disk(&ram, &content);
+    let mut queue = DriverQueue::new(&ram, 0);
+    start_with(block.mmio(), &[&queue], 1 << 32);
+    for kind in [DISCARD, WRITE_ZEROES] {
+        assert_eq!(zero(&ram, &block, &mut queue, kind, &[(0, 1, 0)]), (UNSUPP, 1));
+    }
+    assert_eq!(content.calls(), []);
+    let mut queue = DriverQueue::new(&ram, 0);
+    start_with(block.mmio(), &[&queue], 1 << 32 | 1 << 13);
+    assert_eq!(zero(&ram, &block, &mut queue, DISCARD, &[(0, 1, 0)]), (OK, 1));
+    assert_eq!(
+        content.calls(),
+        [Call::Zero(0, 512, true), Call::Flush],
+        "as after a write"
+    );
 }
 
 #[test]
