@@ -19,8 +19,8 @@ const RECORD_BYTES: usize = 64;
 const MEMORY_WORDS: usize = 2 << 20;
 const O_NONBLOCK: i32 = 0o4000;
 // Two guests share an emulated processor with all that protects them: what watches must leave the most of it to the others.
-const CLOCK_REST: Duration = Duration::from_millis(20);
-const MEMORY_REST: Duration = Duration::from_millis(50);
+const CLOCK_REST: Duration = Duration::from_millis(100);
+const MEMORY_REST: Duration = Duration::from_millis(100);
 /// What a healthy kernel does not say.
 const TROUBLE: [&str; 12] = [
     "BUG:",

@@ -100,7 +100,8 @@ pair() {
     cp --sparse=always linux/a.img linux/b.img
 }
 
-# Starts a side, once more too. Its log is a.log, its process a.pid, how it ended a.status.
+# start_side a primary [auto]: starts a side, once more too, with the mode for when it leads. Its log is a.log, its process a.pid, how
+# it ended a.status.
 start_side() {
     local name=$1 role=$2 peer own=7700 other=7701
     [ "$name" = a ] || { own=7701 other=7700; }
@@ -108,7 +109,7 @@ start_side() {
     rm -f "$name.pid" "$name.status"
     (
         tandem "$role" --pair lab --name "$name" "${peer[@]}" "${boots[@]}" --image "linux/$name.img" --memory 192M --vcpus 1 \
-            --tap "tap$((own - 7700))" --witness dir:/run/lab/witness --takeover-limit 3s --mode "${mode:-auto}" </dev/null >>"$name.log" 2>&1 &
+            --tap "tap$((own - 7700))" --witness dir:/run/lab/witness --takeover-limit 3s --mode "${3:-auto}" </dev/null >>"$name.log" 2>&1 &
         echo $! >"$name.pid"
         wait $! && status=0 || status=$?
         echo "$status" >"$name.status"
@@ -184,8 +185,10 @@ client_records() {
 # A session in which a shell says again what it hears.
 client_ssh() {
     local answer session
-    coproc SESSION { inside 'while read -r line; do echo "heard $line"; done'; }
+    coproc SESSION { inside 'echo in; while read -r line; do echo "heard $line"; done'; }
     session=$SESSION_PID
+    # Keys are computed on both emulated guests, one message of the other waiting for what each has to say.
+    read -r -t 300 -u "${SESSION[0]}" answer || { failure="no login"; return 1; }
     until [ -e enough ]; do
         echo "$number" >&"${SESSION[1]}"
         read -r -t 90 -u "${SESSION[0]}" answer || { failure="no answer"; return 1; }
@@ -215,17 +218,17 @@ until_more() {
     shift
     for client; do
         from=$(cat "$client.count")
-        end=$((SECONDS + 120))
+        end=$((SECONDS + 300))
         until [ "$(cat "$client.count")" -ge $((${from:-0} + more)) ] 2>/dev/null; do
             [ ! -e failed ] || { cat failed; return 1; }
-            [ $SECONDS -lt $end ] || { echo "$client: no $more answers more than $from within 120 s"; return 1; }
+            [ $SECONDS -lt $end ] || { echo "$client: no $more answers more than $from within 300 s"; return 1; }
             sleep 0.5
         done
     done
 }
 
 clients_done() {
-    local end=$((SECONDS + 120))
+    local end=$((SECONDS + 300))
     touch enough
     until [ "$(wc -l <finished 2>/dev/null || echo 0)" -ge "$1" ]; do
         [ $SECONDS -lt $end ] || { echo "clients do not end: $(cat finished)"; return 1; }
