@@ -26,6 +26,15 @@ const MSRS_MAX: usize = 1024;
 const MSR_TSC: u32 = 0x10;
 /// MSRs that follow from where the time stamp counter is. A guest with a clock page has no use for them.
 const TSC_MSRS: [u32; 2] = [0x3b, 0x6e0];
+/// The memory type range registers (Intel SDM vol. 3, 12.11): KVM keeps them, but does not list them. Eight variable ranges, the
+/// fixed ones, and the default.
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+];
 
 /// Why registers can't be saved or loaded.
 #[derive(Debug, Error)]
@@ -249,7 +258,9 @@ impl MsrList {
         let wanted = |index: &u32| *index != MSR_TSC && (chips == Chips::Pc || !TSC_MSRS.contains(index));
         let usable =
             |index: &u32| wanted(index) && read_msrs(vcpu, &[*index]).is_some_and(|msr| write_msrs(vcpu, &msr).is_ok());
-        let indexes = indexes.iter().copied().filter(usable).collect();
+        let unlisted = MTRRS.into_iter().flatten().filter(|_| chips == Chips::Pc);
+        let unlisted = unlisted.filter(|index| !indexes.contains(index));
+        let indexes = indexes.iter().copied().chain(unlisted).filter(usable).collect();
         Self { indexes, chips }
     }
 

@@ -236,6 +236,30 @@ fn a_jump_to_where_a_processor_starts_is_a_reset() {
     assert_eq!(machine.end(), PowerEvent::Reset);
 }
 
+#[test]
+fn what_firmware_says_of_memory_moves_though_kvm_does_not_list_it() {
+    const MASK: u32 = 0x201;
+    if kvm_is_missing() {
+        return;
+    }
+    let (mut machine, _) = pc(&[], Mapping::Shared, 2);
+    machine.vm.start_pc().unwrap();
+    let msrs = machine.vm.msrs.clone();
+    let mark = |registers: &mut Registers| {
+        let mask = registers.msrs.iter_mut().find(|msr| msr.index == MASK);
+        mask.expect("it is saved").data = 0xf_f000_0800;
+    };
+    machine.vm.vcpus[1].cpu().edit(mark, &msrs).unwrap();
+    let (mut copy, _) = pc(&[], Mapping::Shared, 2);
+    machine.copy_to(&mut copy);
+    for (vcpu, expected) in [(0, 0), (1, 0xf_f000_0800)] {
+        let saved = copy.vm.vcpus[vcpu].cpu().save(&msrs, 0).unwrap().registers.msrs;
+        let of = |index| saved.iter().filter(move |msr| msr.index == index).map(|msr| msr.data);
+        assert_eq!(of(MASK).collect::<Vec<_>>(), [expected]);
+        assert_eq!(of(0x2ff).collect::<Vec<_>>(), [0x806]);
+    }
+}
+
 impl Machine {
     fn half(&self, address: u64) -> u32 {
         self.vm.ram.memory().read_obj(GuestAddress(address)).unwrap()
