@@ -9,8 +9,8 @@ mod pc;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use guest::abi::{VIRTIO_BASE, VIRTIO_STRIDE};
-use kvm_bindings::CpuId;
+use guest::abi::VIRTIO_STRIDE;
+use kvm_bindings::{CpuId, kvm_msr_entry};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 
@@ -105,6 +105,8 @@ pub struct KvmVm {
     ram: GuestRam,
     msrs: MsrList,
     cpuids: Vec<CpuId>,
+    /// What of each vCPU's MSRs is settled since it runs; nothing before.
+    lasting: Vec<Vec<kvm_msr_entry>>,
     scratch: Option<Scratch>,
     host: Host,
     /// What the vCPUs and chips of a PC are like before anything has run.
@@ -267,6 +269,7 @@ impl KvmVm {
             ram,
             msrs,
             cpuids,
+            lasting: Vec::new(),
             scratch: None,
             host,
             reset: None,
@@ -330,12 +333,18 @@ impl KvmVm {
         }
     }
 
-    /// Says how the guest has ended, if it has. A machine that runs has not.
+    /// Says how the guest has ended, if it has: of several vCPUs' ends the worst. A machine that runs has not.
     pub fn ended(&mut self) -> Option<PowerEvent> {
         if self.life == Life::Running {
             None
         } else {
-            self.vcpus.iter_mut().find_map(|vcpu| vcpu.cpu().ended().cloned())
+            let ends = self.vcpus.iter_mut().filter_map(|vcpu| vcpu.cpu().ended().cloned());
+            ends.max_by_key(|end| match end {
+                PowerEvent::Reset => 0,
+                PowerEvent::Off => 1,
+                PowerEvent::Panic => 2,
+                PowerEvent::Crashed { .. } => 3,
+            })
         }
     }
 
@@ -434,8 +443,16 @@ impl Vm for KvmVm {
         if self.life == Life::Poisoned {
             return Err(VmError::Poisoned);
         }
+        // After a pause that failed: one that was slow to stop would stop yet, and never go on.
+        for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.is_asked_to_stop()) {
+            vcpu.wait_until_stopped().map_err(VmError::Stop)?;
+        }
         // A guest that has ended says so again, and does nothing else.
         let ended = self.ended().is_some();
+        if self.lasting.is_empty() {
+            let read = |vcpu: &mut Vcpu| vcpu.cpu().lasting_msrs(&self.msrs);
+            self.lasting = self.vcpus.iter_mut().map(read).collect::<Result<_, _>>()?;
+        }
         self.life = Life::Running;
         for device in self.devices.all() {
             device.thaw();
@@ -489,6 +506,9 @@ impl Vm for KvmVm {
         }
         if let (Kind::Pc(pc), Some(chipset)) = (&self.kind, &decoded.chipset) {
             pc.check(state, chipset)?;
+        }
+        for (cpu, lasting) in decoded.cpus.iter().zip(&self.lasting) {
+            cpu.registers.check_lasting(lasting)?;
         }
         self.try_registers(&decoded)
     }
@@ -584,11 +604,7 @@ impl Vm for KvmVm {
 /// Puts the devices on the bus, at rest, and lets KVM take their notifications.
 fn connect(vm: &VmFd, devices: &Devices) -> Result<Bus, BuildError> {
     let mut bus = Bus::default();
-    for (device, base) in devices
-        .all()
-        .iter()
-        .zip((VIRTIO_BASE..).step_by(crate::index(VIRTIO_STRIDE)))
-    {
+    for (device, base) in devices.all().iter().zip(crate::pc::device_bases()) {
         device.freeze()?;
         for notifier in device.notifiers()? {
             let address = IoEventAddress::Mmio(base + notifier.offset);

@@ -62,8 +62,20 @@ const FOREIGN_MSRS: [(u32, u32); 18] = [
     (0xc001_0200, 0xc001_020b),
 ];
 
-/// More of them, one by one: VM_HSAVE_PA, the TSC ratio of nested guests, XFD and its error, LBR's control and depth.
-const FOREIGN_MSR: [u32; 6] = [0xc001_0117, 0xc000_0104, 0x1c4, 0x1c5, 0x14ce, 0x14cf];
+/// More of them, one by one: VM_HSAVE_PA, the TSC ratio of nested guests, XFD and its error, LBR's control and depth. KVM's wall clock
+/// under both numbers: to set it is to have KVM write the time into guest memory, which is the guest's once it has read it.
+/// And the old number of KVM's clock, which is the same register as the new one.
+const FOREIGN_MSR: [u32; 9] = [
+    0xc001_0117,
+    0xc000_0104,
+    0x1c4,
+    0x1c5,
+    0x14ce,
+    0x14cf,
+    0x11,
+    0x4b56_4d00,
+    0x12,
+];
 
 const fn bits(numbers: &[u32]) -> u32 {
     let (mut bits, mut at) = (0, 0);

@@ -97,6 +97,11 @@ pub(crate) struct Layout {
     pub(crate) slots: Vec<Slot>,
 }
 
+/// Where virtio devices lie, one after the other: on the bus and in the tables that announce them.
+pub(crate) fn device_bases() -> impl Iterator<Item = u64> {
+    (VIRTIO_BASE..).step_by(crate::index(VIRTIO_STRIDE))
+}
+
 impl Layout {
     /// Lays out a machine with so many vCPUs and virtio devices.
     ///
@@ -105,7 +110,6 @@ impl Layout {
     pub(crate) fn new(vcpus: u8, devices: usize) -> Self {
         assert!((1..=VCPUS_MAX).contains(&vcpus), "a machine has 1 to {VCPUS_MAX} vCPUs");
         assert!(devices <= SLOTS_MAX, "a machine has at most {SLOTS_MAX} devices");
-        let bases = (VIRTIO_BASE..).step_by(crate::index(VIRTIO_STRIDE));
         let slot = |(base, gsi)| Slot {
             base,
             bytes: VIRTIO_STRIDE,
@@ -113,7 +117,7 @@ impl Layout {
         };
         Self {
             vcpus,
-            slots: bases.zip(SLOT_GSIS).take(devices).map(slot).collect(),
+            slots: device_bases().zip(SLOT_GSIS).take(devices).map(slot).collect(),
         }
     }
 }

@@ -42,6 +42,9 @@ const KEYBOARD_RESET: u8 = 0xfe;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const PANICKED: u8 = 1;
 
+/// All of them: the first of some, and how many.
+const PORTS: [(u16, u16); 3] = [(KEYBOARD_PORT, 1), (PANIC_PORT, 1), (SLEEP_CONTROL_PORT, 3)];
+
 const NOTHING: u8 = 0;
 const OFF: u8 = 1;
 const RESET: u8 = 2;
@@ -63,14 +66,20 @@ pub(crate) struct Power {
 impl Power {
     /// Lets the ports answer.
     pub(crate) fn connect(self: &Arc<Self>, ports: &mut Bus) {
-        for (first, count) in [(KEYBOARD_PORT, 1), (PANIC_PORT, 1), (SLEEP_CONTROL_PORT, 3)] {
+        for (first, count) in PORTS {
             let power = Arc::clone(self);
-            ports.insert(first.into(), count, Arc::new(Ports { first, power }));
+            ports.insert(first.into(), count.into(), Arc::new(Ports { first, power }));
         }
     }
 
-    /// Says once how the guest has ended.
-    pub(crate) fn take(&self) -> Option<PowerEvent> {
+    /// Says once how the guest has ended, to the vCPU that has written to this port; the others' ports don't matter.
+    pub(crate) fn take(&self, port: u16) -> Option<PowerEvent> {
+        let own = PORTS
+            .iter()
+            .any(|(first, count)| (*first..first + count).contains(&port));
+        if !own {
+            return None;
+        }
         match self.event.swap(NOTHING, Ordering::Relaxed) {
             OFF => Some(PowerEvent::Off),
             RESET => Some(PowerEvent::Reset),
@@ -135,8 +144,9 @@ mod tests {
     fn after(port: u16, value: u8) -> Option<PowerEvent> {
         let (power, ports) = machine();
         ports.write(port.into(), &[value]);
-        let event = power.take();
-        assert_eq!(power.take(), None, "it is said once");
+        assert_eq!(power.take(0x3f8), None, "it is said to who has written there");
+        let event = power.take(port);
+        assert_eq!(power.take(port), None, "it is said once");
         event
     }
 

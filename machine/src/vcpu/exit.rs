@@ -62,7 +62,7 @@ pub(crate) fn handle(exit: VcpuExit<'_>, board: &Board) -> (Request, bool) {
         }
         VcpuExit::IoOut(port, data) => {
             board.ports.write(port.into(), data);
-            let event = board.power.as_ref().and_then(|power| power.take());
+            let event = board.power.as_ref().and_then(|power| power.take(port));
             (event.map_or(Request::Continue, Request::End), true)
         }
         VcpuExit::Intr => (Request::Continue, false),

@@ -27,6 +27,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use guest::abi::{POWER_OFF, POWER_PANIC, POWER_RESET};
+use kvm_bindings::kvm_msr_entry;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
@@ -60,7 +61,7 @@ pub enum PowerEvent {
     },
 }
 
-/// Called on the vCPU's thread when the guest has ended; the machine is stopped then. It must not wait
+/// Called on the vCPU's thread when the guest has ended; this vCPU is stopped then, others may run. It must not wait
 /// for long, and must not drop the machine.
 pub type PowerHook = Arc<dyn Fn(PowerEvent) + Send + Sync>;
 
@@ -182,6 +183,11 @@ impl Vcpu {
         } else {
             Ok(())
         }
+    }
+
+    /// Says whether it was asked to stop, and not to go on since.
+    pub(crate) fn is_asked_to_stop(&self) -> bool {
+        self.shared.stop.load(Ordering::Acquire)
     }
 
     /// Gives access to the registers of a stopped vCPU.
@@ -329,6 +335,11 @@ impl Cpu {
         let mut registers = Registers::save(&self.fd, msrs, at)?;
         change(&mut registers);
         registers.load(&self.fd, at)
+    }
+
+    /// Reads the MSRs that can't be set any more once this vCPU has run.
+    pub(crate) fn lasting_msrs(&self, msrs: &MsrList) -> Result<Vec<kvm_msr_entry>, RegisterError> {
+        msrs.read_lasting(&self.fd)
     }
 
     /// Says how the guest has ended, if it has.

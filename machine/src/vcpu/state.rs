@@ -24,6 +24,8 @@ use crate::state::{Reader, StateError, Writer};
 const MSRS_MAX: usize = 1024;
 
 const MSR_TSC: u32 = 0x10;
+/// MSRs that tell features, and that no guest can write (microcode, platform, capabilities): KVM keeps them as they are once a vCPU has run.
+const TELLING_MSRS: [u32; 4] = [0x8b, 0xce, 0x10a, 0x345];
 /// MSRs that follow from where the time stamp counter is. A guest with a clock page has no use for them.
 const TSC_MSRS: [u32; 2] = [0x3b, 0x6e0];
 /// The memory type range registers (Intel SDM vol. 3, 12.11): KVM keeps them, but does not list them. Eight variable ranges, the
@@ -35,6 +37,11 @@ const MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
     0x268..=0x26f,
     0x2ff..=0x2ff,
 ];
+
+/// Registers of the APIC's timer.
+const APIC_LVT_TIMER: usize = 0x320;
+const APIC_INITIAL_COUNT: usize = 0x380;
+const APIC_CURRENT_COUNT: usize = 0x390;
 
 /// Why registers can't be saved or loaded.
 #[derive(Debug, Error)]
@@ -151,12 +158,27 @@ impl Registers {
         if let Some(timing) = &self.timing {
             // The APIC says what its timer counts, the MSRs until when, and both go by the counter.
             set_guest_tsc(vcpu, timing.tsc, at)?;
+            // What the vCPU had before may count towards a moment of its own, in another mode: KVM would keep the one, or forget the
+            // timer that is loaded at the other. So it is stopped first.
+            load("local APIC", vcpu.set_lapic(&without_timer(&timing.apic)))?;
             load("local APIC", vcpu.set_lapic(&timing.apic))?;
         }
         write_msrs(vcpu, &self.msrs)?;
         load("run state", vcpu.set_mp_state(self.run_state))?;
         load("pending events", vcpu.set_vcpu_events(&self.events))?;
         load("debug registers", vcpu.set_debug_regs(&self.debug))
+    }
+
+    /// Says which of these MSRs, as a vCPU has them for good, has another value here.
+    pub(crate) fn check_lasting(&self, lasting: &[kvm_msr_entry]) -> Result<(), RegisterError> {
+        let differs = |msr: &&kvm_msr_entry| lasting.iter().any(|has| has.index == msr.index && has.data != msr.data);
+        match self.msrs.iter().find(differs) {
+            Some(msr) => Err(RegisterError::Msr {
+                index: msr.index,
+                value: msr.data,
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Appends the registers to a section.
@@ -268,12 +290,38 @@ impl MsrList {
         &self.indexes
     }
 
-    fn read(&self, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, RegisterError> {
-        read_msrs(vcpu, &self.indexes).ok_or_else(|| RegisterError::Save {
-            register: "model-specific registers",
-            source: io::ErrorKind::Unsupported.into(),
-        })
+    /// Reads those that can't be set any more once this vCPU has run.
+    pub(crate) fn read_lasting(&self, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, RegisterError> {
+        let lasting = TELLING_MSRS.into_iter().filter(|msr| self.indexes.contains(msr));
+        read(vcpu, &lasting.collect::<Vec<_>>())
     }
+
+    fn read(&self, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, RegisterError> {
+        read(vcpu, &self.indexes)
+    }
+}
+
+fn read(vcpu: &VcpuFd, indexes: &[u32]) -> Result<Vec<kvm_msr_entry>, RegisterError> {
+    read_msrs(vcpu, indexes).ok_or_else(|| RegisterError::Save {
+        register: "model-specific registers",
+        source: io::ErrorKind::Unsupported.into(),
+    })
+}
+
+/// Returns the state of an APIC with its timer masked and stopped (Intel SDM vol. 3, 11.5.4).
+fn without_timer(apic: &kvm_lapic_state) -> kvm_lapic_state {
+    const MASKED: u32 = 1 << 16;
+    let mut quiet = *apic;
+    for (register, value) in [
+        (APIC_LVT_TIMER, MASKED),
+        (APIC_INITIAL_COUNT, 0),
+        (APIC_CURRENT_COUNT, 0),
+    ] {
+        for (to, from) in quiet.regs[register..].iter_mut().zip(value.to_le_bytes()) {
+            *to = from.cast_signed();
+        }
+    }
+    quiet
 }
 
 fn read_msrs(vcpu: &VcpuFd, indexes: &[u32]) -> Option<Vec<kvm_msr_entry>> {

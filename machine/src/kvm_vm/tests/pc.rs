@@ -342,6 +342,9 @@ fn two_vcpus_stop_together_and_go_on_elsewhere_with_their_timer() {
 }
 
 /// Nothing of a PC that has not run since is another after a restore, but its time, which goes on.
+/// A leap of a time, far beyond what a test takes: 20 minutes in nanoseconds, some minutes of a counter.
+const AHEAD: u64 = 1 << 40;
+
 #[test]
 fn a_pc_is_restored_whole_and_its_time_goes_on() {
     if kvm_is_missing() {
@@ -351,6 +354,12 @@ fn a_pc_is_restored_whole_and_its_time_goes_on() {
     let (mut copy, _) = pc(two(), Mapping::Private, 2);
     original.vm.start_pc().unwrap();
     original.run_until(|machine| machine.half(TICKS) > 3 && machine.half(OTHER) > 3);
+    // Two machines on one host would have about the same time without being told.
+    let msrs = original.vm.msrs.clone();
+    for vcpu in &mut original.vm.vcpus {
+        let ahead = |registers: &mut Registers| registers.timing.as_mut().unwrap().tsc += AHEAD;
+        vcpu.cpu().edit(ahead, &msrs).unwrap();
+    }
     let before = original.vm.save().unwrap();
     copy.vm.check(&before).unwrap();
     copy.vm.restore(&before).unwrap();
@@ -359,6 +368,10 @@ fn a_pc_is_restored_whole_and_its_time_goes_on() {
     let (first, second) = (times(&original.vm, &before), times(&copy.vm, &after));
     for (number, (first, second)) in first.iter().zip(&second).enumerate() {
         assert!(second >= first, "time {number} goes back from {first} to {second}");
+        assert!(
+            second - first < AHEAD / 2,
+            "time {number} leaps from {first} to {second}"
+        );
     }
     for (mine, other) in before.0.iter().zip(&after.0) {
         if !mine.name.starts_with("vcpu") && mine.name != CHIPSET {
@@ -371,6 +384,18 @@ fn a_pc_is_restored_whole_and_its_time_goes_on() {
         assert_eq!(mine.regs, other.regs);
         assert_eq!(mine.sregs, other.sregs);
         assert_eq!(mine.run_state, other.run_state);
+        assert_eq!(mine.xcrs, other.xcrs);
+        assert_eq!(mine.debug, other.debug);
+        assert_eq!(mine.events, other.events);
+        assert_eq!(mine.xsave.region, other.xsave.region);
+        let values = |registers: &Registers| {
+            registers
+                .msrs
+                .iter()
+                .map(|msr| (msr.index, msr.data))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(values(mine), values(other));
         // All of the local APIC but what its timer has counted down to.
         let apic = |registers: &Registers| {
             let mut apic = registers.timing.as_ref().unwrap().apic.regs;
