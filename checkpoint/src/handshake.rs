@@ -39,6 +39,8 @@ pub struct Local {
     pub committed: Epoch,
     /// What this side, as a secondary, still has of the pairing before.
     pub held: Held,
+    /// The CPU of the machine whose memory that is.
+    pub held_cpu: Option<CpuModel>,
     /// The takeover limit in milliseconds.
     pub takeover_limit_ms: u64,
     /// Whether a witness is configured.
@@ -150,13 +152,15 @@ pub fn judge_hello(local: &Local, hello: &Hello, session: Session) -> Result<Wel
     if local.owner && hello.generation == local.generation.0 {
         return Err(Refusal::BothRan(hello.generation));
     }
+    // Memory goes with its machine, which a VM with another CPU can't be.
+    let memory = local.held.memory.filter(|_| local.held_cpu.as_ref() == Some(&cpu));
     Ok(Welcome {
         node: local.node.clone(),
         session,
         cpu,
         generation: local.generation.0,
         committed: local.committed.0,
-        held: local.held,
+        held: Held { memory, ..local.held },
         // Each side has threads for as many as it is set to.
         streams: hello.streams.min(wire_streams(local.streams)),
     })
@@ -371,6 +375,7 @@ mod tests {
             owner: true,
             committed: Epoch(70),
             held: Held::default(),
+            held_cpu: None,
             takeover_limit_ms: 300,
             witness: true,
             streams: 4,
@@ -387,6 +392,28 @@ mod tests {
             streams: 2,
             ..primary()
         }
+    }
+
+    #[test]
+    fn memory_is_held_for_a_machine_with_the_same_cpu_only() {
+        let tag = Tag {
+            generation: Generation(4),
+            epoch: Epoch(60),
+        };
+        let held = |cpu| {
+            let secondary = Local {
+                held: Held {
+                    memory: Some(tag),
+                    ..HELD
+                },
+                held_cpu: cpu,
+                ..secondary()
+            };
+            judge_hello(&secondary, &hello(&primary()), Session(1)).unwrap().held
+        };
+        assert_eq!(held(Some(server())).memory, Some(tag));
+        assert_eq!(held(Some(server().without(["rdseed"]))), HELD);
+        assert_eq!(held(None), HELD);
     }
 
     fn refusal(change: impl FnOnce(&mut Local)) -> Refusal {

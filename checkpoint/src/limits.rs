@@ -87,3 +87,7 @@ const _: () = assert!(FRAME_BYTES_MAX < BODY_BYTES_MAX);
 const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES));
 const _: () = assert!(BLOCK_BYTES < BODY_BYTES_MAX);
 const _: () = assert!(BLOCK_BYTES as u64 <= ZEROS_BYTES_MAX);
+
+/// Blocks of a disk whose hashes travel in one message: 2 MiB of it, so that the primary hears in time that the secondary does not hang,
+/// also where a slow disk and a slow processor share the work.
+pub const HASHED_BLOCKS_PER_MESSAGE: usize = 32;

@@ -153,6 +153,7 @@ pub async fn run(mut setup: Setup, outside: &mut Outside) -> std::io::Result<Out
             owner: true,
             committed: Epoch(0),
             held: Held::default(),
+            held_cpu: None,
             takeover_limit_ms: setup.options.takeover_limit.as_millis(),
             witness: setup.options.witness,
             streams: setup.streams,

@@ -20,10 +20,6 @@ use storage::{CommitJob, FileImage, Image, Replica};
 use crate::event::Event;
 use crate::vm;
 
-/// Blocks whose hashes travel in one message: 2 MiB of the disk, so that the primary hears in time that it does not hang, also where
-/// a slow one and a slow processor share the work.
-const HASHES_PER_MESSAGE: usize = 32;
-
 /// The replica, shared by the guest's block device, the loop and the disk's thread.
 #[derive(Clone)]
 pub(crate) struct Disk {
@@ -221,7 +217,7 @@ fn send_hashes(disk: &Disk, tag: Tag, key: &HashKey, bulk: &BulkSender) -> Optio
     let blocks = block_count(disk.image.size());
     let mut first = 0;
     while first < blocks {
-        match storage::verify::hashes(&*disk.image, key, first, HASHES_PER_MESSAGE) {
+        match storage::verify::hashes(&*disk.image, key, first, checkpoint::limits::HASHED_BLOCKS_PER_MESSAGE) {
             Ok(hashes) => {
                 let count = hashes.len() as u64;
                 let hashes = hashes.into_iter().map(|hash| hash.0).collect();

@@ -95,8 +95,7 @@ impl CpuChoice {
             })?,
         };
         let model = base.without(self.hidden.0.iter().copied());
-        let bits = u32::from(model.physical_bits());
-        if bits < u64::BITS && (memory_bytes + HOLE_BYTES - 1) >> bits > 0 {
+        if let Some(bits) = too_few_bits(&model, memory_bytes) {
             bail!(
                 "a guest with --cpu {} has {bits} bits for an address, too few for this much memory: take --cpu host",
                 self.base
@@ -110,6 +109,13 @@ impl CpuChoice {
     pub fn adapts(&self) -> bool {
         self.base == Base::Host
     }
+}
+
+/// Returns how many bits an address has if they are too few for that much memory.
+#[must_use]
+pub fn too_few_bits(cpu: &CpuModel, memory_bytes: u64) -> Option<u32> {
+    let bits = u32::from(cpu.physical_bits());
+    (bits < u64::BITS && (memory_bytes + HOLE_BYTES - 1) >> bits > 0).then_some(bits)
 }
 
 /// Returns the CPU that this host can give.

@@ -1,6 +1,7 @@
 //! What a VM is told that runs Linux instead of the bundled guest.
 
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -8,6 +9,9 @@ use clap::Args;
 use machine::{Program, VCPUS_MAX};
 
 use crate::settings::SettingsError;
+
+/// A kernel is read in portions of this size.
+const PORTION_BYTES: usize = 1 << 20;
 
 /// The options of a VM with Linux.
 #[derive(Args, Clone, Debug, Default)]
@@ -115,6 +119,21 @@ impl LinuxSettings {
         }))
     }
 
+    /// Says in a few words what is booted, for comparing it with the other host's: a guest that is reset after a takeover is to
+    /// start as it did before.
+    ///
+    /// # Errors
+    /// Fails if one of the files can't be read.
+    pub fn fingerprint(&self, command_line: &str) -> Result<String, SettingsError> {
+        let kernel = sum("kernel", &self.kernel)?;
+        let initrd = self.initrd.as_deref().map(|path| sum("initrd", path)).transpose()?;
+        let initrd = initrd.map_or_else(String::new, |sum| format!(", --initrd {sum:08x}"));
+        let command_line = crc32fast::hash(command_line.as_bytes());
+        Ok(format!(
+            "Linux (checksums: --kernel {kernel:08x}{initrd}, --cmdline {command_line:08x})"
+        ))
+    }
+
     /// Opens the files; what they hold is looked at when the guest boots.
     ///
     /// # Errors
@@ -129,11 +148,28 @@ impl LinuxSettings {
 }
 
 fn open(option: &'static str, path: &Path) -> Result<File, SettingsError> {
-    File::open(path).map_err(|error| SettingsError::Value {
+    File::open(path).map_err(|error| unusable(option, path, format!("can't be opened: {error}")))
+}
+
+fn sum(option: &'static str, path: &Path) -> Result<u32, SettingsError> {
+    let mut file = open(option, path)?;
+    let (mut sum, mut portion) = (crc32fast::Hasher::new(), vec![0; PORTION_BYTES]);
+    loop {
+        match file.read(&mut portion) {
+            Ok(0) => return Ok(sum.finalize()),
+            Ok(count) => sum.update(&portion[..count]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(unusable(option, path, format!("can't be read: {error}"))),
+        }
+    }
+}
+
+fn unusable(option: &'static str, path: &Path, reason: String) -> SettingsError {
+    SettingsError::Value {
         option,
         value: path.display().to_string(),
-        reason: format!("can't be opened: {error}"),
-    })
+        reason,
+    }
 }
 
 #[cfg(test)]
@@ -171,6 +207,32 @@ mod tests {
             let error = wrong.parse::<SerialPlace>().unwrap_err();
             assert!(error.contains("log, stdio or unix:PATH"), "{error}");
         }
+    }
+
+    #[test]
+    fn another_kernel_or_command_line_has_another_fingerprint() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let settings = |kernel: &str, initrd: Option<&str>| LinuxSettings {
+            kernel: path(kernel),
+            initrd: initrd.map(path),
+            vcpus: 1,
+            serial: SerialPlace::Log,
+        };
+        for (name, content) in [("a", "one"), ("b", "one"), ("c", "another")] {
+            std::fs::write(path(name), content).unwrap();
+        }
+        let of = |settings: LinuxSettings, line| settings.fingerprint(line).unwrap();
+        assert_eq!(of(settings("a", None), "quiet"), of(settings("b", None), "quiet"));
+        let others = [
+            of(settings("c", None), "quiet"),
+            of(settings("a", Some("b")), "quiet"),
+            of(settings("a", None), "quiet ip=192.0.2.1/24"),
+        ];
+        for other in others {
+            assert_ne!(of(settings("a", None), "quiet"), other);
+        }
+        assert!(settings("nowhere", None).fingerprint("").is_err());
     }
 
     #[test]

@@ -113,6 +113,12 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let cpu = met
         .as_ref()
         .map_or_else(|| offered.clone(), |met| met.welcome.cpu.clone());
+    if let Some(bits) = crate::cpu::too_few_bits(&cpu, host.settings.vm.memory) {
+        bail!(
+            "the secondary's host has {bits} bits for an address, too few for this much memory: give both less --memory, \
+             or take another host for the secondary"
+        );
+    }
     let left_out = offered.missing_from(&cpu);
     if !left_out.is_empty() {
         info!("the secondary's host lacks {}: so does the VM", cpu::listed(&left_out));
@@ -218,6 +224,8 @@ struct Host {
     sentinel: Arc<Sentinel>,
     /// Where the serial port of a Linux guest is.
     terminal: Option<Terminal>,
+    /// What a Linux guest boots, as the other host is told.
+    program: Option<String>,
     /// What it can give a VM.
     cpu: CpuModel,
 }
@@ -259,6 +267,7 @@ impl Host {
             // Refused now, and opened again when there is a machine for it.
             linux.program(&settings.vm.cmdline)?;
         }
+        let program = linux.map(|linux| linux.fingerprint(&settings.vm.cmdline)).transpose()?;
         let terminal = linux.map(|linux| Terminal::open(&linux.serial)).transpose()?;
         // Only now: a refused start leaves no file behind.
         let batch = Limits::default().batch(image.size());
@@ -272,6 +281,7 @@ impl Host {
             witness,
             sentinel,
             terminal,
+            program,
             cpu,
         };
         host.recover()?;
@@ -323,9 +333,7 @@ impl Host {
         let mut devices: Vec<String> = cards.map(Card::to_string).collect();
         devices.extend(["block", "console", "entropy"].map(str::to_owned));
         let linux = self.settings.vm.linux.as_ref();
-        if linux.is_some() {
-            devices.push("pc".to_owned());
-        }
+        devices.extend(self.program.clone());
         MachineShape {
             memory_bytes: self.settings.vm.memory,
             vcpus: linux.map_or(1, |linux| linux.vcpus.into()),
@@ -346,6 +354,7 @@ impl Host {
             owner: record.is_some_and(|record| record.role == Role::Primary),
             committed: record.map_or(Epoch(0), |record| record.tag.epoch),
             held: Held::default(),
+            held_cpu: None,
             takeover_limit_ms: self.settings.takeover_limit.as_millis(),
             witness: self.witness.is_some(),
             streams: self.settings.streams,
@@ -458,7 +467,7 @@ impl Host {
         let (nets, disk) = self.unattached(ports);
         let vm = KvmVm::new(config, nets, Box::new(disk)).context("the machine can't be built")?;
         if let (Some(terminal), Some(port)) = (&self.terminal, vm.serial()) {
-            terminal.feed(&port)?;
+            terminal.feed(&port);
         }
         Ok((vm, power))
     }

@@ -1,11 +1,13 @@
 //! Where the guest's consoles are: its lines in the log, the terminal, or a socket.
 //!
-//! A vCPU waits for what it prints, so nothing here waits for a reader: who does not keep up misses something.
+//! A vCPU waits for what it prints, so nothing here waits for a reader: who does not keep up misses something. Input is read by one thread
+//! for as long as the place is open, whatever machine has the port: what comes while none has is dropped.
 
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
@@ -23,6 +25,10 @@ use crate::linux::SerialPlace;
 const ESCAPE: u8 = 1;
 /// How long input waits for the guest to take what it has.
 const RETRY: Duration = Duration::from_millis(10);
+/// What may wait for the terminal; a guest prints byte by byte.
+const PRINTED_MAX: usize = 64 * 1024;
+/// At the end the terminal gets so long to show the rest.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// The guest's console, a log line for each of its lines.
 #[derive(Default)]
@@ -51,10 +57,13 @@ impl Write for LogLines {
 pub(crate) enum Terminal {
     Log,
     Stdio {
+        input: Arc<Input>,
+        screen: Screen,
         /// For as long as the port is there.
         _raw: RawTerminal,
     },
     Socket {
+        input: Arc<Input>,
         socket: Arc<Socket>,
         /// For as long as the port is there.
         _name: SocketFile,
@@ -66,13 +75,19 @@ impl Terminal {
     pub(crate) fn open(place: &SerialPlace) -> Result<Self> {
         Ok(match place {
             SerialPlace::Log => Self::Log,
-            SerialPlace::Stdio => Self::Stdio {
-                _raw: RawTerminal::enter().context("the terminal can't be set up")?,
-            },
+            SerialPlace::Stdio => {
+                let _raw = RawTerminal::enter().context("the terminal can't be set up")?;
+                let (input, screen) = (Arc::<Input>::default(), Screen::start()?);
+                let port = Arc::clone(&input);
+                start("serial", move || feed_terminal(&port))?;
+                Self::Stdio { input, screen, _raw }
+            }
             SerialPlace::Socket(path) => {
-                let socket = Arc::new(Socket::listen(path)?);
+                let (input, socket) = (Arc::<Input>::default(), Arc::new(Socket::listen(path)?));
                 let _name = SocketFile(path.clone());
-                Self::Socket { socket, _name }
+                let (port, served) = (Arc::clone(&input), Arc::clone(&socket));
+                start("serial", move || served.serve(&port))?;
+                Self::Socket { input, socket, _name }
             }
         })
     }
@@ -81,42 +96,117 @@ impl Terminal {
     pub(crate) fn output(&self) -> Box<dyn Write + Send> {
         match self {
             Self::Log => Box::new(LogLines::default()),
-            Self::Stdio { .. } => Box::new(Stdout),
+            Self::Stdio { screen, .. } => Box::new(screen.clone()),
             Self::Socket { socket, .. } => Box::new(SocketOutput(Arc::clone(socket))),
         }
     }
 
-    /// Gives the port what comes from there, for as long as it exists.
-    pub(crate) fn feed(&self, port: &Arc<Serial>) -> Result<()> {
-        let port = Arc::downgrade(port);
-        let thread = thread::Builder::new().name("serial".to_owned());
-        let spawned = match self {
-            Self::Log => return Ok(()),
-            Self::Stdio { .. } => thread.spawn(move || feed_terminal(&port)),
-            Self::Socket { socket, .. } => {
-                let socket = Arc::clone(socket);
-                thread.spawn(move || socket.serve(&port))
-            }
-        };
-        spawned
-            .map(drop)
-            .context("the host refuses a thread: raise its limits (ulimit -u)")
+    /// Gives this port what comes from there, and no other any more, for as long as it exists.
+    pub(crate) fn feed(&self, port: &Arc<Serial>) {
+        match self {
+            Self::Log => {}
+            Self::Stdio { input, .. } | Self::Socket { input, .. } => *input.port() = Arc::downgrade(port),
+        }
     }
 }
 
-/// Standard output, byte by byte as the guest prints.
-struct Stdout;
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if let Self::Stdio { screen, .. } = self {
+            screen.finish();
+        }
+    }
+}
 
-impl Write for Stdout {
+fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    let spawned = thread::Builder::new().name(name.to_owned()).spawn(body);
+    spawned
+        .map(drop)
+        .context("the host refuses a thread: raise its limits (ulimit -u)")
+}
+
+/// The port that gets what is typed.
+#[derive(Default)]
+pub(crate) struct Input(Mutex<Weak<Serial>>);
+
+impl Input {
+    fn port(&self) -> MutexGuard<'_, Weak<Serial>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the port all of these bytes, as it takes them. Without a port they are lost.
+    fn give(&self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let Some(port) = self.port().upgrade() else { return };
+            let taken = port.input(bytes);
+            drop(port);
+            bytes = &bytes[taken..];
+            if !bytes.is_empty() {
+                thread::sleep(RETRY);
+            }
+        }
+    }
+}
+
+/// Standard output, which a thread of its own waits for.
+#[derive(Clone)]
+pub(crate) struct Screen(SyncSender<Shown>);
+
+/// What the screen's thread is told.
+pub(crate) enum Shown {
+    Byte(u8),
+    /// All that came before is out: say so.
+    End(SyncSender<()>),
+}
+
+impl Screen {
+    fn start() -> Result<Self> {
+        let (printed, shown) = mpsc::sync_channel(PRINTED_MAX);
+        start("screen", move || show(&shown))?;
+        Ok(Self(printed))
+    }
+
+    /// Waits until all is out, but not for a terminal that hangs.
+    fn finish(&self) {
+        let (told, done) = mpsc::sync_channel(1);
+        if self.0.try_send(Shown::End(told)).is_ok() {
+            // Late or not, it is the end.
+            let _ = done.recv_timeout(LAST_WORDS);
+        }
+    }
+}
+
+impl Write for Screen {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut out = io::stdout().lock();
-        out.write_all(bytes)?;
-        out.flush()?;
+        for byte in bytes {
+            // A terminal that does not keep up misses what there is no room for.
+            let _ = self.0.try_send(Shown::Byte(*byte));
+        }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+fn show(shown: &Receiver<Shown>) {
+    let mut bytes = Vec::new();
+    while let Ok(first) = shown.recv() {
+        let mut end = None;
+        for next in std::iter::once(first).chain(shown.try_iter()).take(PRINTED_MAX) {
+            match next {
+                Shown::Byte(byte) => bytes.push(byte),
+                Shown::End(told) => end = Some(told),
+            }
+        }
+        let mut out = io::stdout().lock();
+        // Nobody is there to be told of an output that is closed.
+        let _ = out.write_all(&bytes).and_then(|()| out.flush());
+        bytes.clear();
+        if let Some(told) = end {
+            let _ = told.try_send(());
+        }
     }
 }
 
@@ -148,7 +238,7 @@ impl Drop for RawTerminal {
     }
 }
 
-fn feed_terminal(port: &Weak<Serial>) {
+fn feed_terminal(port: &Input) {
     let mut bytes = [0; 256];
     let mut escaped = false;
     while let Ok(count) = io::stdin().read(&mut bytes) {
@@ -169,22 +259,7 @@ fn feed_terminal(port: &Weak<Serial>) {
                 _ => typed.push(byte),
             }
         }
-        if !give(port, &typed) {
-            return;
-        }
-    }
-}
-
-/// Gives the port all of these bytes, as it takes them; `false` when there is no port any more.
-fn give(port: &Weak<Serial>, mut bytes: &[u8]) -> bool {
-    loop {
-        let Some(port) = port.upgrade() else { return false };
-        bytes = &bytes[port.input(bytes)..];
-        drop(port);
-        if bytes.is_empty() {
-            return true;
-        }
-        thread::sleep(RETRY);
+        port.give(&typed);
     }
 }
 
@@ -216,7 +291,7 @@ impl Socket {
         })
     }
 
-    fn serve(&self, port: &Weak<Serial>) {
+    fn serve(&self, port: &Input) {
         for client in self.listener.incoming() {
             let Ok(mut client) = client else { continue };
             match client.try_clone() {
@@ -228,9 +303,7 @@ impl Socket {
             }
             let mut bytes = [0; 256];
             while let Ok(count @ 1..) = client.read(&mut bytes) {
-                if !give(port, &bytes[..count]) {
-                    return;
-                }
+                port.give(&bytes[..count]);
             }
             *self.client() = None;
         }

@@ -17,7 +17,7 @@ use rkyv::{Archive, Deserialize, Serialize};
 pub use levels::{Level, is_needed};
 
 use crate::limits::{CPU_LEAVES_MAX, CPU_MSRS_MAX};
-use names::{COMPONENTS, NEEDS, Register, WORDS, Word};
+use names::{COMPONENTS, MSRS, NEEDS, Register, WORDS, Word};
 
 const VENDOR: u32 = 0;
 const VERSION: u32 = 1;
@@ -216,7 +216,18 @@ impl CpuModel {
         if line(self) != line(host) {
             missing.push(format!("cache lines of {} bytes (it has {})", line(self), line(host)));
         }
-        let msrs = self.msrs.iter().filter(|msr| host.msrs.binary_search(msr).is_err());
+        // Of an MSR whose features the host has not its features say enough.
+        let told = |msr: u32| {
+            let features = MSRS
+                .iter()
+                .find(|(known, _)| *known == msr)
+                .map(|(_, features)| *features);
+            features.is_some_and(|features| !features.iter().any(|name| host.has(name)))
+        };
+        let msrs = self
+            .msrs
+            .iter()
+            .filter(|msr| host.msrs.binary_search(msr).is_err() && !told(**msr));
         missing.extend(msrs.map(|msr| format!("MSR {msr:#x}")));
         // Repeated bits have one name.
         let mut told = Vec::new();

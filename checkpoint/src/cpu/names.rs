@@ -124,6 +124,29 @@ pub(super) const WORDS: [Word; 17] = [
     word(0x8000_0021, 0, Ecx, &["", "tsa_sq_no", "tsa_l1_no"]),
 ];
 
+/// MSRs that KVM has only for a feature, one of these: without it a guest has no use for them, and hosts differ in them.
+pub(super) const MSRS: [(u32, &[&str]); 9] = [
+    (0x3b, &["tsc_adjust"]),
+    (
+        0x48,
+        &[
+            "spec_ctrl",
+            "intel_stibp",
+            "spec_ctrl_ssbd",
+            "amd_ibrs",
+            "amd_stibp",
+            "amd_ssbd",
+        ],
+    ),
+    (0xe1, &["waitpkg"]),
+    (0x10a, &["arch_capabilities"]),
+    (0x122, &["arch_capabilities"]),
+    (0x6e0, &["tsc_deadline_timer"]),
+    (0xda0, &["xsaves"]),
+    (0xc000_0103, &["rdtscp", "rdpid"]),
+    (0xc001_011f, &["virt_ssbd"]),
+];
+
 /// A feature that is nothing without another: the first needs the second. Chains are followed.
 pub(super) const NEEDS: [(&str, &str); 42] = [
     ("xsaveopt", "xsave"),

@@ -238,3 +238,26 @@ fn intersections_of_random_hosts_fit_both() {
         prop_assert_eq!(both.intersection(&a).unwrap(), both.clone());
     });
 }
+
+#[test]
+fn an_msr_goes_with_its_feature() {
+    let with = |msrs: &[u32]| CpuModel::new(server().leaves, [&[0x174, 0xc000_0081], msrs].concat());
+    let (newer, older) = (with(&[0xe1, 0x122, 0xda0, 0xc000_0103]), with(&[0xc000_0103]));
+    let newer = newer.without(["arch_capabilities"]);
+    for level in Level::ALL {
+        let vm = level.of(&newer).unwrap();
+        assert_eq!(vm.missing_from(&older), Vec::<String>::new(), "{}", level.name());
+    }
+    let vm = server().without(["rdtscp", "rdpid"]);
+    assert!(!vm.msrs.contains(&0xc000_0103) && vm.msrs.contains(&0x174));
+    assert_eq!(vm.check(), Ok(()));
+}
+
+#[test]
+fn msrs_name_features_that_there_are() {
+    for (msr, features) in names::MSRS {
+        for feature in features {
+            assert!(super::feature(feature).is_some(), "{msr:#x}: {feature}");
+        }
+    }
+}

@@ -1,6 +1,6 @@
 //! A model brought into its one form: nothing in it that is not modelled, and nothing that rests on what is missing.
 
-use super::names::{COMPONENTS, NEEDS, Register, WORDS};
+use super::names::{COMPONENTS, MSRS, NEEDS, Register, WORDS};
 use super::{CpuLeaf, CpuModel, LINE, SIZES, Word, XSAVE};
 
 /// Bits that follow what the guest does, so that they say nothing of the CPU.
@@ -26,6 +26,11 @@ impl CpuModel {
         if !self.has("xsave") {
             self.leaves.retain(|leaf| leaf.function != XSAVE);
         }
+        let useless = MSRS
+            .iter()
+            .filter(|(_, features)| !features.iter().any(|name| self.has(name)));
+        let useless: Vec<_> = useless.map(|(msr, _)| *msr).collect();
+        self.msrs.retain(|msr| !useless.contains(msr));
         self.set_sizes();
         let five_levels = self.has("la57");
         if let Some(sizes) = self.leaf_mut(SIZES, 0).filter(|_| !five_levels) {

@@ -73,6 +73,7 @@ impl World {
             adapts: false,
             generation,
             owner,
+            held_cpu: None,
             committed: Epoch(0),
             held: Held::default(),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),

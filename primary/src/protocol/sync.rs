@@ -16,8 +16,8 @@ use checkpoint::wire::{Begin, Held};
 
 /// Checkpoints that are remembered; a secondary that is further behind is synced as a whole.
 const KNOWN_MAX: usize = 64;
-/// Longest time to the next of the secondary's block hashes: heartbeats may pass though its disk hangs or the data connection is
-/// stuck. They come by 512 blocks, 32 MiB of disk.
+/// Longest time to the next of the secondary's block hashes, [`limits::HASHED_BLOCKS_PER_MESSAGE`] of them: heartbeats may pass though
+/// its disk hangs or the data connection is stuck.
 const HASHES_WAIT_MAX: Duration = Duration::from_millis(5_000);
 
 /// The checkpoints to which the difference is known: a secondary may hold any of them.

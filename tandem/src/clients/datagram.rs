@@ -85,10 +85,12 @@ impl UdpLog {
         answered.map(|(sent, answered)| answered.saturating_duration_since(sent))
     }
 
-    /// Returns the longest time without an answer, from the first request on.
+    /// Returns the longest time without an answer, from the first request to the last.
     #[must_use]
     pub fn longest_silence(&self) -> Option<Duration> {
         let mut moments: Vec<_> = self.requests.iter().filter_map(|request| request.answered).collect();
+        // One that goes on ends with what is known.
+        moments.extend(self.requests.last().map(|request| request.sent));
         moments.sort_unstable();
         let from = self
             .requests

@@ -127,17 +127,10 @@ async fn accept(
 ) -> Result<Option<Established>> {
     let local = handshake::Local {
         held,
+        held_cpu: waiting.kept.as_ref().map(|(machine, _)| machine.cpu.clone()),
         ..host.local(record, &host.cpu)
     };
-    let kept = waiting.kept.as_ref().map(|(machine, _)| &machine.cpu);
-    let judge = |hello: &_, session| {
-        let mut welcome = handshake::judge_hello(&local, hello, session)?;
-        if kept.is_some_and(|kept| *kept != welcome.cpu) {
-            // The memory goes with the machine, which this one can't be.
-            welcome.held.memory = None;
-        }
-        Ok(welcome)
-    };
+    let judge = |hello: &_, session| handshake::judge_hello(&local, hello, session);
     let mut accepted = pin!(listener.accept(judge));
     loop {
         tokio::select! {
@@ -203,7 +196,15 @@ async fn go_on(
         inputs,
         outputs,
     };
-    let Machine { vm, cpu, ports, power } = machine;
+    let Machine {
+        vm,
+        cpu,
+        ports,
+        mut power,
+    } = machine;
+    // What the guest did with its power switch here may have been undone by a load since. A guest that is at its end says so again
+    // when it is resumed.
+    while power.try_recv().is_ok() {}
     host.be_primary((vm, cpu), ports, power, start, (None, image_ready), &mut outside)
         .await
 }

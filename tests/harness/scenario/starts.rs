@@ -187,6 +187,7 @@ impl Pair {
             owner: at.record.is_some_and(|record| record.role == PairRole::Primary),
             committed: at.record.map_or(Epoch(0), |record| record.committed),
             held: at.held(),
+            held_cpu: Some(at.processor.model.clone()),
             takeover_limit_ms: limits::TAKEOVER_LIMIT_DEFAULT.as_millis(),
             witness: self.options.witness,
             streams: self.options.streams,
