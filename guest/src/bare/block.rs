@@ -13,6 +13,9 @@ const QUEUE_SIZE: usize = 16;
 const READ: u32 = 0;
 const WRITE: u32 = 1;
 const FLUSH: u32 = 4;
+const DISCARD: u32 = 11;
+/// Where in the configuration the longest discard is, in sectors.
+const MAX_DISCARD_SECTORS: usize = 36;
 const NOT_DONE: u8 = 0xff;
 
 type Queue = VirtQueue<Direct, QUEUE_SIZE>;
@@ -23,6 +26,8 @@ pub(crate) struct Block {
     queue: Queue,
     features: Features,
     capacity: u64,
+    /// The longest discard, in sectors.
+    discard_max: u32,
     header: Box<[u8; 16]>,
     data: Box<[u8]>,
     status: Box<[u8; 1]>,
@@ -40,7 +45,9 @@ enum What {
     Read(usize),
     Write(usize),
     Flush,
-    /// A flush that the device does not need.
+    /// Of the range that is the data.
+    Discard,
+    /// What the device does not need, or can't do and may leave.
     Nothing,
 }
 
@@ -59,10 +66,16 @@ pub(crate) enum Polled<'a> {
 impl Block {
     /// Sets up the device.
     pub(crate) fn new(mut registers: Registers) -> Self {
-        let features = devices::begin(&mut registers, Features::READ_ONLY | Features::FLUSH);
+        let wanted = Features::READ_ONLY | Features::FLUSH | Features::DISCARD;
+        let features = devices::begin(&mut registers, wanted);
         let word = |registers: &Registers, offset| registers.read_config_space::<u32>(offset);
         let (Ok(low), Ok(high)) = (word(&registers, 0), word(&registers, 4)) else {
             panic!("the block device has no configuration");
+        };
+        let discard_max = if features.contains(Features::DISCARD) {
+            word(&registers, MAX_DISCARD_SECTORS).unwrap_or(0)
+        } else {
+            0
         };
         let queue = devices::queue(&mut registers, 0);
         registers.finish_init();
@@ -71,6 +84,7 @@ impl Block {
             queue,
             features,
             capacity: u64::from(high) << 32 | u64::from(low),
+            discard_max,
             header: Box::new([0; 16]),
             data: vec![0; REQUEST_BYTES_MAX].into_boxed_slice(),
             status: Box::new([0]),
@@ -102,6 +116,13 @@ impl Block {
             }
             Request::Flush if !self.can_flush() => (FLUSH, 0, What::Nothing),
             Request::Flush => (FLUSH, 0, What::Flush),
+            Request::Discard { sectors, .. } if *sectors > self.discard_max => (DISCARD, 0, What::Nothing),
+            Request::Discard { sector, sectors } => {
+                self.data[..8].copy_from_slice(&sector.to_le_bytes());
+                self.data[8..12].copy_from_slice(&sectors.to_le_bytes());
+                self.data[12..16].fill(0);
+                (DISCARD, 0, What::Discard)
+            }
         };
         if matches!(what, What::Nothing) {
             self.running = Some(Running { token: 0, what });
@@ -164,6 +185,7 @@ impl Block {
         match what {
             What::Read(bytes) => act(queue, &[&header[..]], &mut [&mut data[..bytes], &mut status[..]]),
             What::Write(bytes) => act(queue, &[&header[..], &data[..bytes]], &mut [&mut status[..]]),
+            What::Discard => act(queue, &[&header[..], &data[..16]], &mut [&mut status[..]]),
             What::Flush | What::Nothing => act(queue, &[&header[..]], &mut [&mut status[..]]),
         }
     }

@@ -28,6 +28,8 @@ bitflags! {
         const READ_ONLY = 1 << 5;
         /// Block: flush requests are understood.
         const FLUSH = 1 << 9;
+        /// Block: discards are understood.
+        const DISCARD = 1 << 13;
         /// Network: the configuration has the MAC address. The same bit as `READ_ONLY`, on another device.
         const MAC = 1 << 5;
         /// The device follows the standard.

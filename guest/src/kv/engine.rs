@@ -3,11 +3,12 @@
 //! ```text
 //! ReadSuperblock ─► Replay ─► Quiet ─► Batch: write, flush ──────────────────────► Quiet
 //!        │ blank      │ torn    │ the half is full
-//!        └────────────┴─────────┴────► Compact: copy …, flush, superblock, flush ► Quiet
-//! any request that fails ─► Off (the store says why)
+//!        └────────────┴─────────┴────► Compact: copy …, flush, superblock, flush, discard … ► Quiet
+//! any request that fails, but a discard ─► Off (the store says why)
 //! ```
 //! One request at a time. A compaction writes the whole map, as it was when it began, into the other half under
-//! the next generation, and changes halves with one superblock write; it covers the changes queued before it.
+//! the next generation, and changes halves with one superblock write; it covers the changes queued before it. The half that it
+//! leaves is discarded, so that its room goes back to the host.
 //! Driven by [`super::Kv`]; never blocks.
 
 use alloc::collections::btree_map;
@@ -23,6 +24,9 @@ use super::{Data, Status, Ticket};
 pub const REQUEST_BYTES_MAX: usize = 128 * 1024;
 const BATCH_BYTES: usize = 96 * 1024;
 const READ_BYTES: usize = 64 * 1024;
+
+/// Sectors of one discard.
+const DISCARD_SECTORS: u64 = 128 * 1024;
 
 /// What the disk is to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,6 +47,13 @@ pub enum Request<'a> {
     },
     /// Make durable what has been written.
     Flush,
+    /// Forget what these sectors hold. That it can't is no failure.
+    Discard {
+        /// The first sector.
+        sector: u64,
+        /// How many.
+        sectors: u32,
+    },
 }
 
 /// The disk could not do it.
@@ -126,6 +137,8 @@ enum CompactionStep {
     CopyFlush,
     Superblock,
     SuperblockFlush,
+    /// The half that was left, from this sector of it on.
+    Discard(u64),
 }
 
 impl Engine {
@@ -196,6 +209,13 @@ impl Engine {
                     sector: compaction.target.superblock.sector(),
                     data: &self.buffer,
                 },
+                CompactionStep::Discard(from) => {
+                    let left = compaction.target.superblock.half_sectors - from;
+                    Request::Discard {
+                        sector: compaction.target.superblock.next().half_start() + from,
+                        sectors: u32::try_from(left.min(DISCARD_SECTORS)).unwrap_or(0),
+                    }
+                }
             },
         };
         self.busy = true;
@@ -205,7 +225,14 @@ impl Engine {
     pub(super) fn completed(&mut self, data: &mut Data, outcome: Result<&[u8], DiskError>) {
         assert!(self.busy, "a completion without a request");
         self.busy = false;
-        let Ok(bytes) = outcome else {
+        let discards = matches!(
+            &self.phase,
+            Phase::Compact(Compaction {
+                step: CompactionStep::Discard(_),
+                ..
+            })
+        );
+        let Ok(bytes) = outcome.or(if discards { Ok(&[][..]) } else { Err(DiskError) }) else {
             let what = match &self.phase {
                 Phase::ReadSuperblock { .. } | Phase::Replay(_) => "read",
                 _ => "write",
@@ -415,8 +442,15 @@ impl Engine {
             CompactionStep::SuperblockFlush => {
                 data.advance(compaction.ticket);
                 data.status = Status::Ready;
-                self.phase = Phase::Quiet(compaction.target);
-                return;
+                compaction.step = CompactionStep::Discard(0);
+            }
+            CompactionStep::Discard(from) => {
+                let next = from + DISCARD_SECTORS;
+                if next >= compaction.target.superblock.half_sectors {
+                    self.phase = Phase::Quiet(compaction.target);
+                    return;
+                }
+                compaction.step = CompactionStep::Discard(next);
             }
         }
         self.phase = Phase::Compact(compaction);

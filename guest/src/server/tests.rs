@@ -201,6 +201,11 @@ impl Lab {
                 self.disk[at..at + data.len()].copy_from_slice(data);
                 kv.completed(Ok(&[]));
             }
+            Request::Discard { sector, sectors } => {
+                let (at, bytes) = (sector as usize * 512, sectors as usize * 512);
+                self.disk[at..at + bytes].fill(0);
+                kv.completed(Ok(&[]));
+            }
             Request::Flush => kv.completed(Ok(&[])),
         }
         self.disk_wait = self.disk_delay;
