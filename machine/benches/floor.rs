@@ -73,6 +73,7 @@ fn machine(mib: u64, command_line: &str) -> KvmVm {
         cards: vec![CardConfig {
             mac: [2, 0, 0, 0, 0, 1],
             offloads: false,
+            queues: 1,
         }],
         console: Box::new(io::sink()),
         on_power: Arc::new(|event| panic!("the guest has ended: {event:?}")),

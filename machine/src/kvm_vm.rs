@@ -24,7 +24,7 @@ use crate::cpu::CpuModel;
 use crate::devices::block::{self, Block};
 use crate::devices::console::Console;
 use crate::devices::entropy::{Entropy, EntropySource};
-use crate::devices::net::{self, Net};
+use crate::devices::net::{self, CardConfig, Net};
 use crate::devices::{DeviceError, Turns, VirtioMmio};
 use crate::dirty::DirtyLog;
 use crate::doorbell::{Doorbell, Interrupt};
@@ -45,15 +45,6 @@ pub enum Platform {
     Bundled,
     /// A PC, on which Linux runs.
     Pc(PcConfig),
-}
-
-/// What a network card is like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CardConfig {
-    /// Its hardware address.
-    pub mac: [u8; 6],
-    /// Whether the guest may leave checksums, and the cutting of long TCP segments, to the network.
-    pub offloads: bool,
 }
 
 /// What a machine is made of.
@@ -245,7 +236,7 @@ impl KvmVm {
         let cards = config.cards.iter().zip(networks).enumerate();
         let nets = cards.map(|(number, (card, network))| {
             let name = numbered("net", number);
-            Net::new(&name, card.mac, card.offloads, network, memory(), kind.line(number))
+            Net::new(&name, *card, network, memory(), kind.line(number))
         });
         let nets: Vec<_> = nets.collect::<Result<_, _>>()?;
         let line = |place| kind.line(config.cards.len() + place);

@@ -5,17 +5,23 @@
 //! [`crate::offload`] before it. With a plain TAP that is all zero: the kernel hands over complete frames, and takes no
 //! others. One that was opened with offloads takes frames of which something is left to do, and hands over such as it is
 //! told to. Never blocks.
+//!
+//! A device that was made with `multi_queue` is attached to by one of its queues, to which the kernel then brings all frames: one
+//! thread moves a role's frames, and finds them no sooner in several places.
 
+mod plain;
 mod vnet;
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice};
 use thiserror::Error;
-use tun_tap::{Iface, Mode};
 
+use self::plain::Plain;
 use self::vnet::Vnet;
 use crate::offload::{HEADER_BYTES, Offloads};
 
@@ -46,10 +52,7 @@ pub enum TapError {
         name: String,
     },
     /// The interface is something else.
-    #[error(
-        "{name} exists, but is no plain TAP device: remove it, or make another one with `ip tuntap add dev <name> mode tap` \
-         (without multi_queue)"
-    )]
+    #[error("{name} exists, but is no TAP device: name another, or make one with `ip tuntap add dev <name> mode tap`")]
     Kind {
         /// The name.
         name: String,
@@ -107,36 +110,37 @@ pub enum TapError {
 pub struct Tap {
     name: String,
     way: Way,
+    /// Keeps others away from a device that has room for more than one process.
+    _claim: Option<UnixDatagram>,
 }
 
 /// How it was opened.
 #[derive(Debug)]
 enum Way {
-    Plain(Iface),
+    Plain(Plain),
     Vnet(Vnet),
 }
 
 impl Tap {
     /// Attaches to the TAP device `name` of the calling thread's network namespace.
     pub fn open(name: &str) -> Result<Self, TapError> {
-        Self::open_as(name, |name| {
-            let iface = Iface::without_packet_info(name, Mode::Tap)?;
-            iface.set_non_blocking()?;
-            let name = iface.name().to_owned();
-            Ok((name, Way::Plain(iface)))
+        Self::open_as(name, |name, several| {
+            let (name, plain) = Plain::open(name, several)?;
+            Ok((name, Way::Plain(plain)))
         })
     }
 
     /// The same, and takes frames of which something is left to do. It hands over complete ones until it is told
     /// otherwise.
     pub fn open_with_offloads(name: &str) -> Result<Self, TapError> {
-        Self::open_as(name, |name| {
-            let (name, vnet) = Vnet::open(name)?;
+        Self::open_as(name, |name, several| {
+            let (name, vnet) = Vnet::open(name, several)?;
             Ok((name, Way::Vnet(vnet)))
         })
     }
 
-    fn open_as(name: &str, attach: impl FnOnce(&str) -> io::Result<(String, Way)>) -> Result<Self, TapError> {
+    /// Attaches by `attach`, which is told whether the device was made for several queues.
+    fn open_as(name: &str, attach: impl Fn(&str, bool) -> io::Result<(String, Way)>) -> Result<Self, TapError> {
         // The kernel cuts long names silently and treats `%` as a pattern for a new device.
         let printable = name
             .bytes()
@@ -155,13 +159,23 @@ impl Tap {
             rustix::io::Errno::NODEV => TapError::Missing { name: name.to_owned() },
             other => host(other.into()),
         })?;
-        let (attached, way) = attach(name).map_err(|error| refused(name, error))?;
+        // The kernel wants to be told what the device is; that it is no TAP at all has the same answer.
+        let single = attach(name, false);
+        let several = matches!(&single, Err(error) if error.raw_os_error() == Some(libc::EINVAL));
+        let claim = several.then(|| claim(name)).transpose();
+        let claim = claim.map_err(|error| refused(name, error))?;
+        let attached = if several { attach(name, true) } else { single };
+        let (attached, way) = attached.map_err(|error| refused(name, error))?;
         if attached != name {
             return Err(TapError::Missing { name: name.to_owned() });
         }
-        let tap = Self { name: attached, way };
+        let tap = Self {
+            name: attached,
+            way,
+            _claim: claim,
+        };
         let flags = tap.flags().map_err(host)?;
-        if flags & libc::IFF_TAP == 0 || flags & libc::IFF_MULTI_QUEUE != 0 {
+        if flags & libc::IFF_TAP == 0 {
             return Err(TapError::Kind { name: name.to_owned() });
         }
         // Who had it before may have taken more.
@@ -209,9 +223,9 @@ impl Tap {
             .split_first_chunk_mut::<HEADER_BYTES>()
             .expect("there is room for the header");
         ready(|| match &self.way {
-            Way::Plain(iface) => {
+            Way::Plain(plain) => {
                 *header = [0; HEADER_BYTES];
-                iface.recv(bytes).map(|length| HEADER_BYTES + length)
+                plain.recv(bytes).map(|length| HEADER_BYTES + length)
             }
             Way::Vnet(vnet) => vnet.recv(header, bytes),
         })
@@ -224,7 +238,7 @@ impl Tap {
             .ok_or(io::ErrorKind::InvalidInput)?;
         match &self.way {
             Way::Plain(_) if header[..2] != [0, 0] => Err(io::ErrorKind::Unsupported.into()),
-            Way::Plain(iface) => whole(bytes.len(), || iface.send(bytes)),
+            Way::Plain(plain) => whole(bytes.len(), || plain.send(bytes)),
             Way::Vnet(vnet) => whole(frame.len(), || vnet.send(frame)),
         }
     }
@@ -234,10 +248,10 @@ impl Tap {
     /// # Errors
     /// Fails, besides, if it has offloads.
     pub fn recv_bare(&self, frame: &mut [u8]) -> io::Result<Option<usize>> {
-        let Way::Plain(iface) = &self.way else {
+        let Way::Plain(plain) = &self.way else {
             return Err(io::ErrorKind::Unsupported.into());
         };
-        ready(|| iface.recv(frame))
+        ready(|| plain.recv(frame))
     }
 
     /// Sends a frame of which nothing is left to do by a TAP without offloads.
@@ -245,10 +259,10 @@ impl Tap {
     /// # Errors
     /// Fails, besides, if it has offloads.
     pub fn send_bare(&self, frame: &[u8]) -> io::Result<()> {
-        let Way::Plain(iface) = &self.way else {
+        let Way::Plain(plain) = &self.way else {
             return Err(io::ErrorKind::Unsupported.into());
         };
-        whole(frame.len(), || iface.send(frame))
+        whole(frame.len(), || plain.send(frame))
     }
 
     /// Throws away what has queued up and returns the number of frames.
@@ -287,10 +301,17 @@ impl AsFd for Tap {
 impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         match &self.way {
-            Way::Plain(iface) => iface.as_raw_fd(),
+            Way::Plain(plain) => plain.as_raw_fd(),
             Way::Vnet(vnet) => vnet.as_raw_fd(),
         }
     }
+}
+
+/// Claims a TAP device for this process among all of its kind in this network namespace: a device for several queues would
+/// let a second one attach, and each would get a part of the frames.
+fn claim(name: &str) -> io::Result<UnixDatagram> {
+    let address = SocketAddr::from_abstract_name(format!("tandem/tap/{name}"))?;
+    UnixDatagram::bind_addr(&address)
 }
 
 /// Takes a frame if there is one now.
@@ -320,7 +341,7 @@ fn whole(length: usize, mut send: impl FnMut() -> io::Result<usize>) -> io::Resu
 fn refused(name: &str, source: io::Error) -> TapError {
     let name = name.to_owned();
     match source.raw_os_error() {
-        Some(libc::EBUSY) => TapError::Busy { name },
+        Some(libc::EBUSY | libc::EADDRINUSE) => TapError::Busy { name },
         Some(libc::EPERM | libc::EACCES) => TapError::Permission { name, source },
         Some(libc::EINVAL) => TapError::Kind { name },
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::Unsupported { source },

@@ -150,6 +150,7 @@ fn host(mapping: Mapping) -> Host {
         cards: vec![CardConfig {
             mac: GUEST_MAC,
             offloads: false,
+            queues: 1,
         }],
         console: Box::new(paper.clone()),
         on_power: Arc::new(move |event| drop(report.send(event))),

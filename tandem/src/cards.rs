@@ -7,6 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use machine::CardConfig;
+use machine::devices::net::QUEUE_PAIRS_MAX;
 
 use checkpoint::limits::NICS_MAX;
 
@@ -18,7 +19,7 @@ const _: () = assert!(
     "the bundled guest serves on every card"
 );
 
-/// What is said of one network card: `NAME[,mac=MAC]`.
+/// What is said of one network card: `NAME[,mac=MAC][,offloads=off][,queues=N]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CardOption {
     /// The TAP device.
@@ -27,6 +28,8 @@ pub struct CardOption {
     pub mac: Option<Mac>,
     /// Whether the guest may leave checksums and the cutting of TCP segments to the host, if it was said.
     pub offloads: Option<bool>,
+    /// How many pairs of queues it has, if it was said.
+    pub queues: Option<u16>,
 }
 
 /// One network card.
@@ -38,6 +41,8 @@ pub struct Card {
     pub mac: Mac,
     /// Whether the guest may leave checksums and the cutting of TCP segments to the host.
     pub offloads: bool,
+    /// Its pairs of queues.
+    pub queues: u16,
 }
 
 impl Card {
@@ -46,6 +51,7 @@ impl Card {
         CardConfig {
             mac: self.mac.0,
             offloads: self.offloads,
+            queues: self.queues,
         }
     }
 }
@@ -54,7 +60,11 @@ impl fmt::Display for Card {
     /// What must be alike on both hosts.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let offloads = if self.offloads { "on" } else { "off" };
-        write!(f, "net={},offloads={offloads}", self.mac)
+        write!(f, "net={},offloads={offloads}", self.mac)?;
+        match self.queues {
+            1 => Ok(()),
+            queues => write!(f, ",queues={queues}"),
+        }
     }
 }
 
@@ -67,21 +77,31 @@ impl FromStr for CardOption {
             tap: parts.next().unwrap_or_default().to_owned(),
             mac: None,
             offloads: None,
+            queues: None,
         };
         for part in parts {
             match part.split_once('=') {
                 Some(("mac", mac)) if card.mac.is_none() => card.mac = Some(mac.parse()?),
                 Some(("offloads", "on")) if card.offloads.is_none() => card.offloads = Some(true),
                 Some(("offloads", "off")) if card.offloads.is_none() => card.offloads = Some(false),
+                Some(("queues", queues)) if card.queues.is_none() => card.queues = Some(pairs(queues)?),
                 _ => {
                     return Err(format!(
-                        "'{part}' says nothing about a TAP device: write NAME, NAME,mac=MAC or NAME,offloads=off"
+                        "'{part}' says nothing about a TAP device: write NAME, NAME,mac=MAC, NAME,offloads=off or NAME,queues=2"
                     ));
                 }
             }
         }
         Ok(card)
     }
+}
+
+fn pairs(text: &str) -> Result<u16, String> {
+    let queues = text
+        .parse()
+        .ok()
+        .filter(|queues| (1..=QUEUE_PAIRS_MAX).contains(queues));
+    queues.ok_or_else(|| format!("'queues={text}': a network card has 1 to {QUEUE_PAIRS_MAX} pairs of queues"))
 }
 
 /// Checks what was said of the cards; `first_mac` is what was said of the first one's address elsewhere.
@@ -103,7 +123,13 @@ pub(crate) fn cards(given: Vec<CardOption>, first_mac: Option<Mac>, pair: &str) 
         return Err(wrong("tap", &given[NICS_MAX].tap, reason));
     }
     let mut cards: Vec<Card> = Vec::new();
-    for CardOption { tap, mac, offloads } in given {
+    for CardOption {
+        tap,
+        mac,
+        offloads,
+        queues,
+    } in given
+    {
         if tap.is_empty() || tap.len() > INTERFACE_BYTES_MAX || tap.contains(['/', ' ', '%', '\0']) {
             let reason = "an interface's name has 1 to 15 characters, no / and no space";
             return Err(wrong("tap", tap, reason));
@@ -127,8 +153,12 @@ pub(crate) fn cards(given: Vec<CardOption>, first_mac: Option<Mac>, pair: &str) 
             let reason = format!("another network card has the address {mac}: give each its own, with {tap},mac=MAC");
             return Err(wrong("tap", tap, reason));
         }
-        let offloads = offloads.unwrap_or(true);
-        cards.push(Card { tap, mac, offloads });
+        cards.push(Card {
+            tap,
+            mac,
+            offloads: offloads.unwrap_or(true),
+            queues: queues.unwrap_or(1),
+        });
     }
     Ok(cards)
 }
@@ -157,16 +187,32 @@ mod tests {
         assert!(
             offloads("tap0") && offloads("tap0,offloads=on") && !offloads("tap0,mac=02:00:00:00:00:01,offloads=off")
         );
+        let queues = |given| told(&[given], None).unwrap()[0].queues;
+        assert_eq!(
+            ["tap0", "tap0,queues=1", "tap0,queues=8,offloads=off"].map(queues),
+            [1, 1, 8]
+        );
         for wrong in [
             "tap0,",
             "tap0,offloads=no",
             "tap0,offloads=on,offloads=off",
-            "tap0,queues=2",
+            "tap0,queues=0",
+            "tap0,queues=9",
+            "tap0,queues=",
+            "tap0,queues=2,queues=2",
             "tap0,mac=1",
             "tap0,mac=02:00:00:00:00:01,mac=02:00:00:00:00:02",
         ] {
             assert!(wrong.parse::<CardOption>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn both_hosts_must_give_a_card_as_many_queues() {
+        let shape = |given| told(&[given], Some(MAC)).unwrap()[0].to_string();
+        assert_eq!(shape("tap0"), "net=02:00:00:00:00:01,offloads=on");
+        assert_eq!(shape("tap0"), shape("tap1,queues=1"));
+        assert_eq!(shape("tap0,queues=2"), "net=02:00:00:00:00:01,offloads=on,queues=2");
     }
 
     #[test]

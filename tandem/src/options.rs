@@ -65,8 +65,9 @@ pub struct VmOptions {
     pub hide: Option<Hidden>,
     /// The TAP device, made beforehand, that connects the VM to the clients. May be given up to eight times, on both hosts alike: each
     /// is a network card of the VM, with a MAC address of its own [default: derived from the pair's name]. With `offloads=off`, to
-    /// be said on both hosts, the guest computes checksums and cuts its TCP segments itself
-    #[arg(long, value_name = "IFACE[,mac=MAC][,offloads=off]")]
+    /// be said on both hosts, the guest computes checksums and cuts its TCP segments itself. With `queues=N`, up to 8 and on both
+    /// hosts alike, it has as many pairs of queues, over which a guest with several vCPUs spreads its work [default: 1]
+    #[arg(long, value_name = "IFACE[,mac=MAC][,offloads=off][,queues=N]")]
     pub tap: Vec<CardOption>,
     /// The MAC address of the VM's first network card [default: derived from the pair's name]
     #[arg(long, value_name = "MAC")]

@@ -117,7 +117,7 @@ impl Device for Terminal {
         self.line.clone()
     }
 
-    fn check(&self, state: &[u8]) -> Result<(), &'static str> {
+    fn check(&self, _accepted: u64, state: &[u8]) -> Result<(), &'static str> {
         if state.len() < LINE_BYTES_MAX && !state.contains(&b'\n') {
             Ok(())
         } else {

@@ -135,7 +135,7 @@ impl Device for Generator {
         }
     }
 
-    fn check(&self, state: &[u8]) -> Result<(), &'static str> {
+    fn check(&self, _accepted: u64, state: &[u8]) -> Result<(), &'static str> {
         parse(state).map(|_| ()).ok_or("the entropy source")
     }
 

@@ -1,4 +1,8 @@
-//! The network card: queue 0 carries frames to the guest, queue 1 frames from it.
+//! The network card: pairs of queues, the first of which carries frames to the guest, the second frames from it.
+//!
+//! Most cards have one pair. One with several offers that to the driver, which says by a control queue behind all pairs how
+//! many it uses ([`control`]); a frame for the guest goes to the one of these that its flow belongs to ([`steer`]). The frames
+//! for the guest keep one order among all queues: one that waits for room in its own is not overtaken.
 //!
 //! Each frame has the header of [`crate::offload`] before it, here, in the back end and in the guest's buffers. If the
 //! card offers it and the driver has accepted it, a frame may be a TCP segment of up to 64 KiB or leave out its checksum,
@@ -7,13 +11,18 @@
 //! delivered, in one go. Nothing is dropped here, except frames that no Ethernet of this size can carry and those that
 //! ask more of their receiver than it has agreed to.
 
+mod control;
+mod steer;
+
 use std::os::fd::BorrowedFd;
+use std::slice;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
 
+use self::control::Command;
 use super::virtio::mmio::VirtioMmio;
 use super::virtio::queue::{Chain, QueueError, Ring};
 use super::virtio::{Complaints, Device, DeviceError, Turn, Work};
@@ -28,8 +37,12 @@ pub const FRAME_BYTES_MIN: usize = HEADER_BYTES + 14;
 
 #[expect(clippy::cast_possible_truncation, reason = "twelve")]
 const HEADER_BYTES_U32: u32 = HEADER_BYTES as u32;
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
+/// The most pairs of queues that a card has.
+pub const QUEUE_PAIRS_MAX: u16 = 8;
+/// The fields of the configuration between the address and the number of queue pairs, none of which is offered.
+const STATUS: [u8; 2] = [0; 2];
+/// Control commands in one turn.
+const COMMANDS: usize = 4;
 /// Frames of one queue in one turn, so that neither direction waits long for the other.
 const BATCH: usize = 64;
 /// Frames after which the guest is told, at the latest.
@@ -46,10 +59,10 @@ pub trait Backend: Send {
     fn may_transmit(&self) -> bool {
         true
     }
-    /// Hands over the next frame for the guest, if there is one now. Called only when the guest has a
-    /// buffer for it. When it returns `None`, no descriptor of [`Backend::readiness`] may stay readable.
+    /// Hands over the next frame for the guest, if there is one now. When it returns `None`, no descriptor of
+    /// [`Backend::readiness`] may stay readable.
     fn receive(&mut self) -> Option<Bytes>;
-    /// Takes the frame back that was received last: the guest has too few buffers for it now.
+    /// Takes the frame back that was received last: the guest has too few buffers for it now, or has broken its queue.
     fn put_back(&mut self, frame: Bytes);
     /// Learns that `frame`, the one received last, is on the guest's used ring: now it is input.
     /// Not called for a frame that the guest can't take; such a frame is lost.
@@ -59,6 +72,17 @@ pub trait Backend: Send {
     fn readiness(&self) -> Vec<BorrowedFd<'_>>;
 }
 
+/// What a network card is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CardConfig {
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// Whether the guest may leave checksums, and the cutting of long TCP segments, to the network.
+    pub offloads: bool,
+    /// Pairs of queues, from 1 to [`QUEUE_PAIRS_MAX`].
+    pub queues: u16,
+}
+
 /// A handle on the network card.
 #[derive(Clone)]
 pub struct Net {
@@ -66,20 +90,25 @@ pub struct Net {
 }
 
 impl Net {
-    /// Makes a card with the hardware address `mac` in front of `backend`, which takes what the guest leaves to it if the
-    /// card offers that.
+    /// Makes a card in front of `backend`.
+    ///
+    /// # Panics
+    /// If it shall have no queues, or too many.
     pub fn new(
         name: &str,
-        mac: [u8; 6],
-        offers: bool,
+        config: CardConfig,
         backend: Box<dyn Backend>,
         ram: Memory,
         line: Arc<dyn Interrupt>,
     ) -> Result<Self, DeviceError> {
+        assert!(
+            (1..=QUEUE_PAIRS_MAX).contains(&config.queues),
+            "a card has 1 to {QUEUE_PAIRS_MAX} pairs of queues"
+        );
         let card = Card {
-            mac,
-            offers,
+            config,
             accepted: 0,
+            pairs: 1,
             backend,
             buffers: Vec::new(),
             complaints: Complaints::default(),
@@ -105,11 +134,11 @@ impl Net {
 }
 
 struct Card {
-    mac: [u8; 6],
-    /// Whether it offers more than its address.
-    offers: bool,
+    config: CardConfig,
     /// The features that the driver has accepted.
     accepted: u64,
+    /// The queue pairs that the driver uses.
+    pairs: u16,
     backend: Box<dyn Backend>,
     /// The guest's buffers of one frame, and what was written into each.
     buffers: Vec<(Chain, u32)>,
@@ -130,30 +159,83 @@ impl Device for Card {
     }
 
     fn features(&self) -> u64 {
-        let offered = if self.offers { offload::FEATURES } else { 0 };
-        1 << VIRTIO_NET_F_MAC | offered
+        let offloads = if self.config.offloads { offload::FEATURES } else { 0 };
+        let queues = if self.config.queues > 1 { control::FEATURES } else { 0 };
+        1 << VIRTIO_NET_F_MAC | offloads | queues
     }
 
     fn activate(&mut self, features: u64) {
         self.accepted = features;
+        self.pairs = 1;
         self.backend.accepts(Offloads::of_guest(features));
     }
 
     fn queues(&self) -> usize {
-        2
+        let control = usize::from(self.config.queues > 1);
+        2 * usize::from(self.config.queues) + control
     }
 
     fn config(&self) -> Vec<u8> {
-        self.mac.to_vec()
+        let mut config = self.config.mac.to_vec();
+        if self.config.queues > 1 {
+            config.extend(STATUS);
+            config.extend(self.config.queues.to_le_bytes());
+        }
+        config
     }
 
     fn turn(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<Turn, QueueError> {
-        let received = self.receive(&mut rings[RECEIVE], work)?;
-        let transmitted = self.transmit(&mut rings[TRANSMIT], work)?;
+        // First: the driver waits for the answer, and it says where frames go.
+        let mut more = match control::place(self.accepted, self.config.queues) {
+            Some(place) => self.obey(rings, place, work)?,
+            None => false,
+        };
+        let received = self.receive(rings, work)?;
+        // A queue that the driver gave up may still have frames in it.
+        let pairs = if control::is_multi(self.accepted) {
+            self.config.queues
+        } else {
+            1
+        };
+        for pair in 0..pairs {
+            more |= self.transmit(&mut rings[transmit_ring(pair)], work)?;
+        }
         Ok(Turn {
-            more: received.more || transmitted,
+            more: more || received.more,
             watch: received.watch,
         })
+    }
+
+    fn state(&self) -> Vec<u8> {
+        if self.config.queues > 1 {
+            self.pairs.to_le_bytes().to_vec()
+        } else {
+            Vec::new()
+        }
+    }
+
+    fn check(&self, accepted: u64, state: &[u8]) -> Result<(), &'static str> {
+        let most = if control::is_multi(accepted) {
+            self.config.queues
+        } else {
+            1
+        };
+        let pairs = match (self.config.queues, state) {
+            (1, []) => 1,
+            (2.., &[low, high]) => u16::from_le_bytes([low, high]),
+            _ => 0,
+        };
+        if (1..=most).contains(&pairs) {
+            Ok(())
+        } else {
+            Err("the number of queue pairs in use")
+        }
+    }
+
+    fn restore(&mut self, state: &[u8]) {
+        if let &[low, high] = state {
+            self.pairs = u16::from_le_bytes([low, high]);
+        }
     }
 
     fn readiness(&self) -> Vec<BorrowedFd<'_>> {
@@ -162,52 +244,83 @@ impl Device for Card {
 }
 
 impl Card {
+    /// Carries out commands of the driver; `true` if there are more.
+    fn obey(&mut self, rings: &mut [Ring], place: usize, work: &Work<'_>) -> Result<bool, QueueError> {
+        for _ in 0..COMMANDS {
+            if work.stopping() {
+                break;
+            }
+            let Some((chain, command)) = control::take(&mut rings[place], work.ram)? else {
+                return rings[place].listen(work.ram);
+            };
+            let is_done = match command {
+                Command::Pairs(pairs) => self.use_pairs(pairs, rings),
+                Command::Unknown => false,
+            };
+            control::answer(&mut rings[place], work.ram, &chain, is_done)?;
+            rings[place].tell(work)?;
+        }
+        Ok(true)
+    }
+
+    /// Uses so many queue pairs from now on, if the driver has agreed to several and has made all of these ready.
+    fn use_pairs(&mut self, pairs: u16, rings: &[Ring]) -> bool {
+        let can = control::is_multi(self.accepted)
+            && (1..=self.config.queues).contains(&pairs)
+            && (rings.iter().take(2 * usize::from(pairs))).all(Ring::is_ready);
+        if can {
+            self.pairs = pairs;
+        }
+        can
+    }
+
     /// Outside to guest.
-    fn receive(&mut self, ring: &mut Ring, work: &Work<'_>) -> Result<Turn, QueueError> {
+    fn receive(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<Turn, QueueError> {
         let mut report = Report::default();
-        let asleep = |more| Turn { more, watch: false };
         for _ in 0..BATCH {
             if work.stopping() {
                 break;
             }
-            let Some(buffer) = next_buffer(ring, work.ram)? else {
-                report.end(ring, work)?;
-                // Without a buffer the network is not even looked at; the guest's next buffer wakes the worker.
-                return Ok(asleep(ring.listen(work.ram)?));
-            };
             let Some(frame) = self.backend.receive() else {
-                ring.unpop(1);
-                report.end(ring, work)?;
+                report.end(rings, work)?;
                 return Ok(Turn {
                     more: false,
                     watch: true,
                 });
             };
-            match self.deliver(ring, buffer, &frame, work.ram)? {
-                Delivery::Done => {
+            let place = receive_ring(steer::queue(&frame, self.pairs));
+            match self.deliver(&mut rings[place], &frame, work.ram) {
+                Ok(Delivery::Done) => {
                     self.backend.delivered(frame);
-                    report.frame(ring, work)?;
+                    report.frame(rings, work)?;
                 }
-                Delivery::Lost => {}
-                Delivery::Waits(buffers) => {
+                Ok(Delivery::Lost) => {}
+                Ok(Delivery::Waits(buffers)) => {
                     self.backend.put_back(frame);
-                    report.end(ring, work)?;
-                    return Ok(asleep(ring.listen_beyond(work.ram, buffers)?));
+                    report.end(rings, work)?;
+                    // The network is not looked at before that; the guest's next buffer wakes the worker.
+                    return Ok(Turn {
+                        more: rings[place].listen_beyond(work.ram, buffers)?,
+                        watch: false,
+                    });
+                }
+                Err(error) => {
+                    self.backend.put_back(frame);
+                    return Err(error);
                 }
             }
         }
-        report.end(ring, work)?;
+        report.end(rings, work)?;
         Ok(Turn {
             more: true,
             watch: true,
         })
     }
 
-    /// Writes a frame into the guest's buffers, the first of which was taken, or puts all of them back.
-    fn deliver(&mut self, ring: &mut Ring, first: Chain, frame: &[u8], ram: &Memory) -> Result<Delivery, QueueError> {
+    /// Writes a frame into the guest's buffers, or puts all of them back.
+    fn deliver(&mut self, ring: &mut Ring, frame: &[u8], ram: &Memory) -> Result<Delivery, QueueError> {
         let guest = Offloads::of_guest(self.accepted);
         if frame.len() > FRAME_BYTES_MAX || !guest.permit(frame) {
-            ring.unpop(1);
             return Ok(self.lost(
                 frame,
                 "it is too long, or leaves to the guest what that has not agreed to",
@@ -216,23 +329,19 @@ impl Card {
         let most = if offload::merges(self.accepted) { ring.size() } else { 1 };
         self.buffers.clear();
         let mut left = frame.len();
-        let mut next = Some(first);
-        while let Some(buffer) = next {
-            let written = u32::try_from(left).map_or_else(|_| buffer.writable(), |left| left.min(buffer.writable()));
-            left -= crate::index(written.into());
-            self.buffers.push((buffer, written));
+        while left > 0 {
             let taken = self.buffers.len();
-            next = if left == 0 {
-                None
-            } else if taken == most {
+            if taken == most {
                 ring.unpop(taken);
                 return Ok(self.lost(frame, "it is longer than the guest's buffers"));
-            } else if let Some(another) = next_buffer(ring, ram)? {
-                Some(another)
-            } else {
+            }
+            let Some(buffer) = next_buffer(ring, ram)? else {
                 ring.unpop(taken);
                 return Ok(Delivery::Waits(taken));
             };
+            let written = u32::try_from(left).map_or_else(|_| buffer.writable(), |left| left.min(buffer.writable()));
+            left -= crate::index(written.into());
+            self.buffers.push((buffer, written));
         }
         self.fill(frame, guest, ram)?;
         ring.complete_all(ram, &self.buffers)?;
@@ -272,11 +381,11 @@ impl Card {
                 break;
             }
             if !self.backend.may_transmit() {
-                report.end(ring, work)?;
+                report.end(slice::from_mut(ring), work)?;
                 return Ok(false);
             }
             let Some(chain) = ring.pop(work.ram)? else {
-                report.end(ring, work)?;
+                report.end(slice::from_mut(ring), work)?;
                 return ring.listen(work.ram);
             };
             if chain.writable() != 0 || chain.readable() < HEADER_BYTES_U32 {
@@ -294,9 +403,9 @@ impl Card {
                 }
             }
             ring.complete(work.ram, &chain, 0)?;
-            report.frame(ring, work)?;
+            report.frame(slice::from_mut(ring), work)?;
         }
-        report.end(ring, work)?;
+        report.end(slice::from_mut(ring), work)?;
         Ok(true)
     }
 
@@ -316,6 +425,14 @@ impl Card {
             Err("its header asks what was not agreed to, or can't be true")
         })
     }
+}
+
+fn receive_ring(pair: u16) -> usize {
+    2 * usize::from(pair)
+}
+
+fn transmit_ring(pair: u16) -> usize {
+    2 * usize::from(pair) + 1
 }
 
 /// Takes the next buffer for a frame to the guest.
@@ -339,16 +456,16 @@ struct Report {
 }
 
 impl Report {
-    fn frame(&mut self, ring: &mut Ring, work: &Work<'_>) -> Result<(), QueueError> {
+    fn frame(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<(), QueueError> {
         self.frames += 1;
         if self.frames == REPORT {
-            self.end(ring, work)?;
+            self.end(rings, work)?;
         }
         Ok(())
     }
 
-    fn end(&mut self, ring: &mut Ring, work: &Work<'_>) -> Result<(), QueueError> {
+    fn end(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<(), QueueError> {
         self.frames = 0;
-        ring.tell(work)
+        rings.iter_mut().try_for_each(|ring| ring.tell(work))
     }
 }

@@ -4,6 +4,8 @@ mod block;
 mod driver;
 mod hostile;
 mod net;
+mod queues;
 mod streams;
 mod suppression;
 mod transport;
+mod wire;

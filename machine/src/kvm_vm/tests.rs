@@ -97,6 +97,7 @@ fn made(mapping: Mapping, memory_bytes: u64, cards: u8, platform: Platform) -> M
     let card = |number| CardConfig {
         mac: [2, 0, 0, 0, 0, number],
         offloads: false,
+        queues: 1,
     };
     let config = MachineConfig {
         memory_bytes,

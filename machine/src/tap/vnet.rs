@@ -17,21 +17,16 @@ const DEVICE: &str = "/dev/net/tun";
 pub(super) struct Vnet(File);
 
 impl Vnet {
-    /// Attaches to the TAP device `name`; returns the name that it has.
-    pub(super) fn open(name: &str) -> io::Result<(String, Self)> {
-        let file = open()?;
-        if !knows_headers(&file)? {
+    /// Attaches to the TAP device `name`, which was made for several queues or for one; returns the name that it has.
+    pub(super) fn open(name: &str, several: bool) -> io::Result<(String, Self)> {
+        if !knows_headers(&open()?)? {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let mut request = request(name);
-        request.ifr_ifru.ifru_flags = flags();
-        // SAFETY: TUNSETIFF reads and writes one `ifreq`, which is here and lives until the call returns.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+        let several = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+        let (name, file) = attach(name, libc::IFF_VNET_HDR | several)?;
         let length = libc::c_int::try_from(HEADER_BYTES).map_err(io::Error::other)?;
         // SAFETY: TUNSETVNETHDRSZ reads one number, which is here and lives until the call returns.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const length) })?;
-        let name = request.ifr_name.iter().map(|byte| byte.cast_unsigned());
-        let name = name.take_while(|byte| *byte != 0).map(char::from).collect();
         Ok((name, Self(file)))
     }
 
@@ -54,6 +49,18 @@ impl AsRawFd for Vnet {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+/// Attaches to the TAP device `name` with these flags besides those that all have; returns the name that it has.
+pub(super) fn attach(name: &str, flags: libc::c_int) -> io::Result<(String, File)> {
+    let file = open()?;
+    let mut request = request(name);
+    request.ifr_ifru.ifru_flags = all_flags(flags);
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which is here and lives until the call returns.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    let name = request.ifr_name.iter().map(|byte| byte.cast_unsigned());
+    let name = name.take_while(|byte| *byte != 0).map(char::from).collect();
+    Ok((name, file))
 }
 
 /// Says whether the kernel knows such headers.
@@ -92,8 +99,8 @@ fn open() -> io::Result<File> {
     clippy::cast_possible_truncation,
     reason = "the flags lie in the low 16 bits, as the kernel's field has"
 )]
-fn flags() -> libc::c_short {
-    (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short
+fn all_flags(flags: libc::c_int) -> libc::c_short {
+    (libc::IFF_TAP | libc::IFF_NO_PI | flags) as libc::c_short
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

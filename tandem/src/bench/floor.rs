@@ -51,6 +51,7 @@ impl Floor {
             cards: vec![CardConfig {
                 mac: MAC,
                 offloads: false,
+                queues: 1,
             }],
             console: Box::new(io::sink()),
             // A guest that has ended no longer answers, and that is told.

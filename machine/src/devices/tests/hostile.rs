@@ -11,7 +11,7 @@ use super::driver::{DriverQueue, Piece, QUEUE_SIZE, bell, ram, read32, start, wr
 use crate::devices::block::{self, Block};
 use crate::devices::console::Console;
 use crate::devices::entropy::{Entropy, EntropySource};
-use crate::devices::net::{self, Net};
+use crate::devices::net::{self, CardConfig, Net};
 use crate::devices::{Interrupt, VirtioMmio};
 use crate::memory::Memory;
 
@@ -71,14 +71,22 @@ impl block::Backend for Anything {
 fn devices(ram: &Memory) -> Vec<(std::sync::Arc<VirtioMmio>, u32)> {
     let line = || -> std::sync::Arc<dyn Interrupt> { bell() };
     let block = Block::new("block", "", Box::new(Anything), ram.clone(), line()).unwrap();
-    let net = Net::new("net", [2; 6], true, Box::new(Frames(40)), ram.clone(), line()).unwrap();
+    let card = |name, queues| {
+        let config = CardConfig {
+            mac: [2; 6],
+            offloads: true,
+            queues,
+        };
+        Net::new(name, config, Box::new(Frames(40)), ram.clone(), line()).unwrap()
+    };
     let console = Console::new("console", Box::new(io::sink()), ram.clone(), line()).unwrap();
     let entropy = Entropy::new("entropy", EntropySource::Host, ram.clone(), line()).unwrap();
     vec![
         (block.mmio().clone(), 1),
-        (net.mmio().clone(), 2),
+        (card("net", 1).mmio().clone(), 2),
         (console.mmio().clone(), 2),
         (entropy.mmio().clone(), 1),
+        (card("net1", 2).mmio().clone(), 5),
     ]
 }
 

@@ -1,100 +1,20 @@
 //! The network card, alone and handed over between two cards under load.
 
-use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-
-use bytes::Bytes;
-use rustix::event::EventfdFlags;
 
 use super::driver::{
     DriverQueue, PAGE, Piece, QUEUE_SIZE, bell, get, put, ram, read32, start, start_with, wait_for, written_pages,
 };
+use super::wire::{CONFIG, Wire};
 use crate::devices::Turns;
-use crate::devices::net::{Backend, FRAME_BYTES_MAX, Net};
+use crate::devices::net::{CardConfig, FRAME_BYTES_MAX, Net};
 use crate::memory::Memory;
 use crate::offload::{HEADER_BYTES, Offloads};
 
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-
-/// A network in memory: what was transmitted, what is to be received, what was delivered.
-#[derive(Clone)]
-struct Wire(Arc<Inner>);
-
-struct Inner {
-    sent: Mutex<Vec<Vec<u8>>>,
-    waiting: Mutex<VecDeque<Bytes>>,
-    delivered: Mutex<Vec<Bytes>>,
-    accepted: Mutex<Option<Offloads>>,
-    full: AtomicBool,
-    ready: OwnedFd,
-}
-
-impl Wire {
-    fn new() -> Self {
-        let ready = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-        Self(Arc::new(Inner {
-            sent: Mutex::default(),
-            waiting: Mutex::default(),
-            delivered: Mutex::default(),
-            accepted: Mutex::default(),
-            full: AtomicBool::new(false),
-            ready,
-        }))
-    }
-
-    fn push(&self, frame: Vec<u8>) {
-        self.0.waiting.lock().unwrap().push_back(frame.into());
-        rustix::io::write(&self.0.ready, &1u64.to_ne_bytes()).unwrap();
-    }
-
-    fn sent(&self) -> Vec<Vec<u8>> {
-        self.0.sent.lock().unwrap().clone()
-    }
-
-    fn delivered(&self) -> usize {
-        self.0.delivered.lock().unwrap().len()
-    }
-}
-
-impl Backend for Wire {
-    fn accepts(&mut self, offloads: Offloads) {
-        *self.0.accepted.lock().unwrap() = Some(offloads);
-    }
-
-    fn transmit(&mut self, frame: Bytes) {
-        self.0.sent.lock().unwrap().push(frame.to_vec());
-    }
-
-    fn may_transmit(&self) -> bool {
-        !self.0.full.load(Ordering::Relaxed)
-    }
-
-    fn receive(&mut self) -> Option<Bytes> {
-        let mut waiting = self.0.waiting.lock().unwrap();
-        if waiting.is_empty() {
-            let _ = rustix::io::read(&self.0.ready, &mut [0; 8]);
-        }
-        waiting.pop_front()
-    }
-
-    fn put_back(&mut self, frame: Bytes) {
-        self.0.waiting.lock().unwrap().push_front(frame);
-    }
-
-    fn delivered(&mut self, frame: Bytes) {
-        self.0.delivered.lock().unwrap().push(frame);
-    }
-
-    fn readiness(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.0.ready.as_fd()]
-    }
-}
-
 fn card(ram: &Memory, wire: &Wire) -> Net {
-    Net::new("net", MAC, false, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
+    Net::new("net", CONFIG, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
 }
 
 fn frame(number: u32) -> Vec<u8> {
@@ -225,7 +145,11 @@ fn a_full_network_leaves_frames_with_the_guest_and_goes_on_where_it_was() {
 
 /// A card that offers all there is.
 fn offering(ram: &Memory, wire: &Wire) -> Net {
-    Net::new("net", MAC, true, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
+    let config = CardConfig {
+        offloads: true,
+        ..CONFIG
+    };
+    Net::new("net", config, Box::new(wire.clone()), ram.clone(), bell()).unwrap()
 }
 
 /// A TCP segment of so many bytes that is to be cut; with what it says of its checksum.
@@ -562,7 +486,7 @@ fn computed(thread: &str) -> Duration {
 fn a_frame_that_nobody_can_take_costs_nothing() {
     let ram = ram();
     let wire = Wire::new();
-    let net = Net::new("waits", MAC, false, Box::new(wire.clone()), ram.clone(), bell()).unwrap();
+    let net = Net::new("waits", CONFIG, Box::new(wire.clone()), ram.clone(), bell()).unwrap();
     let queues = [DriverQueue::new(&ram, 0), DriverQueue::new(&ram, 1)];
     let rest = |when| {
         let before = computed("virtio-waits");

@@ -172,7 +172,9 @@ impl VirtioMmio {
     pub fn check(&self, section: &Section) -> Result<(), StateError> {
         let saved = self.parse(section)?;
         let core = self.core();
-        core.device.check(&saved.device).map_err(|field| value(section, field))
+        core.device
+            .check(saved.registers.driver_features, &saved.device)
+            .map_err(|field| value(section, field))
     }
 
     /// Becomes the device that `section` describes. On an error nothing has changed.
@@ -189,7 +191,7 @@ impl VirtioMmio {
         let mut registers = self.registers();
         let mut core = self.core();
         core.device
-            .check(&saved.device)
+            .check(saved.registers.driver_features, &saved.device)
             .map_err(|field| value(section, field))?;
         let rings = if saved.registers.status & super::registers::DRIVER_OK != 0 {
             self.rings(&saved.registers, &saved.positions)

@@ -91,8 +91,8 @@ pub(crate) trait Device: Any + Send {
     fn state(&self) -> Vec<u8> {
         Vec::new()
     }
-    /// Says which field of such state is wrong.
-    fn check(&self, state: &[u8]) -> Result<(), &'static str> {
+    /// Says which field of such state is wrong, if the driver has accepted these features.
+    fn check(&self, _accepted: u64, state: &[u8]) -> Result<(), &'static str> {
         if state.is_empty() {
             Ok(())
         } else {

@@ -185,6 +185,11 @@ impl Ring {
         Ok(usize::from(offered.wrapping_sub(self.queue.next_avail())) > chains)
     }
 
+    /// Says whether the driver has set it up.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.queue.ready()
+    }
+
     /// Returns how many entries it has.
     pub(crate) fn size(&self) -> usize {
         self.queue.size().into()
