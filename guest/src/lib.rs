@@ -39,6 +39,8 @@ pub mod resp;
 #[cfg(feature = "services")]
 pub mod server;
 #[cfg(feature = "services")]
+pub mod spread;
+#[cfg(feature = "services")]
 mod stack;
 #[cfg(feature = "services")]
 mod tcp;

@@ -60,6 +60,9 @@ extern "C" fn rust_main(boot: *const BootInfo) -> ! {
     if nets.is_empty() {
         give_up(&"there is no network device: give the machine one")
     }
+    for net in nets.iter().filter(|net| net.pairs() > 1) {
+        print(&alloc::format!("tandem guest: {} pairs of queues", net.pairs()));
+    }
     let mut block = devices.block.map(Block::new);
     let limits = Limits::new(&settings, nets.len(), layout.heap_bytes).unwrap_or_else(|error| give_up(&error));
     let kv = load(block.as_mut(), limits.store);

@@ -33,6 +33,8 @@ struct Cable {
     to_guest: Receiver<Bytes>,
     ready: Arc<OwnedFd>,
     from_guest: Sender<Vec<u8>>,
+    /// A frame that the guest had no room for.
+    kept: Option<Bytes>,
 }
 
 impl net::Backend for Cable {
@@ -41,14 +43,14 @@ impl net::Backend for Cable {
     }
 
     fn receive(&mut self) -> Option<Bytes> {
-        self.to_guest.try_recv().ok().or_else(|| {
+        self.kept.take().or_else(|| self.to_guest.try_recv().ok()).or_else(|| {
             let _ = rustix::io::read(&*self.ready, &mut [0; 8]);
             self.to_guest.try_recv().ok()
         })
     }
 
-    fn put_back(&mut self, _: Bytes) {
-        unreachable!("no frame needs more than one buffer");
+    fn put_back(&mut self, frame: Bytes) {
+        self.kept = Some(frame);
     }
 
     fn delivered(&mut self, _: Bytes) {}
@@ -74,6 +76,7 @@ fn cable() -> (Cable, Peer) {
         to_guest: for_guest,
         ready: Arc::clone(&ready),
         from_guest: of_guest,
+        kept: None,
     };
     (
         end,

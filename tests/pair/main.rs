@@ -9,7 +9,7 @@
 //!   resync    a broken pair is made whole by difference          modes    buffered output, and auto
 //!   bench     the benchmarks come to their end
 //!   ahead     pages shipped ahead of a stop             traffic  what is told of the VM's traffic
-//!   cards     a VM with two network cards
+//!   cards     a VM with two network cards               queues   a card with several pairs of queues
 //! ```
 //!
 //! `stage` has the hosts, `load` the clients. Every test asserts on facts that the roles and the clients tell,
@@ -30,6 +30,7 @@ mod memory;
 mod modes;
 mod phases;
 mod program;
+mod queues;
 mod resync;
 mod split;
 mod stage;

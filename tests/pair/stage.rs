@@ -42,6 +42,8 @@ pub(crate) struct Setup {
     pub(crate) memory: &'static str,
     pub(crate) image_bytes: u64,
     pub(crate) takeover_limit: &'static str,
+    /// What is said of the network card beyond its TAP.
+    pub(crate) card: &'static str,
     /// More options for both roles.
     pub(crate) more: Vec<&'static str>,
 }
@@ -53,6 +55,7 @@ impl Default for Setup {
             memory: "64M",
             image_bytes: 64 << 20,
             takeover_limit: "300ms",
+            card: "",
             more: Vec::new(),
         }
     }
@@ -136,7 +139,7 @@ impl Stage {
         option("--name", host.name().to_owned());
         option("--image", path(self.image(host)));
         option("--memory", self.setup.memory.to_owned());
-        option("--tap", TAP.to_owned());
+        option("--tap", format!("{TAP}{}", self.setup.card));
         option("--control", path(self.control(host)));
         if role == "run" {
             // The clients know the VM by the address that the pair gave it.

@@ -32,6 +32,10 @@ bitflags! {
         const DISCARD = 1 << 13;
         /// Network: the configuration has the MAC address. The same bit as `READ_ONLY`, on another device.
         const MAC = 1 << 5;
+        /// Network: the device takes commands by a queue of their own.
+        const CONTROL = 1 << 17;
+        /// Network: there are several pairs of queues.
+        const SEVERAL = 1 << 22;
         /// The device follows the standard.
         const VERSION_1 = 1 << 32;
     }

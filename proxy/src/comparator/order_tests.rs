@@ -1,5 +1,7 @@
 //! The comparator case by case: what need not wait for what the guest sent before it.
 
+mod queues;
+
 use bytes::Bytes;
 use checkpoint::{Duration, Epoch, EpochMode, Role};
 

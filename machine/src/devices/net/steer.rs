@@ -130,7 +130,7 @@ mod tests {
         // The first has ports to be read, and the others have not.
         let fragment = |at: u16, more: bool| {
             let mut frame = tcp(([10, 0, 0, 9], 40_000), ([10, 0, 0, 1], 80), &[0; 64]);
-            let flags = u16::from(more) << 13 | at / 8;
+            let flags = (u16::from(more) << 13) | (at / 8);
             frame[HEADER_BYTES + 14 + 6..][..2].copy_from_slice(&flags.to_be_bytes());
             frame
         };
