@@ -42,6 +42,8 @@ const DONE: u8 = b'.';
 
 /// The sentinel must have done what it is told within this.
 const REPLY_LIMIT: Duration = Duration::from_secs(2);
+/// Its program must have started within this: a busy host takes its time to read it from the disk, and nothing else waits yet.
+const START_LIMIT: Duration = Duration::from_secs(15);
 /// After a death, the peer has this long to take what is queued for it.
 const LAST_WORDS_LIMIT: checkpoint::Duration = checkpoint::Duration::from_millis(10_000);
 const WATCHER_STACK_BYTES: usize = 64 * 1024;
@@ -105,7 +107,9 @@ impl Sentinel {
             _canary: canary,
         };
         let page = sentinel._canary.page();
-        sentinel.tell(WATCH, &[page]).map_err(SentinelError::Silent)?;
+        sentinel
+            .tell(WATCH, &[page], START_LIMIT)
+            .map_err(SentinelError::Silent)?;
         Ok(sentinel)
     }
 
@@ -121,20 +125,20 @@ impl Sentinel {
     /// Panics on more than [`GUARDED_MAX`] sockets.
     pub fn guard(&self, sockets: &[BorrowedFd<'_>]) {
         assert!(sockets.len() <= GUARDED_MAX, "a link has no more connections");
-        if let Err(error) = self.tell(GUARD, sockets) {
+        if let Err(error) = self.tell(GUARD, sockets, REPLY_LIMIT) {
             tracing::warn!(%error, "the sentinel can't guard the link: the peer will notice this host's death later");
         }
     }
 
     /// Has no socket ended any more.
     pub fn release(&self) {
-        if let Err(error) = self.tell(RELEASE, &[]) {
+        if let Err(error) = self.tell(RELEASE, &[], REPLY_LIMIT) {
             tracing::debug!(%error, "the sentinel is gone");
         }
     }
 
     /// Sends one order with its descriptors and waits until it is carried out.
-    fn tell(&self, order: u8, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn tell(&self, order: u8, descriptors: &[BorrowedFd<'_>], limit: Duration) -> io::Result<()> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(GUARDED_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -150,7 +154,7 @@ impl Sentinel {
             &mut control,
             SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
         )?;
-        wait_readable(socket.as_fd(), REPLY_LIMIT)?;
+        wait_readable(socket.as_fd(), limit)?;
         let mut reply = [0];
         match recv(&*socket, &mut reply, RecvFlags::DONTWAIT)?.0 {
             1 if reply[0] == DONE => Ok(()),
@@ -162,7 +166,7 @@ impl Sentinel {
 impl Drop for Sentinel {
     fn drop(&mut self) {
         self.ending.store(true, Ordering::Relaxed);
-        if let Err(error) = self.tell(END, &[]) {
+        if let Err(error) = self.tell(END, &[], REPLY_LIMIT) {
             tracing::debug!(%error, "the sentinel was gone before its end");
         }
     }
