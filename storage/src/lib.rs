@@ -20,6 +20,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backed;
 mod beside;
 pub mod changed;
 pub mod image;

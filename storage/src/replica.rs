@@ -19,13 +19,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use checkpoint::limits::{BLOCK_BYTES, EPOCH_WRITES_BYTES_MAX, OVERLAY_BYTES_MAX};
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::wire::Written;
 use checkpoint::{Epoch, Generation, Tag};
 
+use crate::backed::Backed;
 use crate::changed::BlockSet;
 use crate::image::Image;
 use crate::journal::{self, Kind, Last};
@@ -135,7 +136,7 @@ pub struct Replica<I: Image + ?Sized> {
     serial: u64,
     promoted: bool,
     /// Blocks of the base that have room on the host, and whose room somebody counts on: a job that zeros them leaves it there.
-    backed: Arc<Mutex<BlockSet>>,
+    backed: Arc<Backed>,
 }
 
 struct Pending {
@@ -152,7 +153,7 @@ pub struct CommitJob<I: Image + ?Sized> {
     serial: u64,
     last: Last,
     batch: Arc<SectorMap>,
-    backed: Arc<Mutex<BlockSet>>,
+    backed: Arc<Backed>,
 }
 
 /// A finished job, to be given to [`Replica::committed`]: the base holds it durably.
@@ -241,7 +242,7 @@ impl<I: Image + ?Sized> Replica<I> {
         self.overlay = SectorMap::default();
         self.abandon();
         // The sync gives room back as it likes.
-        *self.backed() = BlockSet::default();
+        *self.backed.lock() = BlockSet::default();
         self.journal.flush()?;
         Ok(Arc::clone(&self.image))
     }
@@ -517,7 +518,10 @@ impl<I: Image + ?Sized> Replica<I> {
 
     /// Nobody counts on the room of what becomes zeros, but a batch that writes there and waits for the running job.
     fn give_up_room(&self, zeros: Vec<Range<u64>>) {
-        let mut backed = self.backed();
+        if zeros.is_empty() {
+            return;
+        }
+        let mut backed = self.backed.lock();
         for chunks in zeros {
             let blocks = chunks.start / CHUNKS_PER_BLOCK..=(chunks.end - 1) / CHUNKS_PER_BLOCK;
             backed.remove_if(blocks, |block| {
@@ -526,10 +530,6 @@ impl<I: Image + ?Sized> Replica<I> {
                 !waiting.any(|pending| pending.batch.has_chunk_in(chunks.clone()))
             });
         }
-    }
-
-    fn backed(&self) -> MutexGuard<'_, BlockSet> {
-        self.backed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the commit that waits for the running job, if there is one.
@@ -542,7 +542,7 @@ impl<I: Image + ?Sized> Replica<I> {
         if len == 0 {
             return Ok(());
         }
-        let mut backed = self.backed();
+        let mut backed = self.backed.lock();
         for block in offset / BLOCK..=(offset + len - 1) / BLOCK {
             if !backed.contains(block) {
                 let start = block * BLOCK;

@@ -42,9 +42,10 @@ const FEATURE_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 const FEATURE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
 /// The most sectors that one range of zeros may have, and
-pub const ZEROS_SECTORS_MAX: u32 = 512 * 1024;
-/// the most ranges of a request: together 4 GiB, which a file system gives back in one go.
-pub const ZEROS_RANGES_MAX: u32 = 16;
+pub const ZEROS_SECTORS_MAX: u32 = 128 * 1024;
+/// the most ranges of a request: together 256 MiB, which a file system gives back in a tenth of a second. A stop waits for the request that
+/// is under way.
+pub const ZEROS_RANGES_MAX: u32 = 4;
 /// Discards that begin and end at pages of the host's file system give all of their room back.
 const DISCARD_ALIGNMENT: u32 = 8;
 /// Bytes of `struct virtio_blk_discard_write_zeroes`: sector, sectors, flags.

@@ -197,8 +197,9 @@ impl Device for Card {
         } else {
             1
         };
+        let most = BATCH / usize::from(pairs);
         for pair in 0..pairs {
-            more |= self.transmit(&mut rings[transmit_ring(pair)], work)?;
+            more |= self.transmit(&mut rings[transmit_ring(pair)], most, work)?;
         }
         Ok(Turn {
             more: more || received.more,
@@ -373,10 +374,10 @@ impl Card {
         Delivery::Lost
     }
 
-    /// Guest to outside; `true` if there is more.
-    fn transmit(&mut self, ring: &mut Ring, work: &Work<'_>) -> Result<bool, QueueError> {
+    /// Guest to outside, so many frames at most; `true` if there is more.
+    fn transmit(&mut self, ring: &mut Ring, most: usize, work: &Work<'_>) -> Result<bool, QueueError> {
         let mut report = Report::default();
-        for _ in 0..BATCH {
+        for _ in 0..most {
             if work.stopping() {
                 break;
             }

@@ -26,7 +26,7 @@ fn batch(writes: &[(u64, usize, u8)]) -> SectorMap {
 }
 
 fn on(image: &SimImage, batch: &SectorMap) -> io::Result<()> {
-    apply(image, batch, &Mutex::default())
+    apply(image, batch, &crate::backed::Backed::default())
 }
 
 fn patched(base: &[u8], batch: &SectorMap) -> Vec<u8> {

@@ -435,7 +435,8 @@ fn a_long_discard_costs_no_more_than_a_short_one() {
     replica.reserve(Epoch(1)).unwrap();
     let before = disk.operations();
     assert!(replica.commit(Epoch(1)).unwrap().run().is_ok());
-    assert!(disk.operations() - before < 10);
+    // A few for each 4 MiB, whatever the number of sectors.
+    assert!(disk.operations() - before < 30);
 }
 
 #[test]

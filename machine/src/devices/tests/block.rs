@@ -141,9 +141,7 @@ fn shows_its_capacity_and_identity() {
     assert_eq!(config[..8], SECTORS.to_le_bytes());
     assert_eq!(config[12..16], 254u32.to_le_bytes());
     assert_eq!(config[16..36], [0; 20]);
-    let limits: Vec<u8> = [512 * 1024, 16, 8, 512 * 1024, 16, 1_u32]
-        .map(u32::to_le_bytes)
-        .concat();
+    let limits: Vec<u8> = [128 * 1024, 4, 8, 128 * 1024, 4, 1_u32].map(u32::to_le_bytes).concat();
     assert_eq!(config[36..60], limits);
     assert_eq!(config[60..], [0; 4], "beyond the structure");
     assert_eq!(read32(block.mmio(), 8), 2);

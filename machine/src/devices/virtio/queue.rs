@@ -45,6 +45,8 @@ pub(crate) struct Ring {
     queue: Queue,
     /// Whether the driver was told to send notifications; `None`: what guest memory says is unknown.
     listening: Option<bool>,
+    /// Where the driver was told to notify, if it is told places.
+    awaited: Option<u16>,
     /// Where the used ring ended when the driver was last told of it.
     told: u16,
 }
@@ -59,6 +61,7 @@ impl Ring {
         Ok(Self {
             queue,
             listening: None,
+            awaited: None,
             told: state.next_used,
         })
     }
@@ -168,11 +171,14 @@ impl Ring {
                 .queue
                 .next_avail()
                 .wrapping_add(u16::try_from(chains).unwrap_or(u16::MAX));
-            let after = RING_HEADER_BYTES + u64::from(self.queue.size()) * USED_ELEMENT_BYTES;
-            let address = GuestAddress(self.queue.used_ring() + after);
-            ram.store(place.to_le(), address, Ordering::Relaxed)
-                .map_err(QueueError::Memory)?;
-            fence(Ordering::SeqCst);
+            // What is there already makes no page dirty.
+            if self.awaited.replace(place) != Some(place) {
+                let after = RING_HEADER_BYTES + u64::from(self.queue.size()) * USED_ELEMENT_BYTES;
+                let address = GuestAddress(self.queue.used_ring() + after);
+                ram.store(place.to_le(), address, Ordering::Relaxed)
+                    .map_err(QueueError::Memory)?;
+                fence(Ordering::SeqCst);
+            }
         } else if self.listening != Some(true) {
             self.listening = Some(true);
             self.queue.enable_notification(ram).map_err(QueueError::Ring)?;
