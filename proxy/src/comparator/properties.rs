@@ -248,7 +248,10 @@ impl World {
         let stop = stop.max(start.min(end.fin.unwrap_or(start)));
         let start = start.min(stop);
         let newest = end.newest;
-        end.newest = end.newest.max(stop);
+        // A bare acknowledgement may stand anywhere, and says no byte.
+        if stop > start || fin {
+            end.newest = end.newest.max(stop);
+        }
         if fin && end.fin.is_none() {
             end.fin = Some(end.newest);
         }
