@@ -76,7 +76,7 @@ fn wrong_starts() -> Vec<Wrong> {
             "no TAP",
             "primary",
             FAILED,
-            &["uplink exists, but is no plain TAP"],
+            &["uplink exists, but is no TAP device"],
             |_, words| {
                 set(words, "--tap", "uplink");
             },
