@@ -47,7 +47,8 @@ struct Watched {
     clock_back: AtomicU64,
     clock_leap_ms: AtomicU64,
     wall_back_ms: AtomicU64,
-    memory_rounds: AtomicU64,
+    /// How many parts of the memory were read and written anew, of 64 a round.
+    memory_parts: AtomicU64,
     memory_errors: AtomicU64,
 }
 
@@ -100,12 +101,12 @@ fn answer(question: &str, watched: &Watched, records: &Mutex<Records>) -> String
         "report" => {
             let of = |number: &AtomicU64| number.load(SeqCst);
             format!(
-                "clock_rounds={} clock_back={} clock_leap_ms={} wall_back_ms={} memory_rounds={} memory_errors={}",
+                "clock_rounds={} clock_back={} clock_leap_ms={} wall_back_ms={} memory_parts={} memory_errors={}",
                 of(&watched.clock_rounds),
                 of(&watched.clock_back),
                 of(&watched.clock_leap_ms),
                 of(&watched.wall_back_ms),
-                of(&watched.memory_rounds),
+                of(&watched.memory_parts),
                 of(&watched.memory_errors),
             )
         }
@@ -177,9 +178,9 @@ fn watch_memory(watched: &Watched) -> ! {
                 }
                 *word = pattern(round, first + at);
             }
+            watched.memory_parts.fetch_add(1, SeqCst);
             thread::sleep(MEMORY_REST);
         }
-        watched.memory_rounds.fetch_add(1, SeqCst);
     }
     unreachable!("the rounds do not end")
 }

@@ -3,11 +3,11 @@
 #   network 2            a bridge for the clients, 192.0.2.1, and as many TAPs in it
 #   until_said 120 GUEST-READY log [2]    waits so many seconds for a line in a file, or for two
 #   ask record           what the guest's `checks` (tests/lab/checks.rs) answers
-#   well                 the guest's clocks, memory and kernel are well, or this fails
+#   well                 the guest's clocks, memory and kernel are well, and are watched, or this fails
 #   serves 2             so is all that it offers, with two processors
 #   pair                 the places of a pair: two TAPs, two disks, a witness
 #   start_side a primary starts one side of it; `end_process a` kills it, `ended 60 a` waits until it ends and says how
-#   repaired a           looks at that side's disk, repairs it from its journal, and says how many records it has
+#   repaired a           looks at that side's disk, repairs it from its journal, and says how many records it has, all whole
 #   inside 'command'     runs a command in the guest by ssh
 #   client redis & …      a client that goes on until `enough` exists; `clients_done` ends them and says what they saw
 
@@ -67,9 +67,22 @@ ask() {
     [[ $answer != failed* && -n $answer ]]
 }
 
+# What a report of the checks says of one thing: seen "$report" memory_parts.
+seen() {
+    local rest=${1#*"$2="}
+    echo "${rest%% *}"
+}
+
 well() {
-    local report kernel
-    report=$(ask report) && kernel=$(ask kernel) || { echo "the guest's checks do not answer: $report $kernel"; return 1; }
+    local before report kernel end=$((SECONDS + 60))
+    before=$(ask report) || { echo "the guest's checks do not answer: $before"; return 1; }
+    # Watchers that stand find nothing.
+    while report=$(ask report) && { [ "$(seen "$report" clock_rounds)" -le "$(seen "$before" clock_rounds)" ] ||
+        [ "$(seen "$report" memory_parts)" -le "$(seen "$before" memory_parts)" ]; }; do
+        [ $SECONDS -lt $end ] || { echo "the guest's watchers stand: $before, 60 s later: $report"; return 1; }
+        sleep 0.2
+    done
+    kernel=$(ask kernel) || { echo "the guest's checks do not answer: $report $kernel"; return 1; }
     [ "$kernel" = "kernel ok" ] || { echo "the guest's $kernel"; return 1; }
     case $report in
         *clock_back=0\ *wall_back_ms=0\ *memory_errors=0) ;;
@@ -139,8 +152,12 @@ repaired() {
 }
 
 records_of() {
+    local told
+    debugfs -R "dump /usr/local/bin/checks $1.checks" "linux/$1.img" 2>/dev/null
     debugfs -R "dump /var/lib/checks/records $1.records" "linux/$1.img" 2>/dev/null
-    echo $(($(stat -c %s "$1.records") / 64))
+    chmod +x "$1.checks"
+    told=$("./$1.checks" verify "$1.records") && [[ $told == records\ * ]] || { echo "$1: $told" >&2; return 1; }
+    echo "${told#records }"
 }
 
 # Goes on until told that it is enough; each answer must be the one that follows from the last.
