@@ -52,6 +52,8 @@ impl World {
             unmatched_max: Duration::from_millis(200),
             ahead: Some(Budget {
                 every: Duration::from_millis(15),
+                seldom: Duration::from_millis(60),
+                few_pages: 2,
                 ..Budget::default()
             }),
             pause_budget: self.pause_budget,

@@ -70,7 +70,8 @@ impl Primary {
 
     /// The epoch's pages may be shipped from now on.
     pub(super) fn begin_ahead(&mut self, now: Instant) {
-        let every = self.options.ahead.map(|budget| budget.every).unwrap_or_default();
+        // Of this epoch nothing is known yet: it begins like the one before.
+        let every = self.look_interval().unwrap_or_default();
         let answers = core::mem::take(&mut self.answers);
         self.ahead = Ahead {
             tag: self.tag(),
@@ -90,7 +91,7 @@ impl Primary {
         self.ahead.round = Some(now);
         let alike = self.ahead.alike && self.epoch_mode == EpochMode::Lockstep;
         let budget = self.options.ahead.filter(|_| !alike);
-        let pages = budget.map_or(0, |budget| budget.round_pages());
+        let pages = budget.map_or(0, |budget| budget.round_pages(self.ahead.expected));
         self.ahead.ordered |= pages > 0;
         let tag = self.ahead.tag;
         actions.push(Action::ShipAhead { tag, pages });
@@ -153,9 +154,21 @@ impl Primary {
     }
 
     fn end_round(&mut self, bytes: u64, busy: Duration) {
-        if let (Some(began), Some(budget)) = (self.ahead.round.take(), self.options.ahead) {
-            self.ahead.due = budget.next(began, bytes, busy);
+        if let (Some(began), Some(budget), Some(every)) =
+            (self.ahead.round.take(), self.options.ahead, self.look_interval())
+        {
+            self.ahead.due = budget.next(began, every, bytes, busy);
         }
+    }
+
+    /// Returns the shortest time from one look to the next. A pause budget is kept as well as looks are frequent.
+    fn look_interval(&self) -> Option<Duration> {
+        let budget = self.options.ahead?;
+        Some(if self.options.pause_budget.is_some() {
+            budget.every
+        } else {
+            budget.interval(self.ahead.expected)
+        })
     }
 
     /// Tells whether pages count as clean because they were shipped ahead in the running epoch.

@@ -2,6 +2,8 @@
 //!
 //! Between two looks at the dirty pages lies at least [`Budget::every`], and so much more that what the last round sent
 //! and took stays within the budget on average. A round itself is bounded, so that nothing has to be saved up or cut off.
+//! A stop with few pages is short in any case: while there are no more, they are left for it, and looked at seldom. Each look
+//! takes processor time, and each page that is shipped and then written again costs the guest a fault, and the link a page.
 //! Pure: it reads no clock and knows no page.
 
 use checkpoint::{Duration, Instant};
@@ -14,6 +16,10 @@ const ROUND_PAGES_MAX: u64 = 512;
 pub struct Budget {
     /// Shortest time from one look to the next.
     pub every: Duration,
+    /// The same while few pages are dirty.
+    pub seldom: Duration,
+    /// Fewer dirty pages than these are few: nothing is shipped.
+    pub few_pages: u64,
     /// Bytes on the link in a second; with none, pages are looked at and not shipped.
     pub bytes_per_second: u64,
     /// Share of the time, in percent, in which the threads may be busy with it.
@@ -24,6 +30,8 @@ impl Default for Budget {
     fn default() -> Self {
         Self {
             every: Duration::from_millis(5),
+            seldom: Duration::from_millis(25),
+            few_pages: 1_024,
             bytes_per_second: 128 * 1024 * 1024,
             busy_percent: 25,
         }
@@ -31,18 +39,33 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// Returns how many pages one round may ship.
+    /// Returns how many pages one round may ship, of so many that are expected to be dirty.
     #[must_use]
-    pub fn round_pages(&self) -> u64 {
-        if self.bytes_per_second == 0 { 0 } else { ROUND_PAGES_MAX }
+    pub fn round_pages(&self, dirty: u64) -> u64 {
+        if self.bytes_per_second == 0 || dirty < self.few_pages {
+            0
+        } else {
+            ROUND_PAGES_MAX
+        }
     }
 
-    /// Returns when the next look is due after one that began at `began`, sent `bytes` and kept threads busy for `busy`.
+    /// Returns the shortest time to the next look, with so many pages dirty. It becomes short before they are many.
     #[must_use]
-    pub fn next(&self, began: Instant, bytes: u64, busy: Duration) -> Instant {
+    pub fn interval(&self, dirty: u64) -> Duration {
+        if dirty < self.few_pages / 2 {
+            self.seldom
+        } else {
+            self.every
+        }
+    }
+
+    /// Returns when the next look is due after one that began at `began`, sent `bytes` and kept threads busy for `busy`, and `every`
+    /// after it at the earliest.
+    #[must_use]
+    pub fn next(&self, began: Instant, every: Duration, bytes: u64, busy: Duration) -> Instant {
         let sending = scaled(bytes, 1_000_000_000, self.bytes_per_second);
         let working = scaled(busy.0, 100, self.busy_percent);
-        began + Duration(self.every.0.max(sending).max(working))
+        began + Duration(every.0.max(sending).max(working))
     }
 }
 
@@ -59,18 +82,34 @@ mod tests {
 
     const BUDGET: Budget = Budget {
         every: Duration::from_millis(5),
+        seldom: Duration::from_millis(25),
+        few_pages: 100,
         bytes_per_second: 1_000_000,
         busy_percent: 25,
     };
 
     fn wait(bytes: u64, busy: Duration) -> u64 {
-        BUDGET.next(Instant(7), bytes, busy).since(Instant(7)).as_millis()
+        BUDGET
+            .next(Instant(7), BUDGET.every, bytes, busy)
+            .since(Instant(7))
+            .as_millis()
     }
 
     #[test]
     fn a_round_that_cost_little_is_followed_after_the_shortest_time() {
         assert_eq!(wait(0, Duration(0)), 5);
         assert_eq!(wait(5_000, Duration::from_millis(1)), 5);
+    }
+
+    #[test]
+    fn few_pages_are_left_for_the_stop_and_looked_at_seldom_until_they_grow() {
+        assert_eq!((BUDGET.round_pages(99), BUDGET.round_pages(100)), (0, ROUND_PAGES_MAX));
+        assert_eq!(
+            (BUDGET.interval(49), BUDGET.interval(50)),
+            (BUDGET.seldom, BUDGET.every)
+        );
+        let all = Budget { few_pages: 0, ..BUDGET };
+        assert_eq!((all.round_pages(0), all.interval(0)), (ROUND_PAGES_MAX, BUDGET.every));
     }
 
     #[test]
@@ -86,7 +125,7 @@ mod tests {
             busy_percent: 0,
             ..BUDGET
         };
-        assert!(none.next(Instant(1), u64::MAX, Duration(u64::MAX)) > Instant(u64::MAX / 2));
+        assert!(none.next(Instant(1), none.every, u64::MAX, Duration(u64::MAX)) > Instant(u64::MAX / 2));
     }
 
     proptest! {
@@ -96,7 +135,7 @@ mod tests {
             let (mut at, mut bytes, mut busy) = (Instant(0), 0, 0);
             for (sent, worked) in rounds {
                 // A round is over before the next begins.
-                at = BUDGET.next(at, sent, Duration::from_millis(worked));
+                at = BUDGET.next(at, BUDGET.every, sent, Duration::from_millis(worked));
                 bytes += sent;
                 busy += worked;
             }

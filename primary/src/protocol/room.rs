@@ -129,7 +129,10 @@ impl Primary {
         if look.tag != self.tag() || !self.runs_ahead() {
             return;
         }
-        self.flight_look = self.options.ahead.map(|budget| budget.next(now, 0, look.took));
+        self.flight_look = self
+            .options
+            .ahead
+            .map(|budget| budget.next(now, budget.every, 0, look.took));
         self.stand_if_outgrown(look.dirty, actions);
     }
 }

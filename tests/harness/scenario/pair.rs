@@ -22,6 +22,8 @@ const SAME_MOMENT_MAX: u32 = 100;
 
 /// Time between two looks at the dirty pages, where they are shipped ahead.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// The same while few are dirty.
+const LOOK_SELDOM: Duration = Duration::from_millis(200);
 
 /// What a protocol hears.
 pub(super) enum Event {
@@ -55,8 +57,10 @@ pub(super) struct Options {
     pub(super) resume: Resume,
     pub(super) mode: Mode,
     pub(super) checkpoint_every: Duration,
-    /// Pages are shipped ahead of a stop.
+    /// Pages are shipped ahead of a stop,
     pub(super) ahead: bool,
+    /// unless there are fewer than these.
+    pub(super) few_pages: u64,
     /// The pages of checkpoints are compared with the secondary's.
     pub(super) compare: bool,
     /// Network cards of the VM.
@@ -91,6 +95,7 @@ impl Pair {
                 mode: Mode::default(),
                 checkpoint_every: checkpoint::limits::CHECKPOINT_EVERY,
                 ahead: false,
+                few_pages: 0,
                 compare: false,
                 cards: 1,
                 streams: 1,
@@ -350,6 +355,8 @@ impl Pair {
             unmatched_max: checkpoint::limits::UNMATCHED_MAX,
             ahead: self.options.ahead.then(|| Budget {
                 every: LOOK_EVERY,
+                seldom: LOOK_SELDOM,
+                few_pages: self.options.few_pages,
                 bytes_per_second: if self.options.budget.is_some() { 0 } else { u64::MAX },
                 ..Budget::default()
             }),

@@ -28,6 +28,10 @@ impl Pair {
                 Some(("compare", "yes")) => self.options.compare = true,
                 Some(("resume", policy)) => self.options.resume = policy.parse()?,
                 Some(("ahead", "yes")) => self.options.ahead = true,
+                Some(("few", pages)) => {
+                    self.options.ahead = true;
+                    self.options.few_pages = pages.parse().map_err(|_| format!("'{pages}' is no number"))?;
+                }
                 Some(("cards", number)) => {
                     self.options.cards = number.parse().map_err(|_| "cards have a number")?;
                 }
@@ -56,7 +60,7 @@ impl Pair {
                 Some(("every", span)) => self.options.checkpoint_every = span_of(&format!("+{span}"))?,
                 _ => {
                     return Err(format!(
-                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, compare=yes, budget=1ms, written=2, pages=3, inputs=4, unsent=100, streams=2"
+                        "'{option}' is no option: witness=no, age=10s, resume=copy, mode=buffered, every=5ms, ahead=yes, few=2, compare=yes, budget=1ms, written=2, pages=3, inputs=4, unsent=100, streams=2"
                     ));
                 }
             }
