@@ -11,7 +11,8 @@
 host_start() {
     local name=$1 processors=${2:-1} memory=${3:-3072} wire=${4:-} without=${5:-} at=$scratch/$1 port cards=()
     mkdir "$at"
-    port=$((20000 + $$ % 20000 + ${#hosts[@]}))
+    # Cases run side by side.
+    port=$((20000 + $$ * 4 % 20000 + ${#hosts[@]}))
     if [ -n "$wire" ]; then
         case $wire in
             listen | connect) cards=(-netdev "socket,id=wire,$wire=127.0.0.1:$((40000 + $$ % 20000))") ;;

@@ -247,7 +247,7 @@ until_more() {
 clients_done() {
     local end=$((SECONDS + 300))
     touch enough
-    until [ "$(wc -l <finished 2>/dev/null || echo 0)" -ge "$1" ]; do
+    until [ -e finished ] && [ "$(wc -l <finished)" -ge "$1" ]; do
         [ $SECONDS -lt $end ] || { echo "clients do not end: $(cat finished)"; return 1; }
         sleep 0.5
     done
