@@ -30,7 +30,7 @@ use primary::protocol::{Mode, Patience, Resume, Room, Start};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
 use storage::{FileImage, Image, Record, Recovery, Replica};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tracing::info;
@@ -54,7 +54,7 @@ pub enum Ending {
 /// # Errors
 /// Fails if anything that the role needs is missing; nothing was started then. Later, if this side can't go on.
 pub fn run_primary(settings: Settings) -> Result<Ending> {
-    runtime()?.block_on(async {
+    run(async {
         let stop = stop_signals()?;
         primary(Host::open(settings.into())?, stop).await
     })
@@ -65,7 +65,7 @@ pub fn run_primary(settings: Settings) -> Result<Ending> {
 /// # Errors
 /// Fails if anything that the role needs is missing; nothing was started then. Later, if this side can't go on.
 pub fn run_secondary(settings: Settings) -> Result<Ending> {
-    runtime()?.block_on(async {
+    run(async {
         let stop = stop_signals()?;
         follow::secondary(Host::open(settings.into())?, stop).await
     })
@@ -76,18 +76,23 @@ pub fn run_secondary(settings: Settings) -> Result<Ending> {
 /// # Errors
 /// Fails if anything that the VM needs is missing; nothing was started then.
 pub fn run_alone(settings: RunSettings) -> Result<Ending> {
-    runtime()?.block_on(async {
+    run(async {
         let stop = stop_signals()?;
         primary(Host::open(settings.into())?, stop).await
     })
 }
 
-fn runtime() -> Result<Runtime> {
+fn run(role: impl Future<Output = Result<Ending>> + Send + 'static) -> Result<Ending> {
     // The loop and the connections' tasks take turns on one thread: between two, each message would wake the other.
-    Builder::new_current_thread()
+    let runtime = Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("the host refuses threads: raise its limits (ulimit -u)")
+        .context("the host refuses threads: raise its limits (ulimit -u)")?;
+    // A task among theirs: what `block_on` itself runs is woken by a descriptor, by its own thread too.
+    runtime.block_on(async {
+        let ended = tokio::spawn(role).await;
+        ended.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))
+    })
 }
 
 /// Turns Ctrl-C and SIGTERM into an orderly end.

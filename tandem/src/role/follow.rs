@@ -68,7 +68,7 @@ pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result
             memory: waiting.kept.as_ref().map(|(_, tag)| *tag),
             disk: record.as_ref().and_then(|record| record.checkpoint(&recovery)),
         };
-        let Some(established) = accept(&host, record.as_ref(), held, &mut listener, &waiting, &mut outside).await?
+        let Some(established) = accept(&host, record.as_ref(), held, &mut listener, &mut waiting, &mut outside).await?
         else {
             return Ok(Ending::Done);
         };
@@ -116,13 +116,14 @@ pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result
     }
 }
 
-/// One acceptance until it succeeds: giving it up would end a handshake that is under way. `None` at an orderly end.
+/// One acceptance until it succeeds: giving it up would end a handshake that is under way. `None` at an orderly end. What waits is its
+/// alone meanwhile: a machine can't be shared between threads.
 async fn accept(
     host: &Host,
     record: Option<&Record>,
     held: Held,
     listener: &mut Listener,
-    waiting: &Waiting,
+    waiting: &mut Waiting,
     outside: &mut Outside,
 ) -> Result<Option<Established>> {
     let local = handshake::Local {
