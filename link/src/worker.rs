@@ -4,8 +4,9 @@
 //! given before its handle was dropped or joined. It decides nothing.
 
 use core::ops::ControlFlow;
+use std::collections::VecDeque;
 use std::io;
-use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 /// Handle of a thread that takes orders of kind `C` and ends with a `T`.
@@ -17,11 +18,26 @@ pub struct Worker<C, T = ()> {
 
 /// Gives orders to a [`Worker`]; does not keep it alive.
 #[derive(Debug)]
-pub struct Orders<C>(mpsc::Sender<Option<C>>);
+pub struct Orders<C>(Arc<Shared<C>>);
 
 /// The thread's end.
 #[derive(Debug)]
-pub struct Inbox<C>(mpsc::Receiver<Option<C>>);
+pub struct Inbox<C>(Arc<Shared<C>>);
+
+#[derive(Debug)]
+struct Shared<C> {
+    queue: Mutex<Queue<C>>,
+    arrived: Condvar,
+}
+
+#[derive(Debug)]
+struct Queue<C> {
+    orders: VecDeque<C>,
+    /// Nothing more is taken.
+    closed: bool,
+    /// The thread waits.
+    waiting: bool,
+}
 
 impl<C: Send + 'static, T: Send + 'static> Worker<C, T> {
     /// Starts a thread of that name.
@@ -29,10 +45,10 @@ impl<C: Send + 'static, T: Send + 'static> Worker<C, T> {
     /// # Errors
     /// Fails if the host refuses a thread.
     pub fn spawn(name: &str, run: impl FnOnce(Inbox<C>) -> T + Send + 'static) -> io::Result<Self> {
-        let (orders, inbox) = mpsc::channel();
-        let thread = Builder::new().name(name.to_owned()).spawn(move || run(Inbox(inbox)))?;
+        let (orders, inbox) = channel();
+        let thread = Builder::new().name(name.to_owned()).spawn(move || run(inbox))?;
         Ok(Self {
-            orders: Orders(orders),
+            orders,
             thread: Some(thread),
         })
     }
@@ -61,20 +77,38 @@ impl<C, T> Drop for Worker<C, T> {
     }
 }
 
+fn channel<C>() -> (Orders<C>, Inbox<C>) {
+    let shared = Arc::new(Shared {
+        queue: Mutex::new(Queue {
+            orders: VecDeque::new(),
+            closed: false,
+            waiting: false,
+        }),
+        arrived: Condvar::new(),
+    });
+    (Orders(Arc::clone(&shared)), Inbox(shared))
+}
+
 impl<C> Orders<C> {
     /// Gives an order; see [`Worker::send`].
     pub fn send(&self, order: C) {
-        let _ = self.0.send(Some(order));
+        let mut queue = self.0.queue();
+        if !queue.closed {
+            queue.orders.push_back(order);
+            self.0.tell(queue);
+        }
     }
 
     fn stop(&self) {
-        let _ = self.0.send(None);
+        let mut queue = self.0.queue();
+        queue.closed = true;
+        self.0.tell(queue);
     }
 }
 
 impl<C> Clone for Orders<C> {
     fn clone(&self) -> Self {
-        Self(self.0.clone())
+        Self(Arc::clone(&self.0))
     }
 }
 
@@ -82,15 +116,43 @@ impl<C> Inbox<C> {
     /// Waits for the next order; `None` when the thread is to end.
     #[must_use]
     pub fn next(&self) -> Option<C> {
-        self.0.recv().ok().flatten()
+        let mut queue = self.0.queue();
+        while queue.orders.is_empty() && !queue.closed {
+            queue.waiting = true;
+            queue = self.0.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        queue.orders.pop_front()
     }
 
     /// Returns the next order if there is one; `Break` when the thread is to end.
     pub fn poll(&self) -> ControlFlow<(), Option<C>> {
-        match self.0.try_recv() {
-            Ok(Some(order)) => ControlFlow::Continue(Some(order)),
-            Err(mpsc::TryRecvError::Empty) => ControlFlow::Continue(None),
-            Ok(None) | Err(mpsc::TryRecvError::Disconnected) => ControlFlow::Break(()),
+        let mut queue = self.0.queue();
+        match queue.orders.pop_front() {
+            None if queue.closed => ControlFlow::Break(()),
+            order => ControlFlow::Continue(order),
+        }
+    }
+}
+
+impl<C> Drop for Inbox<C> {
+    fn drop(&mut self) {
+        let mut queue = self.0.queue();
+        queue.closed = true;
+        queue.orders.clear();
+    }
+}
+
+impl<C> Shared<C> {
+    fn queue(&self) -> MutexGuard<'_, Queue<C>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes the thread if it waits: after the lock is free, or it would wait for that next.
+    fn tell(&self, mut queue: MutexGuard<'_, Queue<C>>) {
+        let is_awaited = std::mem::take(&mut queue.waiting);
+        drop(queue);
+        if is_awaited {
+            self.arrived.notify_one();
         }
     }
 }
@@ -115,15 +177,18 @@ mod tests {
 
     #[test]
     fn an_inbox_can_be_looked_at() {
-        let (orders, inbox) = mpsc::channel();
-        let (orders, inbox) = (Orders(orders), Inbox(inbox));
+        let (orders, inbox) = channel();
         assert_eq!(inbox.poll(), ControlFlow::Continue(None));
         orders.send(7);
         assert_eq!(inbox.poll(), ControlFlow::Continue(Some(7)));
         orders.stop();
         assert_eq!(inbox.poll(), ControlFlow::Break(()));
-        drop(orders);
-        assert_eq!(inbox.poll(), ControlFlow::<(), Option<u8>>::Break(()));
+        orders.send(8_u8);
+        assert_eq!(
+            inbox.poll(),
+            ControlFlow::Break(()),
+            "what is given after the end is forgotten"
+        );
     }
 
     #[test]
