@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use bytes::{Buf, Bytes, BytesMut};
 use checkpoint::wire::{Encoded, HEADER_BYTES, Header, Message, WireError, decode, encode, take_body};
 use rustix::net::sockopt;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
@@ -115,7 +116,7 @@ impl Incoming {
             self.buffer
                 .reserve((wanted - self.buffer.len()).clamp(READ_BYTES, RESERVED_BYTES_MAX));
             self.stream.readable().await.map_err(CloseCause::Broken)?;
-            match self.stream.try_read_buf(&mut self.buffer) {
+            match self.read() {
                 Ok(0) => return Err(CloseCause::Eof),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -123,6 +124,22 @@ impl Incoming {
             }
         }
         Ok(())
+    }
+
+    /// Reads what there is, as far as there is room. What fills less than the room was all: to ask for more would cost a system
+    /// call, so the stream counts as no longer readable until the kernel says that it is (epoll(7), question 9).
+    fn read(&mut self) -> io::Result<usize> {
+        let room = self.buffer.capacity() - self.buffer.len();
+        let mut all = None;
+        let result = self.stream.try_io(Interest::READABLE, || {
+            let bytes = self.stream.try_read_buf(&mut self.buffer)?;
+            if (1..room).contains(&bytes) {
+                all = Some(bytes);
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Ok(bytes)
+        });
+        all.map_or(result, Ok)
     }
 }
 
