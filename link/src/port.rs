@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
@@ -16,6 +17,7 @@ use checkpoint::pair::Delivery;
 use machine::devices::{self, block, net};
 use machine::offload::Offloads;
 use tokio::io::unix::AsyncFd;
+use tokio::time::{Instant, Sleep, sleep};
 
 /// Frames that may wait for the guest, on all its cards, before a port counts as full.
 pub const INBOX_FRAMES_MAX: usize = 512;
@@ -174,7 +176,12 @@ impl<O: Observer> net::Backend for PortBackend<O> {
 }
 
 /// The network cards' turns, taken by a role's loop.
-pub struct Turns(Vec<Card>);
+pub struct Turns {
+    cards: Vec<Card>,
+    /// When the guest is told of what is not urgent, if there is something.
+    late: Pin<Box<Sleep>>,
+    is_late: bool,
+}
 
 struct Card {
     turns: AsyncFd<devices::Turns>,
@@ -195,17 +202,21 @@ impl Turns {
             let turns = AsyncFd::new(turns)?;
             Ok(Card { turns, due: true })
         });
-        watched.collect::<std::io::Result<_>>().map(Self)
+        Ok(Self {
+            cards: watched.collect::<std::io::Result<_>>()?,
+            late: Box::pin(sleep(devices::LATE)),
+            is_late: false,
+        })
     }
 
     /// Makes a turn of a card due: there is a frame for the guest.
     pub fn make_due(&mut self, nic: Nic) {
-        self.0[nic.index()].due = true;
+        self.cards[nic.index()].due = true;
     }
 
     /// Makes a turn of each card due.
     pub fn make_all_due(&mut self) {
-        for card in &mut self.0 {
+        for card in &mut self.cards {
             card.due = true;
         }
     }
@@ -213,14 +224,18 @@ impl Turns {
     /// Returns how many cards there are.
     #[must_use]
     pub fn cards(&self) -> usize {
-        self.0.len()
+        self.cards.len()
     }
 
     /// Waits until a turn is due. Nothing is lost if the wait is given up.
     pub async fn due(&mut self) {
         std::future::poll_fn(|context| {
+            if self.is_late && self.late.as_mut().poll(context).is_ready() {
+                self.is_late = false;
+                self.cards.iter().for_each(|card| card.turns.get_ref().tell_late());
+            }
             let mut any = false;
-            for card in &mut self.0 {
+            for card in &mut self.cards {
                 // It fails only when the runtime ends, and its tasks with it.
                 if !card.due
                     && let Poll::Ready(Ok(mut kicked)) = card.turns.poll_read_ready(context)
@@ -235,10 +250,20 @@ impl Turns {
         .await;
     }
 
-    /// Takes a turn of each card that one is due of.
+    /// Takes a turn of each card that one is due of. The guest hears of it when it is told.
     pub fn take(&mut self) {
-        for card in self.0.iter_mut().filter(|card| card.due) {
+        for card in self.cards.iter_mut().filter(|card| card.due) {
             card.due = card.turns.get_ref().take();
+        }
+    }
+
+    /// Tells the guest of what the turns had for it: after what they had for others is sent, since a vCPU that is woken may take
+    /// the processor.
+    pub fn tell(&mut self) {
+        let late = self.cards.iter().filter(|card| card.turns.get_ref().tell()).count();
+        if late > 0 && !self.is_late {
+            self.is_late = true;
+            self.late.as_mut().reset(Instant::now() + devices::LATE);
         }
     }
 }

@@ -263,6 +263,7 @@ impl Role {
             if let Some((link, _)) = &self.link {
                 link.flush();
             }
+            self.cards.tell();
         }
         self.clients.flush();
         self.wind_up().await

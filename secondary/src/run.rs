@@ -219,6 +219,7 @@ impl Role {
                 self.step(event);
             }
             self.link.flush();
+            self.cards.tell();
             if self.protocol.awaits_drain() && self.link.queued_bytes() == 0 {
                 self.step(Event::OutputDrained);
             }

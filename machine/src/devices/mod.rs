@@ -20,7 +20,7 @@ pub mod virtio;
 
 pub use crate::doorbell::Interrupt;
 pub use virtio::mmio::{Notifier, VirtioMmio};
-pub use virtio::{DeviceError, Turns};
+pub use virtio::{DeviceError, LATE, Turns};
 
 #[cfg(test)]
 mod tests;

@@ -376,7 +376,7 @@ impl Card {
 
     /// Guest to outside, so many frames at most; `true` if there is more.
     fn transmit(&mut self, ring: &mut Ring, most: usize, work: &Work<'_>) -> Result<bool, QueueError> {
-        let mut report = Report::default();
+        let mut report = Report::of_sent();
         for _ in 0..most {
             if work.stopping() {
                 break;
@@ -454,9 +454,15 @@ fn next_buffer(ring: &mut Ring, ram: &Memory) -> Result<Option<Chain>, QueueErro
 #[derive(Default)]
 struct Report {
     frames: usize,
+    /// These are frames of the guest's: to have a single buffer back is not urgent, and the interrupt would cost as much as the frame.
+    sent: bool,
 }
 
 impl Report {
+    fn of_sent() -> Self {
+        Self { frames: 0, sent: true }
+    }
+
     fn frame(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<(), QueueError> {
         self.frames += 1;
         if self.frames == REPORT {
@@ -467,6 +473,7 @@ impl Report {
 
     fn end(&mut self, rings: &mut [Ring], work: &Work<'_>) -> Result<(), QueueError> {
         self.frames = 0;
-        rings.iter_mut().try_for_each(|ring| ring.tell(work))
+        let tell = if self.sent { Ring::tell_sometime } else { Ring::tell };
+        rings.iter_mut().try_for_each(|ring| tell(ring, work))
     }
 }

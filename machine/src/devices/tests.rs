@@ -7,5 +7,6 @@ mod net;
 mod queues;
 mod streams;
 mod suppression;
+mod telling;
 mod transport;
 mod wire;

@@ -1,14 +1,13 @@
 //! The network card, alone and handed over between two cards under load.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::driver::{
     DriverQueue, PAGE, Piece, QUEUE_SIZE, bell, get, put, ram, read32, start, start_with, wait_for, written_pages,
 };
+use super::telling::is_due;
 use super::wire::{CONFIG, Wire};
-use crate::devices::Turns;
 use crate::devices::net::{CardConfig, FRAME_BYTES_MAX, Net};
 use crate::memory::Memory;
 use crate::offload::{HEADER_BYTES, Offloads};
@@ -460,13 +459,6 @@ fn lent_turns_are_the_holders_until_it_gives_them_back() {
     receive.notify(net.mmio());
     std::thread::sleep(Duration::from_millis(20));
     drop(net.mmio().turns());
-}
-
-/// Says whether a turn has become due since the last call, and forgets it.
-fn is_due(turns: &Turns) -> bool {
-    // SAFETY: the descriptor lives as long as `turns`, which outlives the borrow.
-    let kick = unsafe { BorrowedFd::borrow_raw(turns.as_raw_fd()) };
-    rustix::io::read(kick, &mut [0; 8]).is_ok()
 }
 
 /// How long the thread of this name has computed, once it has begun.

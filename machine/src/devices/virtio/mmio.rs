@@ -162,7 +162,7 @@ impl VirtioMmio {
             positions: positions(&core, registers.queues.len()),
             registers: registers.clone(),
             broken: self.shared().is_broken(),
-            interrupt_status: self.shared().interrupt_status(),
+            interrupt_status: self.shared().saved_interrupt_status(),
             device: core.device.state(),
         };
         saved.write(self.name())

@@ -103,12 +103,17 @@ pub(crate) trait Device: Any + Send {
     fn restore(&mut self, _state: &[u8]) {}
 }
 
+/// How long the guest may wait to be told of used buffers that are not urgent.
+pub const LATE: Duration = Duration::from_millis(25);
+
 /// What a device needs for a turn.
 pub(crate) struct Work<'a> {
     /// Guest memory.
     pub(crate) ram: &'a Memory,
     /// How the guest learns of used buffers.
     pub(crate) signal: &'a Signal,
+    /// Who takes the turn says when the guest is interrupted ([`Turns::tell`]).
+    lent: bool,
     stop: &'a AtomicBool,
 }
 
@@ -116,6 +121,20 @@ impl Work<'_> {
     /// Says whether the device is to come to rest: no further request is to begin.
     pub(crate) fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+
+    /// Reports used buffers to the guest, after the turn if that is lent.
+    pub(crate) fn used(&self) {
+        if self.lent {
+            self.signal.owe();
+        } else {
+            self.signal.raise(VIRTIO_MMIO_INT_VRING);
+        }
+    }
+
+    /// Reports used buffers that the guest is in no hurry to have back: with the next that it is told of, or after [`LATE`].
+    pub(crate) fn used_sometime(&self) {
+        self.signal.delay();
     }
 }
 
@@ -131,13 +150,54 @@ pub(crate) struct Turn {
 /// The interrupt status register and the line behind it.
 pub(crate) struct Signal {
     status: AtomicU32,
+    /// The status says more than the line has been told.
+    owed: AtomicBool,
+    /// There is more to tell, which the status does not say yet.
+    late: AtomicBool,
     line: Arc<dyn Interrupt>,
 }
 
 impl Signal {
-    /// Reports used buffers to the guest.
-    pub(crate) fn used(&self) {
-        self.raise(VIRTIO_MMIO_INT_VRING);
+    /// Notes that there are used buffers; the guest is interrupted later.
+    fn owe(&self) {
+        self.status.fetch_or(VIRTIO_MMIO_INT_VRING, Ordering::AcqRel);
+        self.owed.store(true, Ordering::Release);
+    }
+
+    fn is_owed(&self) -> bool {
+        self.owed.load(Ordering::Acquire)
+    }
+
+    /// Interrupts the guest if that is owed.
+    fn pay(&self) {
+        if self.owed.swap(false, Ordering::AcqRel) {
+            // One interrupt makes the driver look at all queues.
+            self.late.store(false, Ordering::Release);
+            self.line.trigger();
+        }
+    }
+
+    /// Notes that there are used buffers; the guest is interrupted much later.
+    fn delay(&self) {
+        if !self.is_owed() {
+            self.late.store(true, Ordering::Release);
+        }
+    }
+
+    fn is_late(&self) -> bool {
+        self.late.load(Ordering::Acquire)
+    }
+
+    /// Interrupts the guest if there is something to tell that waits.
+    fn end_delay(&self) {
+        if self.is_late() {
+            self.raise(VIRTIO_MMIO_INT_VRING);
+        }
+    }
+
+    fn forget(&self) {
+        self.owed.store(false, Ordering::Release);
+        self.late.store(false, Ordering::Release);
     }
 
     fn changed(&self) {
@@ -146,12 +206,16 @@ impl Signal {
 
     /// Reports what has not been acknowledged once more.
     fn again(&self) {
+        self.owed.store(false, Ordering::Release);
         if self.status.load(Ordering::Acquire) != 0 {
             self.line.trigger();
         }
     }
 
     fn raise(&self, bits: u32) {
+        if bits & VIRTIO_MMIO_INT_VRING != 0 {
+            self.late.store(false, Ordering::Release);
+        }
         self.status.fetch_or(bits, Ordering::AcqRel);
         self.line.trigger();
     }

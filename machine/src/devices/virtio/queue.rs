@@ -40,6 +40,17 @@ pub(crate) enum QueueError {
     Memory(#[source] GuestMemoryError),
 }
 
+/// What there is to tell the driver about chains that were given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum News {
+    /// Nothing that it wants to know.
+    None,
+    /// One beyond those that it has seen or does not want to know of.
+    One,
+    /// As many as it wants to know of, or an unknown number.
+    Several,
+}
+
 /// One queue in use.
 pub(crate) struct Ring {
     queue: Queue,
@@ -134,25 +145,49 @@ impl Ring {
     /// Tells the driver of the chains that were given back since it was told last, unless it does not want to know (virtio
     /// 1.2 §2.7.7): each interrupt costs the guest three exits or more.
     pub(crate) fn tell(&mut self, work: &Work<'_>) -> Result<(), QueueError> {
+        if self.news(work.ram)? != News::None {
+            work.used();
+        }
+        Ok(())
+    }
+
+    /// The same, but a single chain that the driver wants to know of may wait: for buffers that only the driver's own memory needs
+    /// back. Without them the driver still has room for more, and it looks when it next puts some in, or is told of others.
+    pub(crate) fn tell_sometime(&mut self, work: &Work<'_>) -> Result<(), QueueError> {
+        match self.news(work.ram)? {
+            News::None => {}
+            News::One => {
+                self.told = self.told.wrapping_sub(1);
+                work.used_sometime();
+            }
+            News::Several => work.used(),
+        }
+        Ok(())
+    }
+
+    /// Says what there is to tell the driver, as if it were told now.
+    fn news(&mut self, ram: &Memory) -> Result<News, QueueError> {
         let used = self.queue.next_used();
         let before = std::mem::replace(&mut self.told, used);
         if used == before {
-            return Ok(());
+            return Ok(News::None);
         }
         // The driver writes what it wants, then looks at the used ring; here it is the other way round.
         fence(Ordering::SeqCst);
         let available = self.queue.avail_ring();
-        let wanted = if self.queue.event_idx_enabled() {
+        Ok(if self.queue.event_idx_enabled() {
             let after = RING_HEADER_BYTES + u64::from(self.queue.size()) * AVAILABLE_ELEMENT_BYTES;
-            let event = load(work.ram, available + after)?;
-            used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)
+            let event = load(ram, available + after)?;
+            match used.wrapping_sub(event).wrapping_sub(1) {
+                0 => News::One,
+                beyond if beyond < used.wrapping_sub(before) => News::Several,
+                _ => News::None,
+            }
+        } else if load(ram, available)? & NO_INTERRUPT == 0 {
+            News::Several
         } else {
-            load(work.ram, available)? & NO_INTERRUPT == 0
-        };
-        if wanted {
-            work.signal.used();
-        }
-        Ok(())
+            News::None
+        })
     }
 
     /// Asks the driver for notifications; `true` if there is something to take already.

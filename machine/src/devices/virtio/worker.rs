@@ -20,11 +20,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{QueueError, Ring};
-use super::{Complaints, Device, Signal, Turn, Work, lock};
+use super::{Complaints, Device, LATE, Signal, Turn, Work, lock};
 use crate::devices::Interrupt;
 use crate::memory::Memory;
 
@@ -79,7 +80,8 @@ struct Gate {
 }
 
 /// The right to take a device's turns, instead of its worker, on one thread of the holder's. The first is due when it is
-/// lent; given back when dropped.
+/// lent; given back when dropped. The guest is interrupted when the holder says so: what it sends on is often awaited
+/// elsewhere, and a vCPU that is woken may take the processor from it.
 pub struct Turns(Arc<Shared>);
 
 impl Turns {
@@ -114,7 +116,33 @@ impl Turns {
         }
         gate.busy = true;
         drop(gate);
-        shared.turn_at_gate()
+        shared.turn_at_gate(true)
+    }
+
+    /// Interrupts the guest if the turns since the last call have something for it that it waits for. Returns whether there is
+    /// something else, for [`Turns::tell_late`] to tell it within [`LATE`]. While the device is frozen nothing happens, and a
+    /// turn is due at the thaw, after which to call this again.
+    #[must_use]
+    pub fn tell(&self) -> bool {
+        if self.0.signal.is_owed() {
+            self.unless_frozen(Signal::pay);
+        }
+        self.0.signal.is_late()
+    }
+
+    /// Interrupts the guest if there is anything that it has not been told of, but while the device is frozen.
+    pub fn tell_late(&self) {
+        self.unless_frozen(Signal::end_delay);
+    }
+
+    /// A device at rest interrupts nobody: a turn is due after that.
+    fn unless_frozen(&self, tell: impl FnOnce(&Signal)) {
+        let mut gate = lock(&self.0.gate);
+        if gate.frozen {
+            gate.missed = true;
+        } else {
+            tell(&self.0.signal);
+        }
     }
 }
 
@@ -127,7 +155,12 @@ impl AsRawFd for Turns {
 
 impl Drop for Turns {
     fn drop(&mut self) {
-        lock(&self.0.gate).lent = false;
+        let mut gate = lock(&self.0.gate);
+        gate.lent = false;
+        if !gate.frozen {
+            self.0.signal.pay();
+        }
+        drop(gate);
         self.0.moved.notify_all();
         self.0.kick();
     }
@@ -151,6 +184,8 @@ impl Worker {
             ram,
             signal: Signal {
                 status: AtomicU32::new(0),
+                owed: AtomicBool::new(false),
+                late: AtomicBool::new(false),
                 line,
             },
             queues: device.queues(),
@@ -247,11 +282,23 @@ impl Shared {
         self.signal.status.load(Ordering::Acquire)
     }
 
+    /// Returns what the register is to say after a restore: also what the guest is told of later here.
+    pub(super) fn saved_interrupt_status(&self) -> u32 {
+        let later = if self.signal.is_late() {
+            VIRTIO_MMIO_INT_VRING
+        } else {
+            0
+        };
+        self.interrupt_status() | later
+    }
+
     pub(super) fn acknowledge(&self, bits: u32) {
         self.signal.status.fetch_and(!bits, Ordering::AcqRel);
     }
 
+    /// Sets the register of a device that is restored or reset: nothing is owed for what was before.
     pub(super) fn set_interrupt_status(&self, bits: u32) {
+        self.signal.forget();
         self.signal.status.store(bits, Ordering::Release);
     }
 
@@ -290,7 +337,9 @@ impl Shared {
     pub(super) fn settle(&self) -> usize {
         assert!(self.at_rest(), "only one thread takes turns");
         self.stop.store(false, Ordering::Release);
-        let turns = 1 + std::iter::from_fn(|| self.turn().then_some(())).take(10_000).count();
+        let turns = 1 + std::iter::from_fn(|| self.turn(false).then_some(()))
+            .take(10_000)
+            .count();
         self.stop.store(true, Ordering::Release);
         turns
     }
@@ -299,9 +348,7 @@ impl Shared {
         let mut events = [EpollEvent::default(); 2];
         let mut more = false;
         loop {
-            if !more {
-                self.sleep(&mut events);
-            }
+            let delay_ends = !more && !self.sleep(&mut events);
             let mut gate = lock(&self.gate);
             while (gate.frozen || gate.lent) && !gate.exit {
                 if gate.lent && !gate.parked {
@@ -316,12 +363,24 @@ impl Shared {
             }
             gate.busy = true;
             drop(gate);
-            more = self.turn_at_gate();
+            more = self.turn_at_gate(false);
+            // What was lent may have been given back while the device was frozen.
+            self.signal.pay();
+            if delay_ends {
+                self.signal.end_delay();
+            }
         }
     }
 
-    fn sleep(&self, events: &mut [EpollEvent]) {
-        let count = match self.epoll.wait(-1, events) {
+    /// Waits until a turn is due; `false` if it is because something has waited for [`LATE`] to be told to the guest.
+    fn sleep(&self, events: &mut [EpollEvent]) -> bool {
+        let is_late = self.signal.is_late();
+        let limit = if is_late {
+            i32::try_from(LATE.as_millis()).unwrap_or(i32::MAX)
+        } else {
+            -1
+        };
+        let count = match self.epoll.wait(limit, events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => panic!("the worker's own epoll descriptor is valid: {error}"),
@@ -330,11 +389,12 @@ impl Shared {
             // An empty counter is as good as one that was emptied.
             let _ = self.kick.read();
         }
+        count > 0 || !is_late
     }
 
     /// Takes a turn, once the gate says busy, and leaves the gate again.
-    fn turn_at_gate(&self) -> bool {
-        let more = self.turn();
+    fn turn_at_gate(&self, lent: bool) -> bool {
+        let more = self.turn(lent);
         let mut gate = lock(&self.gate);
         gate.busy = false;
         // A worker that is parked because its turns are lent is not to hear of each.
@@ -345,13 +405,14 @@ impl Shared {
     }
 
     /// Takes a turn and says whether there is more to do at once.
-    fn turn(&self) -> bool {
+    fn turn(&self, lent: bool) -> bool {
         let core = &mut *lock(&self.core);
         let mut turn = Turn::default();
         if !core.rings.is_empty() && !self.is_broken() {
             let work = Work {
                 ram: &self.ram,
                 signal: &self.signal,
+                lent,
                 stop: &self.stop,
             };
             match core.device.turn(&mut core.rings, &work) {
