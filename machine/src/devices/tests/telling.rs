@@ -87,6 +87,20 @@ fn the_guest_of_lent_turns_is_interrupted_when_the_holder_says_so_and_never_whil
     let _ = turns.take();
     drop(turns);
     wait_for("the interrupt", || (heard() == 4).then_some(()));
+
+    // Given back while the device is frozen: its own thread tells.
+    receive.wait_used();
+    receive.offer(&[Piece::Write(0x9000, 1526)]);
+    let turns = net.mmio().turns();
+    let _ = turns.take();
+    wire.push(FRAME.to_vec());
+    let _ = turns.take();
+    net.mmio().freeze().unwrap();
+    drop(turns);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(heard(), 4);
+    net.mmio().thaw();
+    wait_for("the interrupt", || (heard() == 5).then_some(()));
 }
 
 #[test]
@@ -134,6 +148,22 @@ fn a_guest_is_told_at_once_of_two_frames_that_it_has_sent_and_of_one_much_later(
     let _ = turns.take();
     send(&mut transmit, 1);
     wire.push(FRAME.to_vec());
+    let _ = turns.take();
+    assert!(!turns.tell());
+    assert_eq!((heard(), status()), (before + 1, 1));
+    write32(net.mmio(), 0x64, 1);
+    transmit.wait_used();
+
+    // So it does when the guest has acknowledged what came in, and looked, before the other went out.
+    receive.offer(&[Piece::Write(0x9000, 1526)]);
+    let _ = turns.take();
+    wire.push(FRAME.to_vec());
+    let _ = turns.take();
+    write32(net.mmio(), 0x64, 1);
+    receive.wait_used();
+    receive.wait_used();
+    let before = heard();
+    send(&mut transmit, 1);
     let _ = turns.take();
     assert!(!turns.tell());
     assert_eq!((heard(), status()), (before + 1, 1));

@@ -171,13 +171,12 @@ impl Signal {
     /// Interrupts the guest if that is owed.
     fn pay(&self) {
         if self.owed.swap(false, Ordering::AcqRel) {
-            // One interrupt makes the driver look at all queues.
-            self.late.store(false, Ordering::Release);
-            self.line.trigger();
+            // The driver may have acknowledged what was noted, and looked, before the rest was used.
+            self.raise(VIRTIO_MMIO_INT_VRING);
         }
     }
 
-    /// Notes that there are used buffers; the guest is interrupted much later.
+    /// Notes that there are used buffers; the guest is interrupted much later, or together with what is owed.
     fn delay(&self) {
         if !self.is_owed() {
             self.late.store(true, Ordering::Release);
@@ -213,10 +212,11 @@ impl Signal {
     }
 
     fn raise(&self, bits: u32) {
+        self.status.fetch_or(bits, Ordering::AcqRel);
         if bits & VIRTIO_MMIO_INT_VRING != 0 {
+            // One interrupt makes the driver look at all queues.
             self.late.store(false, Ordering::Release);
         }
-        self.status.fetch_or(bits, Ordering::AcqRel);
         self.line.trigger();
     }
 }

@@ -18,7 +18,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -64,6 +64,16 @@ pub(super) struct Core {
     pub(super) rings: Vec<Ring>,
     readiness: Vec<OwnedFd>,
     watching: bool,
+}
+
+/// Who takes a turn.
+enum Taker {
+    Worker {
+        /// What the guest need not know at once has waited long enough.
+        tell_late: bool,
+    },
+    /// The holder of [`Turns`].
+    Holder,
 }
 
 #[derive(Debug, Default)]
@@ -116,7 +126,7 @@ impl Turns {
         }
         gate.busy = true;
         drop(gate);
-        shared.turn_at_gate(true)
+        shared.turn_at_gate(Taker::Holder)
     }
 
     /// Interrupts the guest if the turns since the last call have something for it that it waits for. Returns whether there is
@@ -347,8 +357,11 @@ impl Shared {
     fn run(&self) {
         let mut events = [EpollEvent::default(); 2];
         let mut more = false;
+        let mut late_until: Option<Instant> = None;
         loop {
-            let delay_ends = !more && !self.sleep(&mut events);
+            if !more {
+                self.sleep(&mut events, late_until);
+            }
             let mut gate = lock(&self.gate);
             while (gate.frozen || gate.lent) && !gate.exit {
                 if gate.lent && !gate.parked {
@@ -363,23 +376,21 @@ impl Shared {
             }
             gate.busy = true;
             drop(gate);
-            more = self.turn_at_gate(false);
-            // What was lent may have been given back while the device was frozen.
-            self.signal.pay();
-            if delay_ends {
-                self.signal.end_delay();
-            }
+            let tell_late = late_until.is_some_and(|until| until <= Instant::now());
+            more = self.turn_at_gate(Taker::Worker { tell_late });
+            late_until = late_until
+                .filter(|_| !tell_late)
+                .or_else(|| Some(Instant::now() + LATE));
+            late_until = late_until.filter(|_| self.signal.is_late());
         }
     }
 
-    /// Waits until a turn is due; `false` if it is because something has waited for [`LATE`] to be told to the guest.
-    fn sleep(&self, events: &mut [EpollEvent]) -> bool {
-        let is_late = self.signal.is_late();
-        let limit = if is_late {
-            i32::try_from(LATE.as_millis()).unwrap_or(i32::MAX)
-        } else {
-            -1
-        };
+    /// Waits until a turn is due, or until what the guest is to be told of is late.
+    fn sleep(&self, events: &mut [EpollEvent], late: Option<Instant>) {
+        let limit = late.map_or(-1, |late| {
+            let left = late.saturating_duration_since(Instant::now()).as_millis() + 1;
+            i32::try_from(left).unwrap_or(i32::MAX)
+        });
         let count = match self.epoll.wait(limit, events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -389,12 +400,18 @@ impl Shared {
             // An empty counter is as good as one that was emptied.
             let _ = self.kick.read();
         }
-        count > 0 || !is_late
     }
 
     /// Takes a turn, once the gate says busy, and leaves the gate again.
-    fn turn_at_gate(&self, lent: bool) -> bool {
-        let more = self.turn(lent);
+    fn turn_at_gate(&self, taker: Taker) -> bool {
+        let more = self.turn(matches!(taker, Taker::Holder));
+        if let Taker::Worker { tell_late } = taker {
+            // What was lent may have been given back while the device was frozen.
+            self.signal.pay();
+            if tell_late {
+                self.signal.end_delay();
+            }
+        }
         let mut gate = lock(&self.gate);
         gate.busy = false;
         // A worker that is parked because its turns are lent is not to hear of each.
