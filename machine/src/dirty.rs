@@ -9,6 +9,10 @@
 //! in both. For the devices' writes `written.rs` says why; for the guest's it is KVM that takes the page's write access away
 //! (and waits until no processor remembers it) before the call to clear returns, so the next write faults and is logged.
 //! What was shipped ahead is therefore good exactly if the page is not dirty at the stop.
+//!
+//! A page that was written in each of the last periods will be in the next, and the fault that says so costs the guest more than it costs
+//! to look at one page too many: such a page is *open*, it keeps its write access and stays dirty. Now and then all are closed, so
+//! that those which are written no more are found.
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
@@ -23,13 +27,20 @@ pub(crate) struct DirtyLog {
     slots: Vec<Slot>,
     /// Pages given back because their epoch was abandoned; neither log holds them any more.
     given_back: PageSet,
+    /// How often the dirty pages were taken.
+    taken: u64,
 }
 
 #[derive(Debug)]
 struct Slot {
     first_page: u64,
     words: Vec<u64>,
+    /// KVM's log as it was taken last, and the time before.
+    before: [Vec<u64>; 2],
 }
+
+/// Of so many times that the dirty pages are taken, one closes all pages.
+const CLOSED_EVERY: u64 = 16;
 
 impl DirtyLog {
     /// Gives `ram` to the VM, with dirty logging on.
@@ -39,14 +50,17 @@ impl DirtyLog {
         for (part, slot) in ram.parts().zip(0..) {
             add_memory(vm, slot, part)?;
             let pages = part.bytes / PAGE_BYTES as u64;
+            let words = vec![0; index(pages / 64)];
             slots.push(Slot {
                 first_page: part.first_page,
-                words: vec![0; index(pages / 64)],
+                before: [words.clone(), words.clone()],
+                words,
             });
         }
         Ok(Self {
             slots,
             given_back: PageSet::new(ram.pages()),
+            taken: 0,
         })
     }
 
@@ -58,10 +72,13 @@ impl DirtyLog {
         Ok(dirty)
     }
 
-    /// Returns the pages that are dirty; from now on they count as clean.
+    /// Returns the pages that are dirty; from now on they count as clean, but those that are open.
     pub(crate) fn take(&mut self, vm: &VmFd, ram: &GuestRam) -> Result<PageSet, HostError> {
         let mut dirty = self.given_back.clone();
         self.read(vm, &mut dirty)?;
+        self.taken += 1;
+        let closes = self.taken.is_multiple_of(CLOSED_EVERY);
+        self.slots.iter_mut().for_each(|slot| slot.leave_open(closes));
         if let Err(error) = self.clear_in_words(vm) {
             self.given_back = dirty;
             return Err(error);
@@ -113,6 +130,16 @@ impl DirtyLog {
 }
 
 impl Slot {
+    /// Takes the pages out of the words that stay open: those which are there for the third time in turn.
+    fn leave_open(&mut self, closes: bool) {
+        let [last, one_before] = &mut self.before;
+        for ((word, last), one_before) in self.words.iter_mut().zip(last).zip(one_before) {
+            let open = if closes { 0 } else { *word & *last & *one_before };
+            *one_before = core::mem::replace(last, *word);
+            *word &= !open;
+        }
+    }
+
     /// Clears the log of the pages in `words`, in one call: each has its price, and KVM passes over empty words quickly.
     fn clear(&mut self, vm: &VmFd, number: u32) -> Result<(), HostError> {
         let used = |word: &u64| *word != 0;
@@ -136,4 +163,32 @@ fn add_memory(vm: &VmFd, slot: u32, part: RamPart) -> Result<(), HostError> {
     // SAFETY: the range is a mapping owned by the machine's `GuestRam`, which outlives its VM, and the
     // guest's writes to it alias no Rust reference.
     unsafe { vm.set_user_memory_region(region) }.map_err(refused("take the machine's memory"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_dirty_for_the_third_time_in_turn_stays_open_until_all_are_closed() {
+        let mut slot = Slot {
+            first_page: 0,
+            words: vec![0; 2],
+            before: [vec![0; 2], vec![0; 2]],
+        };
+        // Of word 1, as KVM has it, and of those pages the ones that are cleared.
+        let mut cleared = |dirty: u64, closes: bool| {
+            slot.words[1] = dirty;
+            slot.leave_open(closes);
+            assert_eq!(slot.words[0], 0);
+            slot.words[1]
+        };
+        assert_eq!(cleared(0b0111, false), 0b0111);
+        assert_eq!(cleared(0b0101, false), 0b0101);
+        assert_eq!(cleared(0b1111, false), 0b1010, "the two that were there each time");
+        assert_eq!(cleared(0b0111, false), 0b0010);
+        assert_eq!(cleared(0b0111, true), 0b0111, "all are closed");
+        assert_eq!(cleared(0b0001, false), 0, "one is written still");
+        assert_eq!(cleared(0b0100, false), 0b0100);
+    }
 }

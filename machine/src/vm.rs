@@ -56,7 +56,8 @@ pub trait Vm: Send {
     /// an error all of them are dirty.
     fn clear_dirty(&mut self, pages: &PageSet) -> Result<(), VmError>;
 
-    /// Returns the dirty pages; from now on they count as clean. The machine may run.
+    /// Returns the dirty pages; from now on they count as clean, but for some that are written all the time: those stay dirty, written or
+    /// not. The machine may run.
     fn take_dirty(&mut self) -> Result<PageSet, VmError>;
 
     /// Makes `pages` dirty: they were taken or cleared, but nothing became of it.
