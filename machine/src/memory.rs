@@ -197,9 +197,14 @@ impl GuestRam {
 
     /// Copies a page of the committed image.
     pub fn read_committed(&self, page: u64, content: &mut [u8; PAGE_BYTES]) -> Result<(), MemoryError> {
-        self.check_pages(page, 1)?;
+        self.read_committed_run(page, content)
+    }
+
+    /// Copies pages of the committed image that follow each other, from `first` on.
+    fn read_committed_run(&self, first: u64, content: &mut [u8]) -> Result<(), MemoryError> {
+        self.check_pages(first, content.len() as u64 / PAGE)?;
         self.image
-            .read_exact_at(content, page * PAGE)
+            .read_exact_at(content, first * PAGE)
             .map_err(MemoryError::Image)
     }
 
@@ -240,8 +245,9 @@ impl GuestRam {
     }
 
     /// Makes a checkpoint the committed image and what the guest sees: of the pages of each of `staged` their content, of those `alike`
-    /// what the guest has there, and else what was committed before, in place of what the guest wrote to its `own` pages. The guest
-    /// must be stopped.
+    /// what the guest has there, and else what was committed before, in place of its copies of `stale` pages: those that it wrote, and those
+    /// kept before. The guest must be stopped. Copies of `kept` pages, some of the stale ones, become what is committed; all others go. To
+    /// fill one costs less than the two faults of a guest that reads and writes where it has none.
     ///
     /// The log that `own` is from does not know of every copy. The host's kernel also makes one for the guest when it has to wait for a page
     /// (KVM's asynchronous faults ask for it as for writing), and then nothing is logged. Such a copy is what was committed then,
@@ -250,16 +256,38 @@ impl GuestRam {
         &self,
         staged: impl IntoIterator<Item = (&'a [u64], &'a [u8])>,
         alike: &PageSet,
-        own: PageSet,
+        mut stale: PageSet,
+        kept: &PageSet,
     ) -> Result<(), MemoryError> {
-        let mut stale = own;
         for (pages, content) in staged {
             self.write_committed_pages(pages, content)?;
             stale.extend(pages.iter().copied());
         }
         self.commit_own(alike)?;
         stale.union(alike);
-        self.revert(&stale)
+        stale.subtract(kept);
+        self.revert(&stale)?;
+        self.refill(kept)
+    }
+
+    /// Gives the guest copies of the committed image in `pages`, which count as clean. The guest must be stopped.
+    fn refill(&self, pages: &PageSet) -> Result<(), MemoryError> {
+        let mut content = vec![0; COMMIT_PAGES * PAGE_BYTES];
+        for run in pages.runs() {
+            for first in run.clone().step_by(COMMIT_PAGES) {
+                let count = (run.end - first).min(COMMIT_PAGES as u64);
+                let content = &mut content[..index(count * PAGE)];
+                self.read_committed_run(first, content)?;
+                for (page, content) in (first..).zip(content.chunks(PAGE_BYTES)) {
+                    let address = self.page_address(page)?;
+                    self.memory
+                        .write_slice(content, address)
+                        .expect("a page of the machine is in its memory");
+                }
+            }
+        }
+        self.clear_written(pages);
+        Ok(())
     }
 
     /// Makes what the guest sees of `pages` the committed image. The guest must be stopped.

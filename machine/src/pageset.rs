@@ -89,6 +89,17 @@ impl PageSet {
         }
     }
 
+    /// Leaves only the pages that are in `other` too.
+    ///
+    /// # Panics
+    /// If the two belong to machines of different sizes.
+    pub fn intersect(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "page sets of machines of different sizes");
+        for (word, both) in self.words.iter_mut().zip(&other.words) {
+            *word &= both;
+        }
+    }
+
     /// Adds 64 pages at once: bit *n* of `bits` is page `first` + *n*.
     pub(crate) fn union_word(&mut self, first: u64, bits: u64) {
         debug_assert_eq!(first % 64, 0, "words begin at multiples of 64");

@@ -47,6 +47,8 @@ pub(crate) fn spawn(
 ) -> std::io::Result<VmThread> {
     let ram = vm.ram();
     let loader = Loader {
+        written: PageSet::new(ram.pages()),
+        kept: PageSet::new(ram.pages()),
         vm,
         ram,
         stagers,
@@ -66,6 +68,10 @@ struct Loader {
     pages: Vec<Staged>,
     /// Its devices' state.
     devices: Option<MachineState>,
+    /// Pages that the guest had written when the last checkpoint was loaded.
+    written: PageSet,
+    /// Pages of which the guest kept copies then: of what was committed.
+    kept: PageSet,
 }
 
 impl Loader {
@@ -185,8 +191,14 @@ impl Loader {
         for staged in &pages {
             alike.extend(staged.own.iter().copied());
         }
+        // What was written in this epoch and the one before will be in the next. Copies that are not written any more go.
+        let mut kept = own.clone();
+        kept.intersect(&self.written);
+        let mut stale = own.clone();
+        stale.union(&self.kept);
         let staged = pages.iter().map(|staged| (&*staged.pages, &*staged.content));
-        self.ram.commit(staged, &alike, own)?;
+        self.ram.commit(staged, &alike, stale, &kept)?;
+        (self.written, self.kept) = (own, kept);
         Ok(self.vm.restore(&devices.unwrap_or_default())?)
     }
 }

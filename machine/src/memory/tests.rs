@@ -96,7 +96,8 @@ fn a_checkpoint_shows_also_where_a_copy_was_made_that_nobody_logged() {
     own.insert(5);
     alike.insert(4);
     let content = [page_of(9), page_of(9)].concat();
-    ram.commit([(&[2, 6][..], &content[..])], &alike, own).unwrap();
+    let none = PageSet::new(ram.pages());
+    ram.commit([(&[2, 6][..], &content[..])], &alike, own, &none).unwrap();
     let image = [2, 3, 4, 5, 6].map(|page| committed(&ram, page));
     assert_eq!(image, [9, 1, 7, 1, 9]);
     assert_eq!([2, 3, 4, 5, 6].map(|page| seen(&ram, page)), image);
@@ -104,6 +105,44 @@ fn a_checkpoint_shows_also_where_a_copy_was_made_that_nobody_logged() {
     touch(3, 5).unwrap();
     ram.revert_all().unwrap();
     assert_eq!(seen(&ram, 3), 1, "no copy is left");
+}
+
+#[test]
+fn copies_that_are_kept_show_what_is_committed_and_are_clean() {
+    let ram = GuestRam::new(SMALL, Mapping::Private).unwrap();
+    let set = |pages: &[u64]| {
+        let mut set = PageSet::new(ram.pages());
+        set.extend(pages.iter().copied());
+        set
+    };
+    let touch = |page: u64, value: u8| ram.memory().write_slice(&page_of(value), GuestAddress(page * PAGE));
+    let written = || {
+        let mut written = set(&[]);
+        ram.take_written(&mut written);
+        written
+    };
+    let both = |pages: [u64; 5]| pages.map(|page| (committed(&ram, page), seen(&ram, page)));
+    for page in 2..7 {
+        touch(page, 7).unwrap();
+    }
+    // 2 and 6 are alike, 3 is another on the primary, 4 and 5 are reverted.
+    let staged = page_of(9);
+    let own = written();
+    ram.commit([(&[3][..], &staged[..])], &set(&[2, 6]), own, &set(&[2, 3, 4]))
+        .unwrap();
+    assert_eq!(ram.copies(&(0..ram.pages())).unwrap(), set(&[2, 3, 4]));
+    assert_eq!(both([2, 3, 4, 5, 6]), [(7, 7), (9, 9), (0, 0), (0, 0), (7, 7)]);
+    assert_eq!(written(), set(&[]));
+
+    // The next checkpoint is another where nothing was written, and where something was.
+    touch(3, 8).unwrap();
+    let staged = [page_of(1), page_of(2)].concat();
+    let mut stale = written();
+    stale.union(&set(&[2, 3, 4]));
+    ram.commit([(&[2, 3][..], &staged[..])], &set(&[]), stale, &set(&[3]))
+        .unwrap();
+    assert_eq!(ram.copies(&(0..ram.pages())).unwrap(), set(&[3]));
+    assert_eq!(both([2, 3, 4, 5, 6]), [(1, 1), (2, 2), (0, 0), (0, 0), (7, 7)]);
 }
 
 #[test]
