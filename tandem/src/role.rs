@@ -184,6 +184,9 @@ impl From<Settings> for RoleSettings {
             unmatched_max: settings.unmatched_limit.into(),
             ahead: Some(Budget {
                 bytes_per_second: settings.ahead_rate,
+                // Few beside the room that there is, too.
+                few_pages: (Budget::default().few_pages)
+                    .min(settings.checkpoint_memory / limits::PAGE_BYTES as u64 / 4),
                 ..Budget::default()
             }),
             pause_budget: settings.pause_budget.map(Into::into),

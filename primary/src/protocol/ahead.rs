@@ -77,6 +77,7 @@ impl Primary {
             tag: self.tag(),
             due: now + every,
             alike: answers.nearly_all().unwrap_or(self.ahead.alike),
+            expected: self.ahead.expected,
             ..Ahead::default()
         };
     }
@@ -134,6 +135,8 @@ impl Primary {
     /// Takes note of a pause that has ended.
     pub(super) fn paused_for(&mut self, pause: Duration, taken: &Taken) {
         self.counters.last_predicted = taken.predicted;
+        // Also for an epoch that is too short for a look.
+        self.ahead.expected = taken.pages;
         if taken.trigger != Trigger::Sync {
             self.predictor.learn(taken.pages, pause);
         }
