@@ -103,7 +103,10 @@ impl Loader {
             }),
             Command::Count(tag) => Some(self.vm.dirty_now().map_or_else(
                 |error| Event::VmFailed(describe(&error)),
-                |own| Event::Counted(tag, own.len()),
+                |mut own| {
+                    own.union(&self.kept);
+                    Event::Counted(tag, own.len())
+                },
             )),
             Command::DropStage => {
                 self.drop_stage();
