@@ -41,6 +41,8 @@ struct Slot {
 
 /// Of so many times that the dirty pages are taken, one closes all pages.
 const CLOSED_EVERY: u64 = 16;
+/// More pages than these are not left open: they would make the stops longer, also some time after they are written no more.
+const OPEN_MAX: u64 = 1_024;
 
 impl DirtyLog {
     /// Gives `ram` to the VM, with dirty logging on.
@@ -77,7 +79,8 @@ impl DirtyLog {
         let mut dirty = self.given_back.clone();
         self.read(vm, &mut dirty)?;
         self.taken += 1;
-        let closes = self.taken.is_multiple_of(CLOSED_EVERY);
+        let lasting: u64 = self.slots.iter().map(Slot::lasting).sum();
+        let closes = self.taken.is_multiple_of(CLOSED_EVERY) || lasting > OPEN_MAX;
         self.slots.iter_mut().for_each(|slot| slot.leave_open(closes));
         if let Err(error) = self.clear_in_words(vm) {
             self.given_back = dirty;
@@ -130,7 +133,15 @@ impl DirtyLog {
 }
 
 impl Slot {
-    /// Takes the pages out of the words that stay open: those which are there for the third time in turn.
+    /// Counts the pages that are there for the third time in turn.
+    fn lasting(&self) -> u64 {
+        let [last, one_before] = &self.before;
+        let words = self.words.iter().zip(last).zip(one_before);
+        let lasting = words.map(|((word, last), one_before)| word & last & one_before);
+        lasting.map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Takes those out of the words, to stay open, unless all are closed.
     fn leave_open(&mut self, closes: bool) {
         let [last, one_before] = &mut self.before;
         for ((word, last), one_before) in self.words.iter_mut().zip(last).zip(one_before) {
@@ -179,7 +190,10 @@ mod tests {
         // Of word 1, as KVM has it, and of those pages the ones that are cleared.
         let mut cleared = |dirty: u64, closes: bool| {
             slot.words[1] = dirty;
+            let lasting = slot.lasting();
             slot.leave_open(closes);
+            let left = dirty & !slot.words[1];
+            assert_eq!(if closes { 0 } else { lasting }, u64::from(left.count_ones()));
             assert_eq!(slot.words[0], 0);
             slot.words[1]
         };
