@@ -24,7 +24,9 @@ fn dirty_pages_are_those_of_the_guest_and_of_the_machine() {
     machine.vm.doorbell().trigger();
     machine.settle();
     assert_eq!(
-        machine.vm.take_dirty().unwrap().iter().collect::<Vec<_>>(),
+        without_tables(machine.vm.take_dirty().unwrap())
+            .iter()
+            .collect::<Vec<_>>(),
         written,
         "only the guest's pages"
     );
@@ -45,7 +47,7 @@ fn dirty_pages_are_those_of_the_guest_and_of_the_machine() {
     machine.settle();
     let mut both = written.clone();
     both.insert(1, DATA_PAGE + 1);
-    let dirty = machine.vm.take_dirty().unwrap();
+    let dirty = without_tables(machine.vm.take_dirty().unwrap());
     assert_eq!(dirty.iter().collect::<Vec<_>>(), both);
     assert_eq!(machine.word(DATA + 8), 3, "the guest was woken once each time");
 
@@ -57,11 +59,30 @@ fn dirty_pages_are_those_of_the_guest_and_of_the_machine() {
         .write_obj(1_u8, GuestAddress(DATA + 2 * PAGE))
         .unwrap();
     both.insert(2, DATA_PAGE + 2);
-    assert_eq!(machine.vm.take_dirty().unwrap().iter().collect::<Vec<_>>(), both);
+    assert_eq!(
+        without_tables(machine.vm.take_dirty().unwrap())
+            .iter()
+            .collect::<Vec<_>>(),
+        both
+    );
     assert!(machine.vm.take_dirty().unwrap().is_empty());
     machine.vm.pause().unwrap();
     machine.vm.reseed([1; 32]);
-    assert_eq!(machine.vm.take_dirty().unwrap().iter().collect::<Vec<_>>(), [CLOCK]);
+    assert_eq!(
+        without_tables(machine.vm.take_dirty().unwrap())
+            .iter()
+            .collect::<Vec<_>>(),
+        [CLOCK]
+    );
+}
+
+/// Leaves the guest's page tables out: where the processor walks them itself, with nested paging, it counts as writing there (AMD64
+/// manual, volume 2, 15.25.5).
+fn without_tables(mut pages: PageSet) -> PageSet {
+    let mut tables = PageSet::new(pages.pages());
+    tables.extend(guest::abi::PAGE_TABLES / PAGE..guest::abi::STACK_TOP / PAGE / 2);
+    pages.subtract(&tables);
+    pages
 }
 
 #[test]
@@ -86,21 +107,21 @@ fn a_look_changes_nothing_and_a_clear_only_what_it_names() {
     expected.insert(DATA_PAGE + 1);
     expected.extend((0..10).map(|number| DATA_PAGE + number * 3));
     for _ in 0..2 {
-        assert_eq!(machine.vm.dirty_now().unwrap(), expected);
+        assert_eq!(without_tables(machine.vm.dirty_now().unwrap()), expected);
     }
     // Of the guest's, of the machine's, of both, given back, and of nobody.
     let mut some = PageSet::new(expected.pages());
     some.extend([0, 1, 2, 3, 4, 27].map(|offset| DATA_PAGE + offset));
     machine.vm.clear_dirty(&some).unwrap();
     expected.subtract(&some);
-    assert_eq!(machine.vm.dirty_now().unwrap(), expected);
+    assert_eq!(without_tables(machine.vm.dirty_now().unwrap()), expected);
     machine.vm.clear_dirty(&some).unwrap();
     // What was cleared is noticed again, by both.
     machine.vm.doorbell().trigger();
     machine.settle();
     write(DATA_PAGE + 1);
     expected.extend([0, 1, 3, 27].map(|offset| DATA_PAGE + offset));
-    assert_eq!(machine.vm.take_dirty().unwrap(), expected);
+    assert_eq!(without_tables(machine.vm.take_dirty().unwrap()), expected);
     assert!(machine.vm.dirty_now().unwrap().is_empty());
 }
 
@@ -314,7 +335,7 @@ fn memory_above_the_device_window_is_memory_too() {
         "{:?}",
         dirty.runs().collect::<Vec<_>>()
     );
-    assert!(dirty.len() < 8);
+    assert!(without_tables(dirty).len() < 8);
     let mut content = [0; PAGE_BYTES];
     machine.vm.ram.read_page(page, &mut content).unwrap();
     assert_eq!(content[8..16], (1_u64 << 32).to_le_bytes());
