@@ -267,25 +267,24 @@ impl GuestRam {
         stale.union(alike);
         stale.subtract(kept);
         self.revert(&stale)?;
-        self.refill(kept)
+        // Copies of alike pages are as committed.
+        let mut other = kept.clone();
+        other.subtract(alike);
+        self.refill(&other)
     }
 
     /// Gives the guest copies of the committed image in `pages`, which count as clean. The guest must be stopped.
     fn refill(&self, pages: &PageSet) -> Result<(), MemoryError> {
-        let mut content = vec![0; COMMIT_PAGES * PAGE_BYTES];
-        for run in pages.runs() {
-            for first in run.clone().step_by(COMMIT_PAGES) {
-                let count = (run.end - first).min(COMMIT_PAGES as u64);
-                let content = &mut content[..index(count * PAGE)];
-                self.read_committed_run(first, content)?;
-                for (page, content) in (first..).zip(content.chunks(PAGE_BYTES)) {
-                    let address = self.page_address(page)?;
-                    self.memory
-                        .write_slice(content, address)
-                        .expect("a page of the machine is in its memory");
-                }
+        in_pieces(pages, |first, content| {
+            self.read_committed_run(first, content)?;
+            for (page, content) in (first..).zip(content.chunks(PAGE_BYTES)) {
+                let address = self.page_address(page)?;
+                self.memory
+                    .write_slice(content, address)
+                    .expect("a page of the machine is in its memory");
             }
-        }
+            Ok(())
+        })?;
         self.clear_written(pages);
         Ok(())
     }
@@ -295,16 +294,10 @@ impl GuestRam {
         if self.mapping == Mapping::Shared {
             return Ok(());
         }
-        let mut content = vec![0; COMMIT_PAGES * PAGE_BYTES];
-        for run in pages.runs() {
-            for first in run.clone().step_by(COMMIT_PAGES) {
-                let count = (run.end - first).min(COMMIT_PAGES as u64);
-                let content = &mut content[..index(count * PAGE)];
-                self.read_run(first, content)?;
-                self.write_committed_run(first, content)?;
-            }
-        }
-        Ok(())
+        in_pieces(pages, |first, content| {
+            self.read_run(first, content)?;
+            self.write_committed_run(first, content)
+        })
     }
 
     /// Drops all of the guest's own copies, so that it sees the committed image. The guest must be stopped.
@@ -487,7 +480,7 @@ impl GuestRam {
     }
 }
 
-/// Pages that become the image at a time: what stays in a processor's cache.
+/// Pages that are copied to the image, or from it, at a time: what stays in a processor's cache.
 const COMMIT_PAGES: usize = 16;
 /// Ranges that one call can take.
 const RANGES_MAX: usize = 1024;
@@ -498,6 +491,21 @@ const RANGES_MAX: usize = 1024;
 struct HostRange {
     start: *mut u8,
     bytes: usize,
+}
+
+/// Goes through `pages` with room for so many of them: the first of each piece, and its bytes.
+fn in_pieces(
+    pages: &PageSet,
+    mut copy: impl FnMut(u64, &mut [u8]) -> Result<(), MemoryError>,
+) -> Result<(), MemoryError> {
+    let mut content = vec![0; COMMIT_PAGES * PAGE_BYTES];
+    for run in pages.runs() {
+        for first in run.clone().step_by(COMMIT_PAGES) {
+            let count = (run.end - first).min(COMMIT_PAGES as u64);
+            copy(first, &mut content[..index(count * PAGE)])?;
+        }
+    }
+    Ok(())
 }
 
 /// Drops the copies in `ranges`, at most [`RANGES_MAX`], in one call where the kernel has one for it: up to half the
