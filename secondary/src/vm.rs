@@ -159,6 +159,8 @@ impl Loader {
         self.vm.pause().map_err(|error| describe(&error))?;
         self.vm.take_dirty().map_err(|error| describe(&error))?;
         self.ram.revert_all().map_err(|error| describe(&error))?;
+        self.written.clear();
+        self.kept.clear();
         if !keep {
             self.ram.clear_image().map_err(|error| describe(&error))?;
         }
