@@ -29,8 +29,8 @@ pub(super) struct Ahead {
     pub(super) bytes: u64,
     /// Pages that count as clean already: queued, or still to be.
     pub(super) taken: u64,
-    /// Pages that were dirty at the last look, how many there will be at the next if it goes on like this, and how long the look
-    /// took.
+    /// Pages that were dirty at the last look, how many there will be at the next if it goes on like this (before the first: as many as the
+    /// last stop had), and how long the look took.
     pub(super) dirty: u64,
     pub(super) expected: u64,
     pub(super) looked: Duration,
