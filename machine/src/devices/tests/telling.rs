@@ -97,7 +97,6 @@ fn the_guest_of_lent_turns_is_interrupted_when_the_holder_says_so_and_never_whil
     let _ = turns.take();
     net.mmio().freeze().unwrap();
     drop(turns);
-    std::thread::sleep(std::time::Duration::from_millis(20));
     assert_eq!(heard(), 4);
     net.mmio().thaw();
     wait_for("the interrupt", || (heard() == 5).then_some(()));
