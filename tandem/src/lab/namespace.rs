@@ -204,6 +204,17 @@ impl Netlink {
         self.told(format!("give {name} a hardware address"), request).await
     }
 
+    /// Gives an interface room for so many frames that wait to be taken.
+    ///
+    /// # Errors
+    /// Fails if there is no such interface.
+    pub async fn set_queue(&self, name: &str, frames: u32) -> Result<(), LabError> {
+        let message = LinkUnspec::new_with_name(name).txqueuelen(frames).build();
+        let request = self.handle.link().change(message).execute();
+        self.told(format!("give {name} room for {frames} frames"), request)
+            .await
+    }
+
     /// Takes an address from an interface.
     pub(super) async fn remove_address(&self, name: &str, address: IpAddr, prefix: u8) -> Result<(), LabError> {
         let index = self.index(name).await?;
