@@ -310,7 +310,16 @@ impl VmOptions {
         Ok((options.vm, options.pair))
     }
 
-    fn or(self, file: Self) -> Self {
+    fn or(self, mut file: Self) -> Self {
+        // The first card's address can be said in two ways.
+        if let Some(card) = file.tap.first_mut()
+            && self.mac.is_some()
+        {
+            card.mac = None;
+        }
+        if self.tap.first().is_some_and(|card| card.mac.is_some()) {
+            file.mac = None;
+        }
         Self {
             config: self.config,
             name: self.name.or(file.name),
@@ -530,6 +539,26 @@ mod tests {
         assert_eq!(options.pair.as_deref(), Some("file"));
         assert_eq!(options.vm.name.as_deref(), Some("flag"));
         assert_eq!(options.vm.memory, Some(ByteSize::mib(512)));
+    }
+
+    #[test]
+    fn the_first_cards_address_of_an_option_wins_over_the_files() {
+        let address = |text: &str| Some(text.parse().unwrap());
+        let file = parse_text("mac = '02:00:00:00:00:01'\ntap = ['tap0', 'tap1,mac=02:00:00:00:00:09']").unwrap();
+        let flag = VmOptions {
+            tap: vec!["tap0,mac=02:00:00:00:00:02".parse().unwrap()],
+            ..VmOptions::default()
+        };
+        let options = flag.or(file.vm);
+        assert_eq!((options.mac, options.tap[0].mac), (None, address("02:00:00:00:00:02")));
+        let file = parse_text("tap = ['tap0,mac=02:00:00:00:00:01', 'tap1,mac=02:00:00:00:00:09']").unwrap();
+        let flag = VmOptions {
+            mac: address("02:00:00:00:00:02"),
+            ..VmOptions::default()
+        };
+        let options = flag.or(file.vm);
+        assert_eq!((options.mac, options.tap[0].mac), (address("02:00:00:00:00:02"), None));
+        assert_eq!(options.tap[1].mac, address("02:00:00:00:00:09"));
     }
 
     #[test]
