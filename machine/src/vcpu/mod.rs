@@ -40,8 +40,10 @@ use crate::kvm::Chips;
 use crate::memory::GuestRam;
 use crate::state::{Reader, StateError, Writer};
 
-/// How long a vCPU may take to stop; it is a matter of microseconds.
-pub(crate) const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long a vCPU may take to stop, which is a matter of microseconds: so many looks, at most so long after each other. A host that stood
+/// still in between was no fault of the vCPU's, and makes one look late, not all.
+const STOP_LOOKS: u32 = 50;
+const STOP_LOOK: Duration = Duration::from_millis(100);
 /// Parts of one instruction, at most; KVM looks at the exit request every 1024 repetitions.
 const PARTS_MAX: u32 = 1 << 16;
 
@@ -174,15 +176,17 @@ impl Vcpu {
     /// Waits until a guest that was asked to has stopped.
     pub(crate) fn wait_until_stopped(&self) -> io::Result<()> {
         let shared = &*self.shared;
-        let phase = lock(&shared.phase);
+        let mut phase = lock(&shared.phase);
         let running = |phase: &mut Phase| *phase == Phase::Running;
-        let wait = shared.changed.wait_timeout_while(phase, STOP_LIMIT, running);
-        let (_phase, outcome) = wait.unwrap_or_else(PoisonError::into_inner);
-        if outcome.timed_out() {
-            Err(io::ErrorKind::TimedOut.into())
-        } else {
-            Ok(())
+        for _ in 0..STOP_LOOKS {
+            let wait = shared.changed.wait_timeout_while(phase, STOP_LOOK, running);
+            let (stopped, outcome) = wait.unwrap_or_else(PoisonError::into_inner);
+            if !outcome.timed_out() {
+                return Ok(());
+            }
+            phase = stopped;
         }
+        Err(io::ErrorKind::TimedOut.into())
     }
 
     /// Says whether it was asked to stop, and not to go on since.
