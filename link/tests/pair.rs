@@ -216,6 +216,31 @@ async fn heartbeats_pass_while_data_is_backed_up_and_nothing_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn case_p19_neither_direction_waits_for_the_other() {
+    const MEGABYTES: usize = 100;
+    let mut listener = Listener::bind(anywhere()).unwrap();
+    let (mut primary, mut secondary) = established(&mut listener).await;
+    let senders = [&primary, &secondary].map(|end| {
+        let sender = end.link.bulk();
+        std::thread::spawn(move || (0..MEGABYTES).try_for_each(|_| sender.blocking_send(bulk(1_000_000))))
+    });
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(
+        senders.iter().all(|sender| !sender.is_finished()),
+        "both wait for a peer that does not read"
+    );
+    // The secondary reads nothing yet, and all that it sends arrives.
+    for end in [&mut primary, &mut secondary] {
+        for _ in 0..MEGABYTES {
+            assert_eq!(message(&mut end.events).await, bulk(1_000_000));
+        }
+    }
+    for sender in senders {
+        sender.join().unwrap().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_link_is_read_to_its_end() {
     let mut listener = Listener::bind(anywhere()).unwrap();
     let (primary, mut secondary) = established(&mut listener).await;

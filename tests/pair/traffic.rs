@@ -43,6 +43,19 @@ fn every_kind_of_traffic_is_told_and_where_the_guests_differ() {
         "{text}"
     );
     assert!(text.contains("more: --most lists them"), "{text}");
+    let (status, text) = stage.operate(Host::A, &["flows", "--json"]);
+    let told: Flows = serde_json::from_str(&text).expect("flows");
+    assert!(status.success() && told.totals.mismatched > 0, "{text}");
+    let control = stage.control(Host::A).display().to_string();
+    let words = ["flows", "--json", "--watch", "--control", &control];
+    let words = words.map(str::to_owned).to_vec();
+    let ends = ["sh", "-c", "(sleep 4; kill -INT $$) & exec \"$0\" \"$@\""];
+    let (_, text) = stage.run_within(Host::A, &ends, words);
+    let told: Vec<Flows> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect();
+    assert!(told.len() > 1, "again and again: {text}");
     let (status, text) = stage.operate(Host::B, &["flows"]);
     assert!(!status.success() && text.contains("ask the primary"), "{text}");
 }

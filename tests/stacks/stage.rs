@@ -182,7 +182,8 @@ pub(crate) fn end<T>(client: JoinHandle<T>) -> T {
     client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn set(host: &Namespace, name: &str, value: &'static str) {
+/// Sets one of a host's `net` parameters.
+pub(crate) fn set(host: &Namespace, name: &str, value: &'static str) {
     let path = format!("/proc/sys/net/{name}");
     host.run(move || fs::write(&path, value).unwrap_or_else(|error| panic!("{path} can't be set: {error}")));
 }

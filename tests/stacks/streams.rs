@@ -8,7 +8,7 @@ use machine::offload::Offloads;
 
 use crate::clients;
 use crate::services::{ECHO, PATIENT, Style};
-use crate::stage::{Ip, Setup, Stage, Timestamps};
+use crate::stage::{Ip, Setup, Stage, Timestamps, set};
 use crate::switch::Conditions;
 
 const BOTH: [Ip; 2] = [Ip::V4, Ip::V6];
@@ -224,6 +224,27 @@ fn a_window_that_closes_opens_again() {
         });
     });
     stage.agreed();
+}
+
+#[test]
+fn a_call_from_another_port_is_seen_for_what_it_is() {
+    let Some(stage) = alike(delayed(5)) else {
+        return;
+    };
+    // What the kernels choose from has nothing in common.
+    for (host, range) in stage.hosts().iter().zip(["30000 34999", "35000 39999"]) {
+        set(host, "ipv4/ip_local_port_range", range);
+    }
+    stage.client(|| {
+        let (asks, stream) = clients::called(Ip::V4, 0, 40_001);
+        clients::use_call(asks, stream);
+    });
+    let told = stage.switch.tell();
+    let [divergence] = &told.divergences[..] else {
+        panic!("one divergence, and the primary goes on alone: {told:?}");
+    };
+    // Not that something had waited for too long.
+    assert!(divergence.starts_with("opened from port "), "{divergence}");
 }
 
 #[test]
