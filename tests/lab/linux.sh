@@ -5,7 +5,9 @@
 #   ask record           what the guest's `checks` (tests/lab/checks.rs) answers
 #   well                 the guest's clocks, memory and kernel are well, and are watched, or this fails
 #   serves 2             so is all that it offers, with two processors
+#   large_frames         a download leaves the guest in frames larger than the network's, which others cut, or this fails
 #   pair                 the places of a pair: two TAPs, two disks, a witness
+#   apart a              those of one side that has a host of its own: on the wire it is 192.0.2.2, or 192.0.2.3 if it is b
 #   start_side a primary starts one side of it; `end_process a` kills it, `ended 60 a` waits until it ends and says how
 #   repaired a           looks at that side's disk, repairs it from its journal, and says how many records it has, all whole
 #   inside 'command'     runs a command in the guest by ssh
@@ -21,9 +23,14 @@ boots=(--kernel linux/vmlinuz --initrd linux/initrd --cmdline "$quiet ip=$addres
 network() {
     local number
     ip link add br0 type bridge && ip link set br0 up && ip address add 192.0.2.1/24 dev br0
-    for ((number = 0; number < $1; number++)); do
-        ip tuntap add dev "tap$number" mode tap && ip link set "tap$number" master br0 up
-    done
+    for ((number = 0; number < $1; number++)); do tap "tap$number"; done
+}
+
+# Makes a TAP, with a queue for each of the guest's processors.
+tap() {
+    local queues=
+    [ "${VCPUS:-1}" = 1 ] || queues=multi_queue
+    ip tuntap add dev "$1" mode tap $queues && ip link set "$1" master br0 up
 }
 
 # A file of its own for each host of the guest.
@@ -106,6 +113,18 @@ serves() {
     ask record && well
 }
 
+large_frames() {
+    local sum good before after count='cat /sys/class/net/e*/statistics/tx_packets'
+    read -r good _ <linux/bulk.sha256
+    before=$(inside "$count")
+    sum=$(curl -sS -m 120 "http://$address/bulk" | sha256sum)
+    after=$(inside "$count")
+    [ "${sum%% *}" = "$good" ] || { echo "the download's sum is $sum"; return 1; }
+    # 4 MiB are 2,897 segments.
+    [ $((after - before)) -lt 2000 ] || { echo "a download took $((after - before)) frames"; return 1; }
+    echo "a download took $((after - before)) frames"
+}
+
 pair() {
     network 2
     mkdir witness
@@ -113,16 +132,31 @@ pair() {
     cp --sparse=always linux/a.img linux/b.img
 }
 
-# start_side a primary [auto]: starts a side, once more too, with the mode for when it leads. Its log is a.log, its process a.pid, how
-# it ended a.status.
+# A witness of each host's own is enough where hosts die, and no network parts them.
+apart() {
+    ip link add br0 type bridge && ip link set wire master br0 && ip link set br0 up
+    ip address add "$([ "$1" = a ] && echo 192.0.2.2 || echo 192.0.2.3)/24" dev br0
+    tap tap0
+    mkdir witness
+    disk "$1.img"
+    touch apart
+}
+
+# start_side a primary [auto]: starts a side, once more too, with the mode for when it leads, of a guest with $VCPUS processors. Its log is
+# a.log, its process a.pid, how it ended a.status.
 start_side() {
-    local name=$1 role=$2 peer own=7700 other=7701
-    [ "$name" = a ] || { own=7701 other=7700; }
-    peer=(--listen "127.0.0.1:$own" --peer "127.0.0.1:$other")
+    local name=$1 role=$2 peer own=127.0.0.1:7700 other=127.0.0.1:7701 tap=tap0
+    [ ! -e apart ] || own=192.0.2.2:7700 other=192.0.2.3:7700
+    if [ "$name" != a ]; then
+        read -r own other <<<"$other $own"
+        [ -e apart ] || tap=tap1
+    fi
+    [ "${VCPUS:-1}" = 1 ] || tap+=,queues=$VCPUS
+    peer=(--listen "$own" --peer "$other")
     rm -f "$name.pid" "$name.status"
     (
-        tandem "$role" --pair lab --name "$name" "${peer[@]}" "${boots[@]}" --image "linux/$name.img" --memory 192M --vcpus 1 \
-            --tap "tap$((own - 7700))" --witness dir:/run/lab/witness --takeover-limit 3s --mode "${3:-auto}" </dev/null >>"$name.log" 2>&1 &
+        tandem "$role" --pair lab --name "$name" "${peer[@]}" "${boots[@]}" --image "linux/$name.img" --memory 192M --vcpus "${VCPUS:-1}" \
+            --tap "$tap" --witness dir:/run/lab/witness --takeover-limit 3s --mode "${3:-auto}" </dev/null >>"$name.log" 2>&1 &
         echo $! >"$name.pid"
         wait $! && status=0 || status=$?
         echo "$status" >"$name.status"
@@ -234,7 +268,7 @@ until_more() {
     local more=$1 client from end
     shift
     for client; do
-        from=$(cat "$client.count")
+        from=$(cat "$client.count" 2>/dev/null || true)
         end=$((SECONDS + 300))
         until [ "$(cat "$client.count")" -ge $((${from:-0} + more)) ] 2>/dev/null; do
             [ ! -e failed ] || { cat failed; return 1; }

@@ -1,13 +1,14 @@
-# A protected Linux guest ends by itself. It reboots: it stays protected all the while. It powers off: both sides end, with disks that are
+# A protected Linux guest gives back the room of a file that it removed: on both hosts. Then it ends by itself. It reboots: it stays protected all the while. It powers off: both sides end, with disks that are
 # alike and need no repair. It panics: both sides end, and say why. Each time both disks have all records that were acknowledged, and nobody
 # takes over.
 limit=900
 
 check() {
     host_start a 1
-    host_run a "$(declare -f reboots powers_off panics recorded agree); . linux.sh
+    host_run a "$(declare -f trims taken reboots powers_off panics recorded agree); . linux.sh
         pair; start_side b secondary; start_side a primary
         until_said 240 GUEST-READY a.log; until_state 240 a protected
+        trims
         reboots
         powers_off
         start_side b secondary; start_side a primary; until_said 240 GUEST-READY a.log 3; until_state 240 a protected
@@ -21,6 +22,26 @@ recorded() {
     answer=$(ask record)
     [ "$answer" = "record $(cat acknowledged 2>/dev/null || echo 0)" ] || { echo "the next record is '$answer', after $(cat acknowledged)"; return 1; }
     echo $((${answer#record } + 1)) >acknowledged
+}
+
+trims() {
+    local side end=$((SECONDS + 60))
+    local -A full
+    inside 'head -c 16M /dev/urandom >/filler && sync'
+    for side in a b; do full[$side]=$(taken $side); done
+    inside 'rm /filler && sync && fstrim /'
+    for side in a b; do
+        until [ "$(taken $side)" -lt $((${full[$side]} - 15 * 1024)) ]; do
+            [ $SECONDS -lt $end ] || { echo "$side's image takes $(taken $side) KiB, and took ${full[$side]} before the guest gave 16 MiB back"; return 1; }
+            sleep 0.5
+        done
+    done
+}
+
+# KiB that a side's image takes of its disk.
+taken() {
+    sync "linux/$1.img"
+    du -k "linux/$1.img" | cut -f1
 }
 
 reboots() {
