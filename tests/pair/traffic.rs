@@ -49,7 +49,7 @@ fn every_kind_of_traffic_is_told_and_where_the_guests_differ() {
     let control = stage.control(Host::A).display().to_string();
     let words = ["flows", "--json", "--watch", "--control", &control];
     let words = words.map(str::to_owned).to_vec();
-    let ends = ["sh", "-c", "(sleep 4; kill -INT $$) & exec \"$0\" \"$@\""];
+    let ends = ["sh", "-c", "(sleep 4; kill -TERM $$) & exec \"$0\" \"$@\""];
     let (_, text) = stage.run_within(Host::A, &ends, words);
     let told: Vec<Flows> = text
         .lines()
