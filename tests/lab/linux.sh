@@ -1,4 +1,5 @@
-# What cases with a Linux guest have in common. Sourced on a lab host, where it is /run/lab/linux.sh: `. linux.sh`.
+# What cases with a Linux guest have in common. Sourced on a lab host, where it is /run/lab/linux.sh: `. linux.sh`; and for clients on this
+# machine by `outside`.
 #
 #   network 2            a bridge for the clients, 192.0.2.1, and as many TAPs in it
 #   until_said 120 GUEST-READY log [2]    waits so many seconds for a line in a file, or for two

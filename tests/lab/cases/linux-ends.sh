@@ -1,6 +1,6 @@
-# A protected Linux guest gives back the room of a file that it removed: on both hosts. Then it ends by itself. It reboots: it stays protected all the while. It powers off: both sides end, with disks that are
-# alike and need no repair. It panics: both sides end, and say why. Each time both disks have all records that were acknowledged, and nobody
-# takes over.
+# A protected Linux guest gives back the room of a file that it removed: on both hosts. Then it ends by itself. It reboots: it stays
+# protected all the while. It powers off: both sides end, with disks that are alike and need no repair. It panics: both sides end, and say
+# why. Each time both disks have all records that were acknowledged, and nobody takes over.
 limit=900
 
 check() {
