@@ -15,6 +15,8 @@ check() {
     done
     local pair='--pair lab --image disk.img --memory 64M --tap tap0 --takeover-limit 2s'
     host_run b "tandem secondary $pair --name b --listen 10.9.0.2:7700 --peer 10.9.0.1:7700 >role.log 2>&1 &"
+    # A primary that finds no secondary takes this host's processor as it is, and begins alone.
+    host_run b "$(declare -f until_state); until_state starting"
     host_run a "$(declare -f is_refused); is_refused popcnt timeout 60 tandem primary $pair --name a --peer 10.9.0.2:7700 --cpu x86-64-v2"
     host_run a "tandem primary $pair --name a --peer 10.9.0.2:7700 --cmdline 'ip=10.9.0.10/24 gw=10.9.0.2' >role.log 2>&1 &"
     host_run b "$(declare -f until_state); until_state protected"
@@ -68,7 +70,8 @@ until_more() {
 # Increments over one connection, each more by one than that before, until told that it is enough.
 increments() {
     local number=0 answer
-    exec 3<>/dev/tcp/10.9.0.10/6379
+    # It is protected before its server listens, if that is how its processor's turns fall.
+    until { exec 3<>/dev/tcp/10.9.0.10/6379; } 2>/dev/null; do sleep 0.2; done
     until [ -e enough ]; do
         printf '*2\r\n$4\r\nINCR\r\n$1\r\nn\r\n' >&3
         IFS= read -r -t 60 -u 3 answer || { echo "no answer after $number increments"; return 1; }
