@@ -21,12 +21,12 @@ use bytes::Bytes;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Duration, Epoch, EpochMode, Instant, Role, limits};
 
-use crate::counters::{Counters, FlowReport, Held, Pending};
+use crate::counters::{Counters, Pending};
 use crate::crossing::Crossings;
 use crate::flow::FlowKey;
 use crate::frame::{self, Body, Frame};
 use crate::hold::{HeldFrame, Hold};
-use crate::lag::{Lag, LagMeter};
+use crate::lag::LagMeter;
 use crate::lane::{Lane, Unblocked};
 use crate::picture::Leaving;
 use crate::service::Services;
@@ -256,78 +256,11 @@ impl Comparator {
         }
     }
 
-    /// Returns what is held of the primary's output.
-    #[must_use]
-    pub fn held(&self) -> Held {
-        Held {
-            frames: self.hold.frames(),
-            bytes: self.hold.bytes(),
-            oldest: self.hold.oldest().map(|(_, held)| held.arrived),
-        }
-    }
-
     /// Says whether no more output of the primary's guest should be taken until a commit. Between the
     /// divergence that a limit tells and this there is as much room again, for what is under way.
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.limits.are_passed_twice(self.hold.bytes(), self.hold.slots())
-    }
-
-    /// Returns what is kept of the secondary's output.
-    #[must_use]
-    pub fn pending(&self) -> Pending {
-        Pending {
-            frames: self.pending.frames + self.early.len(),
-            bytes: self.pending.bytes + self.early_bytes,
-        }
-    }
-
-    /// Returns the sums over all flows.
-    #[must_use]
-    pub fn counters(&self) -> Counters {
-        Counters {
-            flows: self.flows.len(),
-            ..self.counters
-        }
-    }
-
-    /// Says whether output of the running epoch waits that only its commit can release, though the epoch is compared.
-    #[must_use]
-    pub fn waits_for_commit(&self) -> bool {
-        self.waits_for_commit
-    }
-
-    /// Returns how many flows wait for commits, uncompared, those of buffered services aside.
-    #[must_use]
-    pub fn buffered_flows(&self) -> usize {
-        self.buffered.len()
-    }
-
-    /// Returns how many services' flows all wait for commits, uncompared.
-    #[must_use]
-    pub fn buffered_services(&self) -> usize {
-        self.services.buffered()
-    }
-
-    /// Returns how far the secondary's output trails, and how long output of the primary may wait for it.
-    #[must_use]
-    pub fn lag(&self) -> Lag {
-        Lag {
-            most: self.lag.most(),
-            matches: self.lag.matches(),
-            bound: self.unmatched_bound(),
-        }
-    }
-
-    /// Returns what is known of each flow, in order of their keys.
-    pub fn flows(&self) -> impl Iterator<Item = FlowReport> + '_ {
-        let report = |lane: &Lane| FlowReport {
-            buffered: lane.is_buffered() || self.services.is_buffered(lane.service()),
-            ..lane.report()
-        };
-        let mut flows: Vec<FlowReport> = self.flows.iter().map(report).collect();
-        flows.sort_unstable_by_key(|flow| flow.key);
-        flows.into_iter()
     }
 
     /// Tells a divergence, at most one for an epoch, and none for an epoch that is being checkpointed.

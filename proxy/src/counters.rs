@@ -2,7 +2,10 @@
 
 use checkpoint::Instant;
 
+use crate::comparator::Comparator;
 use crate::flow::FlowKey;
+use crate::lag::Lag;
+use crate::lane::Lane;
 use crate::verdict::Reason;
 
 /// What is held of the primary's output.
@@ -98,5 +101,74 @@ impl Pending {
     pub(crate) fn change(&mut self, before: (usize, usize), after: (usize, usize)) {
         self.frames = (self.frames + after.0).saturating_sub(before.0);
         self.bytes = (self.bytes + after.1).saturating_sub(before.1);
+    }
+}
+
+impl Comparator {
+    /// Returns what is held of the primary's output.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        Held {
+            frames: self.hold.frames(),
+            bytes: self.hold.bytes(),
+            oldest: self.hold.oldest().map(|(_, held)| held.arrived),
+        }
+    }
+
+    /// Returns what is kept of the secondary's output.
+    #[must_use]
+    pub fn pending(&self) -> Pending {
+        Pending {
+            frames: self.pending.frames + self.early.len(),
+            bytes: self.pending.bytes + self.early_bytes,
+        }
+    }
+
+    /// Returns the sums over all flows.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        Counters {
+            flows: self.flows.len(),
+            ..self.counters
+        }
+    }
+
+    /// Says whether output of the running epoch waits that only its commit can release, though the epoch is compared.
+    #[must_use]
+    pub fn waits_for_commit(&self) -> bool {
+        self.waits_for_commit
+    }
+
+    /// Returns how many flows wait for commits, uncompared, those of buffered services aside.
+    #[must_use]
+    pub fn buffered_flows(&self) -> usize {
+        self.buffered.len()
+    }
+
+    /// Returns how many services' flows all wait for commits, uncompared.
+    #[must_use]
+    pub fn buffered_services(&self) -> usize {
+        self.services.buffered()
+    }
+
+    /// Returns how far the secondary's output trails, and how long output of the primary may wait for it.
+    #[must_use]
+    pub fn lag(&self) -> Lag {
+        Lag {
+            most: self.lag.most(),
+            matches: self.lag.matches(),
+            bound: self.unmatched_bound(),
+        }
+    }
+
+    /// Returns what is known of each flow, in order of their keys.
+    pub fn flows(&self) -> impl Iterator<Item = FlowReport> + '_ {
+        let report = |lane: &Lane| FlowReport {
+            buffered: lane.is_buffered() || self.services.is_buffered(lane.service()),
+            ..lane.report()
+        };
+        let mut flows: Vec<FlowReport> = self.flows.iter().map(report).collect();
+        flows.sort_unstable_by_key(|flow| flow.key);
+        flows.into_iter()
     }
 }
