@@ -174,6 +174,27 @@ pub struct FileImage {
     flush_failed: AtomicBool,
 }
 
+/// A file that was made for something that has not begun: removed with this, unless it is kept.
+#[derive(Debug)]
+#[must_use]
+pub struct NewFile(Option<PathBuf>);
+
+impl NewFile {
+    /// It has begun: the file stays.
+    pub fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(path) = self.0.take() {
+            // What is left of it does no harm.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
 impl FileImage {
     /// Opens an existing image and locks it.
     ///
@@ -202,21 +223,27 @@ impl FileImage {
     }
 
     /// Opens the journal at `path`, or makes one, with room for batches of `batch` bytes that can be filled without
-    /// asking for more space.
+    /// asking for more space. Whether it was made now is known by what comes with it.
     ///
     /// # Errors
     /// If another process has it, or there is no room.
-    pub fn open_journal(path: impl AsRef<Path>, batch: u64) -> Result<Self, ImageError> {
+    pub fn open_journal(path: impl AsRef<Path>, batch: u64) -> Result<(Self, Option<NewFile>), ImageError> {
         let path = path.as_ref();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
-            .open(path)
-            .map_err(|source| open_error(path, source))?;
+        let open = |make| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(make)
+                .mode(0o600)
+                .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+                .open(path)
+        };
+        let (file, new) = match open(true) {
+            Ok(file) => (Ok(file), Some(NewFile(Some(path.into())))),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (open(false), None),
+            Err(error) => (Err(error), None),
+        };
+        let file = file.map_err(|source| open_error(path, source))?;
         let mut image = Self::lock(file, path)?;
         let bytes = crate::journal::size_for(batch).max(image.size);
         let grown = (|| {
@@ -237,7 +264,7 @@ impl FileImage {
             },
         })?;
         image.size = bytes;
-        Ok(image)
+        Ok((image, new))
     }
 
     /// Returns the path it was opened with.
@@ -581,15 +608,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.img.journal");
         let size = {
-            let journal = FileImage::open_journal(&path, 64 * 1024).unwrap();
+            let (journal, new) = FileImage::open_journal(&path, 64 * 1024).unwrap();
+            new.expect("it was made").keep();
             journal.write_at(0, &[9; 512]).unwrap();
             journal.size()
         };
         assert!(std::fs::metadata(&path).unwrap().blocks() * 512 >= size);
-        let journal = FileImage::open_journal(&path, 4096).unwrap();
+        let (journal, new) = FileImage::open_journal(&path, 4096).unwrap();
+        assert!(new.is_none(), "it was there");
         assert_eq!(journal.size(), size, "never smaller than it was");
         let mut head = [0; 512];
         journal.read_at(0, &mut head).unwrap();
         assert_eq!(head, [9; 512]);
+    }
+
+    #[test]
+    fn a_journal_that_nothing_has_begun_with_is_not_left_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img.journal");
+        drop(FileImage::open_journal(&path, 4096).unwrap());
+        assert!(!path.exists());
+        let more_than_there_is = 1 << 60;
+        assert!(FileImage::open_journal(&path, more_than_there_is).is_err());
+        assert!(!path.exists());
     }
 }

@@ -33,7 +33,7 @@ pub mod verify;
 pub mod witness;
 
 pub use changed::ChangedBlocks;
-pub use image::{FileImage, Image, ImageError, Room, SECTOR_BYTES, put};
+pub use image::{FileImage, Image, ImageError, NewFile, Room, SECTOR_BYTES, put};
 pub use journal::{Recovery, recover};
 pub use record::Record;
 pub use replica::{CommitJob, Done, Replica};

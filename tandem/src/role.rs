@@ -29,7 +29,7 @@ use primary::protocol::pace::Budget;
 use primary::protocol::{Mode, Patience, Resume, Room, Start};
 use storage::replica::Limits;
 use storage::witness::{Claim, DirectoryWitness};
-use storage::{FileImage, Image, Record, Recovery, Replica};
+use storage::{FileImage, Image, NewFile, Record, Recovery, Replica};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -112,7 +112,7 @@ fn stop_signals() -> Result<watch::Receiver<bool>> {
     Ok(asked)
 }
 
-async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
+async fn primary(mut host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let offered = host.settings.vm.cpu.model(&host.cpu, host.settings.vm.memory)?;
     let met = host.meet(&offered).await?;
     let cpu = met
@@ -129,6 +129,7 @@ async fn primary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
         info!("the secondary's host lacks {}: so does the VM", cpu::listed(&left_out));
     }
     let (_server, control) = Server::start(&host.settings.vm.control)?;
+    host.keep_journal();
     let (generation, last_epoch) = host.contest()?;
     let mut outside = Outside { control, stop };
     let ports = host.ports();
@@ -222,6 +223,9 @@ impl From<RunSettings> for RoleSettings {
 
 /// What a host has open for as long as a role runs.
 struct Host {
+    /// The journal, if it was made now and nothing is in it. Removed, by this place before the image, while that is locked: nobody else
+    /// can have it.
+    new_journal: Option<NewFile>,
     settings: RoleSettings,
     image: Arc<FileImage>,
     journal: Arc<FileImage>,
@@ -279,11 +283,12 @@ impl Host {
         let terminal = linux.map(|linux| Terminal::open(&linux.serial)).transpose()?;
         // Only now: a refused start leaves no file behind.
         let batch = Limits::default().batch(image.size());
-        let journal = Arc::new(FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?);
+        let (journal, new_journal) = FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?;
         let host = Self {
+            new_journal,
             settings,
             image,
-            journal,
+            journal: Arc::new(journal),
             record_path,
             taps,
             witness,
@@ -307,6 +312,10 @@ impl Host {
             }
         }
         Ok(recovery)
+    }
+
+    fn keep_journal(&mut self) {
+        self.new_journal.take().into_iter().for_each(NewFile::keep);
     }
 
     fn pair(&self) -> &str {

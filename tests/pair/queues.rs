@@ -1,10 +1,11 @@
 //! A network card with several pairs of queues: its clients notice no takeover, and both hosts must say the same of it.
 
 use link::status::State;
+use storage::Record;
 use tandem::lab::{Host, TAP};
 
 use crate::load::Work;
-use crate::stage::{Setup, Stage, await_fact};
+use crate::stage::{LIMIT, Setup, Stage, await_fact};
 
 fn two_queues() -> Option<Stage> {
     Stage::new(Setup {
@@ -20,7 +21,13 @@ fn clients_on_several_queues_live_through_the_deaths_of_their_hosts() {
     stage.pair(Host::A);
     let log = stage.log(Host::A);
     assert!(log.contains("tandem guest: 2 pairs of queues"), "{log}");
-    // Eight connections and a datagram's flow: the chance that all have one queue is small, and would do no harm.
+    // A new connection has one queue or the other, for what comes and for what leaves.
+    await_fact("frames on all queues", || {
+        stage.get("/", LIMIT).expect("the guest answers");
+        let text = stage.log(Host::A);
+        let used = |queue| text.contains(&format!("tandem guest: network queue {queue} is in use"));
+        (0..4).all(used).then_some(())
+    });
     let work = Work::start(&stage, "queues:");
     for victim in [Host::A, Host::B] {
         stage.kill(victim);
@@ -50,4 +57,6 @@ fn hosts_with_different_numbers_of_queues_are_no_pair() {
     let (status, text) = stage.run(Host::A, words);
     assert!(!status.success());
     assert!(text.contains("offloads=on,queues=2"), "{text}");
+    let journal = Record::journal_for(&stage.image(Host::A));
+    assert!(!journal.exists(), "a start that is refused leaves nothing behind");
 }

@@ -13,6 +13,7 @@ use smoltcp::time::Instant;
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::transport::Transport;
 
+use super::console::print;
 use super::devices::{self, Direct, Features, Registers};
 use super::doorbell;
 
@@ -53,6 +54,8 @@ struct Receive {
     /// By token: the place of its buffer.
     places: Vec<u16>,
     news: bool,
+    /// A frame has come by it.
+    in_use: bool,
 }
 
 struct Transmit {
@@ -68,6 +71,8 @@ struct Lane {
     /// By token: the place and the used length of its buffer.
     sent: Vec<(u16, usize)>,
     news: bool,
+    /// A frame has left by it.
+    in_use: bool,
 }
 
 impl Net {
@@ -144,11 +149,19 @@ impl Net {
             let receive = &mut self.receive[self.next];
             self.next = (self.next + 1) % queues;
             if receive.take(&mut self.frame) {
+                if queues > 1 && !core::mem::replace(&mut receive.in_use, true) {
+                    tell_use(receive.number);
+                }
                 return true;
             }
         }
         false
     }
+}
+
+/// Says, once for each of several queues, that a frame has come or left by it.
+fn tell_use(queue: u16) {
+    print(&alloc::format!("tandem guest: network queue {queue} is in use"));
 }
 
 /// Has the device use so many pairs of queues.
@@ -183,6 +196,7 @@ impl Receive {
             buffers: vec![[0; BUFFER]; buffers],
             places: vec![0; QUEUE],
             news: false,
+            in_use: false,
         }
     }
 
@@ -230,6 +244,7 @@ impl Transmit {
             queue: devices::queue(registers, number),
             sent: vec![(0, 0); QUEUE],
             news: false,
+            in_use: false,
         };
         Self {
             queues: (0..pairs).map(|pair| 2 * pair + 1).map(lane).collect(),
@@ -284,7 +299,8 @@ impl TxToken for Room<'_> {
         let buffer = &mut self.0.buffers[usize::from(place)];
         let length = HEADER + len;
         let result = f(&mut buffer[HEADER..length]);
-        let lane = spread::queue(&buffer[HEADER..length], self.0.queues.len());
+        let queues = self.0.queues.len();
+        let lane = spread::queue(&buffer[HEADER..length], queues);
         let lane = &mut self.0.queues[lane];
         // SAFETY: the buffer lives as long as the queue and is not touched until it has been popped.
         match unsafe { lane.queue.add(&[&buffer[..length]], &mut []) } {
@@ -292,6 +308,9 @@ impl TxToken for Room<'_> {
             Err(error) => panic!("network transmit queue: {error}"),
         }
         lane.news = true;
+        if queues > 1 && !core::mem::replace(&mut lane.in_use, true) {
+            tell_use(lane.number);
+        }
         result
     }
 }

@@ -554,7 +554,9 @@ fn commits_on_a_real_file_survive_reopening() {
     std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
     let open = || {
         let image = Arc::new(crate::FileImage::open(&path).unwrap());
-        let journal = crate::FileImage::open_journal(crate::Record::journal_for(&path), LIMITS.batch(SIZE)).unwrap();
+        let (journal, new) =
+            crate::FileImage::open_journal(crate::Record::journal_for(&path), LIMITS.batch(SIZE)).unwrap();
+        new.into_iter().for_each(crate::NewFile::keep);
         (image, Arc::new(journal))
     };
     let (image, journal) = open();
@@ -581,7 +583,8 @@ fn commits_on_a_real_file_survive_reopening() {
     let mut sector = [0; 512];
     image.read_at(5 * 4096, &mut sector).unwrap();
     assert_eq!(sector, [5; 512]);
-    let smaller = Arc::new(crate::FileImage::open_journal(dir.path().join("other"), 4096).unwrap());
+    let (smaller, _new) = crate::FileImage::open_journal(dir.path().join("other"), 4096).unwrap();
+    let smaller = Arc::new(smaller);
     let recovery = recover(&*smaller, &*journal).unwrap();
     assert_eq!(
         recovery,

@@ -46,7 +46,7 @@ struct Waiting {
 }
 
 /// Waits for primaries, follows them, and takes over.
-pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
+pub(super) async fn secondary(mut host: Host, stop: watch::Receiver<bool>) -> Result<Ending> {
     let address = host
         .settings
         .listen
@@ -72,6 +72,7 @@ pub(super) async fn secondary(host: Host, stop: watch::Receiver<bool>) -> Result
         else {
             return Ok(Ending::Done);
         };
+        host.keep_journal();
         let cpu = established.welcome.cpu.clone();
         let machine = match waiting.kept.take() {
             Some((machine, _)) if machine.cpu == cpu => machine,
