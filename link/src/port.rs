@@ -13,6 +13,7 @@ use std::task::Poll;
 
 use bytes::Bytes;
 use checkpoint::Nic;
+use checkpoint::frames::FramePool;
 use checkpoint::pair::Delivery;
 use machine::devices::{self, block, net};
 use machine::offload::Offloads;
@@ -119,6 +120,8 @@ pub trait Observer: Send {
 struct PortBackend<O> {
     port: Arc<Port>,
     observer: O,
+    /// Of the frames that the guest sends.
+    pool: FramePool,
     current: Option<Delivery>,
 }
 
@@ -128,6 +131,7 @@ impl<O: Observer> PortBackend<O> {
         Self {
             port,
             observer,
+            pool: FramePool::new(),
             current: None,
         }
     }
@@ -138,8 +142,8 @@ impl<O: Observer> net::Backend for PortBackend<O> {
         *lock(&self.port.accepted) = offloads;
     }
 
-    fn transmit(&mut self, frame: Bytes) {
-        self.observer.sent(self.port.nic, frame);
+    fn transmit(&mut self, frame: &[u8]) {
+        self.observer.sent(self.port.nic, self.pool.copy(frame));
     }
 
     fn may_transmit(&self) -> bool {

@@ -38,7 +38,7 @@ struct Cable {
 }
 
 impl net::Backend for Cable {
-    fn transmit(&mut self, frame: Bytes) {
+    fn transmit(&mut self, frame: &[u8]) {
         let _ = self.from_guest.send(frame[HEADER_BYTES..].to_vec());
     }
 

@@ -52,8 +52,8 @@ const REPORT: usize = 16;
 pub trait Backend: Send {
     /// Learns what the guest takes: when the driver is ready, the card is restored, and the back end is put behind the card.
     fn accepts(&mut self, _offloads: Offloads) {}
-    /// Takes a frame from the guest. Must not block.
-    fn transmit(&mut self, frame: Bytes);
+    /// Takes a frame from the guest: a copy of its own, if it keeps it. Must not block.
+    fn transmit(&mut self, frame: &[u8]);
     /// Tells whether it takes a frame now. While it does not, frames stay in the guest's queue, and in its memory; when it
     /// does again, somebody has to make a turn due.
     fn may_transmit(&self) -> bool {
@@ -111,6 +111,7 @@ impl Net {
             pairs: 1,
             backend,
             buffers: Vec::new(),
+            frame: vec![0; FRAME_BYTES_MAX],
             complaints: Complaints::default(),
         };
         Ok(Self {
@@ -142,6 +143,8 @@ struct Card {
     backend: Box<dyn Backend>,
     /// The guest's buffers of one frame, and what was written into each.
     buffers: Vec<(Chain, u32)>,
+    /// A frame of the guest is read into it.
+    frame: Vec<u8>,
     complaints: Complaints,
 }
 
@@ -395,7 +398,7 @@ impl Card {
                 ));
             }
             match self.taken(&chain, work.ram)? {
-                Ok(frame) => self.backend.transmit(frame),
+                Ok(length) => self.backend.transmit(&self.frame[..length]),
                 Err(why) => {
                     if let Some(count) = self.complaints.due() {
                         let bytes = chain.readable();
@@ -410,18 +413,18 @@ impl Card {
         Ok(true)
     }
 
-    /// Reads a frame of the guest, or says why it is none.
-    fn taken(&self, chain: &Chain, ram: &Memory) -> Result<Result<Bytes, &'static str>, QueueError> {
+    /// Reads a frame of the guest and returns its length, or says why it is none.
+    fn taken(&mut self, chain: &Chain, ram: &Memory) -> Result<Result<usize, &'static str>, QueueError> {
         let length = crate::index(chain.readable().into());
         if !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&length) {
             return Ok(Err("no Ethernet frame has that length"));
         }
-        let mut frame = vec![0; length];
-        chain.read(ram, 0, &mut frame)?;
+        let frame = &mut self.frame[..length];
+        chain.read(ram, 0, frame)?;
         let host = Offloads::of_host(self.accepted);
-        host.clean(&mut frame);
-        Ok(if host.permit(&frame) {
-            Ok(frame.into())
+        host.clean(frame);
+        Ok(if host.permit(frame) {
+            Ok(length)
         } else {
             Err("its header asks what was not agreed to, or can't be true")
         })

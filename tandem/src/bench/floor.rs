@@ -107,9 +107,9 @@ struct Network {
 }
 
 impl net::Backend for Network {
-    fn transmit(&mut self, frame: Bytes) {
+    fn transmit(&mut self, frame: &[u8]) {
         // A frame lost is sent again.
-        let _ = self.tap.send(&frame);
+        let _ = self.tap.send(frame);
     }
 
     fn receive(&mut self) -> Option<Bytes> {

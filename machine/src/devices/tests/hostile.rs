@@ -22,7 +22,7 @@ struct Anything;
 struct Frames(u32);
 
 impl net::Backend for Frames {
-    fn transmit(&mut self, frame: Bytes) {
+    fn transmit(&mut self, frame: &[u8]) {
         assert!((net::FRAME_BYTES_MIN..=net::FRAME_BYTES_MAX).contains(&frame.len()));
     }
 

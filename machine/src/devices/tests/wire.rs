@@ -63,7 +63,7 @@ impl Backend for Wire {
         *self.0.accepted.lock().unwrap() = Some(offloads);
     }
 
-    fn transmit(&mut self, frame: Bytes) {
+    fn transmit(&mut self, frame: &[u8]) {
         self.0.sent.lock().unwrap().push(frame.to_vec());
     }
 
