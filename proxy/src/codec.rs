@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use etherparse::EtherType;
+
 use crate::flow::Vlans;
 
 /// Why the network's part of a checkpoint cannot be loaded.
@@ -32,6 +34,13 @@ pub enum StateError {
         limit: usize,
     },
 }
+
+/// What tells that a VLAN tag follows: the customer's, the provider's, and the provider's of old.
+const TAG_PROTOCOLS: [EtherType; 3] = [
+    EtherType::VLAN_TAGGED_FRAME,
+    EtherType::PROVIDER_BRIDGING,
+    EtherType::VLAN_DOUBLE_TAGGED_FRAME,
+];
 
 /// The format written.
 pub(crate) const VERSION: u8 = 2;
@@ -101,6 +110,9 @@ impl<'a> Reader<'a> {
         }
         for _ in 0..count {
             let (protocol, vlan) = (self.u16()?, self.u16()?);
+            if !TAG_PROTOCOLS.contains(&EtherType(protocol)) {
+                return Err(StateError::Invalid("VLAN tag protocol"));
+            }
             if vlan > 0xfff {
                 return Err(StateError::Invalid("VLAN number"));
             }

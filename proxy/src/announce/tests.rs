@@ -146,6 +146,18 @@ fn the_state_goes_through_a_checkpoint_all_or_nothing() {
     assert!(half.translator.is_empty(), "nothing of a broken state is taken over");
 }
 
+#[test]
+fn a_tag_that_no_vlan_has_is_refused() {
+    let mut book = AddressBook::new();
+    learn(&mut book, &frame_of(&[(0x8100, 7)], 0x88cc, b"who"));
+    let mut state = book.snapshot();
+    let at = state.windows(4).position(|tag| tag == [0x00, 0x81, 7, 0]);
+    let at = at.expect("it knows the guest's hardware address on its VLAN");
+    // MACsec's, which was announced as if it were a tag of four bytes.
+    state[at..at + 2].copy_from_slice(&0x88e5_u16.to_le_bytes());
+    assert_eq!(book.replace(&state), Err(StateError::Invalid("VLAN tag protocol")));
+}
+
 proptest! {
     #[test]
     fn garbage_teaches_nothing_that_breaks(frames in proptest::collection::vec(garbage(), 1..40)) {

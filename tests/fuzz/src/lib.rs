@@ -35,7 +35,7 @@ impl Source<'_> {
 
     /// A frame of the guest, or of a client: nearly right, mostly.
     fn frame(&mut self, inbound: bool) -> Vec<u8> {
-        let mut frame = match self.below(8) {
+        let mut frame = match self.below(11) {
             0 => {
                 let count = usize::from(self.below(96));
                 self.bytes(count)
@@ -43,8 +43,18 @@ impl Source<'_> {
             1..=4 => self.tcp(inbound),
             5 => self.udp(inbound),
             6 => self.fragment(inbound),
+            7 => self.fragment_v6(inbound),
+            8 => self.icmpv6(inbound),
+            9 => self.arp(inbound),
             _ => self.icmp(inbound),
         };
+        if self.below(8) == 0 && frame.len() > 12 {
+            let tags = [[0x81, 0, 0, 7], [0x81, 0, 0x60, 7], [0x88, 0xa8, 0, 9]];
+            for _ in 0..=self.below(2) {
+                let tag = tags[usize::from(self.below(3))];
+                frame.splice(12..12, tag);
+            }
+        }
         if self.below(8) == 0 && !frame.is_empty() {
             for _ in 0..1 + self.below(3) {
                 let at = usize::from(self.byte()) % frame.len();
@@ -62,11 +72,19 @@ impl Source<'_> {
         let mut header = vec![0; FRAME_HEADER_BYTES];
         match self.below(8) {
             0 => header = self.bytes(FRAME_HEADER_BYTES),
-            1 | 2 if kind_on_wire(&frame) == Kind::Tcp && frame.len() > 60 => {
+            1 | 2 if kind_on_wire(&frame) == Kind::Tcp && frame.len() > 68 => {
                 // The checksum is to be filled in, and, perhaps, the segment to be cut.
-                let v6 = frame[12..14] == [0x86, 0xdd];
-                let start = if v6 { 54 } else { 34 };
-                let addresses = if v6 { &frame[22..54] } else { &frame[26..34] };
+                let tags = frame[12..]
+                    .chunks(4)
+                    .take_while(|tag| [[0x81, 0], [0x88, 0xa8]].contains(&[tag[0], tag[1]]));
+                let ip = 14 + 4 * tags.count();
+                let v6 = frame[ip - 2..ip] == [0x86, 0xdd];
+                let start = ip + if v6 { 40 } else { 20 };
+                let addresses = if v6 {
+                    &frame[start - 32..start]
+                } else {
+                    &frame[start - 8..start]
+                };
                 let length = u16::try_from(frame.len() - start).expect("short").to_be_bytes();
                 let words = addresses.chunks(2).chain([&[0, 6][..], &length]);
                 let sum: u32 = words
@@ -164,6 +182,59 @@ impl Source<'_> {
             let quote = quoted.get(14..cut.min(quoted.len())).unwrap_or_default();
             raw.write(&mut frame, quote).expect("a vector takes it");
         }
+        frame
+    }
+
+    fn icmpv6(&mut self, inbound: bool) -> Vec<u8> {
+        let (_, link) = ends(inbound, 0, 0);
+        let ip = link.ipv6([1; 16], [9; 16], 64);
+        let mut frame = Vec::new();
+        if self.below(2) == 0 {
+            let echo = ip.icmpv6_echo_reply(u16::from(self.below(2)), u16::from(self.below(4)));
+            echo.write(&mut frame, &[]).expect("a vector takes it");
+        } else {
+            // Neighbour discovery, mostly.
+            let kind = 128 + self.below(16);
+            let target = [self.below(2); 16];
+            let raw = ip.icmpv6_raw(kind, 0, [0; 4]);
+            raw.write(&mut frame, &target).expect("a vector takes it");
+        }
+        frame
+    }
+
+    fn arp(&mut self, inbound: bool) -> Vec<u8> {
+        let (from, to) = if inbound { (CLIENT, GUEST) } else { (GUEST, [0xff; 6]) };
+        let operation = 1 + self.below(2);
+        let sender = [10, 0, 0, self.below(3)];
+        let fixed = [0, 1, 8, 0, 6, 4, 0, operation];
+        let target = [0, 0, 0, 0, 0, 0, 10, 0, 0, 9];
+        [&to[..], &from, &[8, 6], &fixed, &from, &sender, &target].concat()
+    }
+
+    fn fragment_v6(&mut self, inbound: bool) -> Vec<u8> {
+        let (from, to) = if inbound { (9, 1) } else { (1, 9) };
+        let mut payload = vec![self.below(2); 8 * (1 + usize::from(self.below(2)))];
+        if self.below(8) == 0 {
+            payload.pop();
+        }
+        let place = u16::from(self.below(3)) << 3 | u16::from(self.below(3) > 0);
+        let length = u16::try_from(8 + payload.len()).expect("short");
+        let mut frame = Ethernet2Header {
+            source: GUEST,
+            destination: CLIENT,
+            ether_type: etherparse::EtherType::IPV6,
+        }
+        .to_bytes()
+        .to_vec();
+        frame.extend([0x60, 0, 0, 0]);
+        frame.extend(length.to_be_bytes());
+        frame.extend([44, 64]);
+        frame.extend([from; 16]);
+        frame.extend([to; 16]);
+        frame.extend([17, 0]);
+        frame.extend(place.to_be_bytes());
+        frame.extend([0, 0, 0, self.below(3)]);
+        frame.extend(payload);
         frame
     }
 
