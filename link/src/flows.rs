@@ -22,7 +22,7 @@ pub struct Flows {
     /// How far the secondary's output trails, while protected.
     #[serde(default)]
     pub lag: Option<Lag>,
-    /// The flows known now by kind of traffic.
+    /// The coverage: what came of each kind of traffic that there was.
     pub kinds: Vec<Kind>,
     /// Those that hold output first, then those that differed, then the busiest.
     pub flows: Vec<Flow>,
@@ -55,7 +55,7 @@ pub struct Totals {
     pub limited: u64,
 }
 
-/// All flows of one kind of traffic.
+/// One kind of traffic. Units: frames, unless said; those of flows included that are no longer known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kind {
     /// Its name: `TCP`, `UDP`, `ARP`.
@@ -66,11 +66,23 @@ pub struct Kind {
     pub flows: u64,
     /// Those that are not compared, and wait for checkpoints.
     pub buffered: u64,
-    /// Frames of these flows that were released because the secondary's guest sent the same.
+    /// Released because the secondary's guest sent the same.
     pub matched: u64,
-    /// Differences on these flows.
+    /// Released because a checkpoint covers them.
+    #[serde(default)]
+    pub released_by_checkpoint: u64,
+    /// Released unprotected: the VM ran alone.
+    #[serde(default)]
+    pub released_unprotected: u64,
+    /// Those of them all that were not released the moment they came.
+    #[serde(default)]
+    pub waits: u64,
+    /// Times that the outputs differed.
     pub mismatched: u64,
-    /// Frames held now.
+    /// Times that one side's output waited too long for the other's.
+    #[serde(default)]
+    pub unmatched: u64,
+    /// Held now.
     pub held: u64,
 }
 
@@ -88,12 +100,18 @@ pub struct Flow {
     pub matched: u64,
     /// Differences seen.
     pub mismatched: u64,
+    /// Times that one side's output waited too long for the other's.
+    #[serde(default)]
+    pub unmatched: u64,
     /// Frames that were not released the moment they came.
     pub waits: u64,
     /// Frames held now.
     pub held: u64,
     /// Frames or pieces of the secondary that wait for the primary's.
     pub pending: u64,
+    /// The latest difference: the first byte that differs, and what both sides have from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub difference: Option<String>,
 }
 
 /// Something that made a checkpoint necessary.
@@ -113,7 +131,14 @@ pub struct FlowDivergence {
 impl Flows {
     /// Puts the flows in their order and leaves out those beyond `most`.
     pub fn keep(&mut self, most: u32) {
-        let rank = |flow: &Flow| (flow.held, flow.mismatched, flow.waits, flow.matched);
+        let rank = |flow: &Flow| {
+            (
+                flow.held,
+                flow.mismatched.saturating_add(flow.unmatched),
+                flow.waits,
+                flow.matched,
+            )
+        };
         self.flows.sort_by(|one, other| {
             rank(other)
                 .cmp(&rank(one))
@@ -158,19 +183,23 @@ impl Display for Flows {
         if !self.kinds.is_empty() {
             writeln!(
                 f,
-                "\n{:<12} {:>7} {:>9} {:>10} {:>7} {:>6}  compared",
-                "KIND", "FLOWS", "BUFFERED", "EQUAL", "DIFFER", "HELD"
+                "\n{:<12} {:>7} {:>9} {:>10} {:>10} {:>8} {:>7} {:>6} {:>8} {:>6}  compared",
+                "KIND", "FLOWS", "BUFFERED", "EQUAL", "CHECKPOINT", "ALONE", "DIFFER", "LATE", "WAITED", "HELD"
             )?;
         }
         for kind in &self.kinds {
             writeln!(
                 f,
-                "{:<12} {:>7} {:>9} {:>10} {:>7} {:>6}  {}",
+                "{:<12} {:>7} {:>9} {:>10} {:>10} {:>8} {:>7} {:>6} {:>8} {:>6}  {}",
                 printable(&kind.kind),
                 kind.flows,
                 kind.buffered,
                 kind.matched,
+                kind.released_by_checkpoint,
+                kind.released_unprotected,
                 kind.mismatched,
+                kind.unmatched,
+                kind.waits,
                 kind.held,
                 printable(&kind.compared)
             )?;
@@ -178,16 +207,17 @@ impl Display for Flows {
         if !self.flows.is_empty() {
             writeln!(
                 f,
-                "\n{:>10} {:>7} {:>8} {:>6} {:>7}  FLOW",
-                "EQUAL", "DIFFER", "WAITED", "HELD", "PENDING"
+                "\n{:>10} {:>7} {:>6} {:>8} {:>6} {:>7}  FLOW",
+                "EQUAL", "DIFFER", "LATE", "WAITED", "HELD", "PENDING"
             )?;
         }
         for flow in &self.flows {
             writeln!(
                 f,
-                "{:>10} {:>7} {:>8} {:>6} {:>7}  {}{}{}",
+                "{:>10} {:>7} {:>6} {:>8} {:>6} {:>7}  {}{}{}",
                 flow.matched,
                 flow.mismatched,
+                flow.unmatched,
                 flow.waits,
                 flow.held,
                 flow.pending,
@@ -195,9 +225,12 @@ impl Display for Flows {
                 printable(&flow.flow),
                 if flow.buffered { ", waits for checkpoints" } else { "" }
             )?;
+            if let Some(difference) = &flow.difference {
+                writeln!(f, "{:>50} {}", "", printable(difference))?;
+            }
         }
         if self.left_out > 0 {
-            writeln!(f, "{:>43} and {} more: --most lists them", "", self.left_out)?;
+            writeln!(f, "{:>50} and {} more: --most lists them", "", self.left_out)?;
         }
         if !self.divergences.is_empty() {
             write!(f, "\nWHAT MADE CHECKPOINTS NECESSARY")?;
@@ -271,11 +304,13 @@ mod tests {
                     card: 7,
                     flow: format!("TCP vlan 4094 vlan 4094 vlan 4094 [2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535 -> [2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:{number}"),
                     matched: u64::MAX,
-                    mismatched: u64::MAX,
+                    mismatched: u64::MAX / 2,
+                    unmatched: u64::MAX / 2,
                     waits: u64::MAX,
                     held: u64::MAX,
                     pending: u64::MAX,
                     buffered: true,
+                    difference: Some("x".repeat(220)),
                 })
                 .collect(),
             ..Flows::default()
@@ -283,7 +318,7 @@ mod tests {
         flows.keep(u32::MAX);
         assert_eq!(flows.left_out, 69_000);
         let text = serde_json::to_string(&flows).unwrap();
-        assert!(text.len() < 1024 * 1024 / 2, "{}", text.len());
+        assert!(text.len() < 1024 * 1024 * 3 / 4, "{}", text.len());
         assert_eq!(serde_json::from_str::<Flows>(&text).unwrap(), flows);
     }
 

@@ -1,55 +1,74 @@
 //! What `tandem flows` shows of a primary.
 
-use std::collections::BTreeMap;
-
 use checkpoint::Instant;
 use link::flows::{Flow, FlowDivergence, Flows, Kind, Totals};
-use proxy::Class;
+use proxy::Traffic;
 
 use crate::protocol::Primary;
 
 pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
     let comparators = protocol.comparators();
     let (counters, held) = (comparators.counters(), comparators.held());
-    let mut kinds: BTreeMap<&'static str, Kind> = BTreeMap::new();
+    let mut kinds = Traffic::ALL.map(|traffic| {
+        let (name, compared) = described(traffic);
+        let tally = counters.of(traffic);
+        Kind {
+            kind: name.to_owned(),
+            compared: compared.to_owned(),
+            matched: tally.matched,
+            released_by_checkpoint: tally.committed,
+            released_unprotected: tally.unprotected,
+            waits: tally.waits,
+            mismatched: tally.mismatched,
+            unmatched: tally.unmatched,
+            ..Kind::default()
+        }
+    });
     let mut all = Vec::with_capacity(counters.flows);
     for (nic, report) in comparators.flows() {
-        let (name, compared) = kind(report.key.class);
-        let kind = kinds.entry(name).or_default();
-        kind.kind = name.to_owned();
-        kind.compared = compared.to_owned();
+        let kind = &mut kinds[report.key.class.traffic() as usize];
         kind.flows += 1;
         kind.buffered += u64::from(report.buffered);
-        kind.matched += report.matched;
-        kind.mismatched += report.mismatched;
         kind.held += report.held as u64;
         all.push(Flow {
             card: nic.number().into(),
             flow: report.key.to_string(),
             buffered: report.buffered,
-            matched: report.matched,
-            mismatched: report.mismatched,
-            waits: report.waits,
+            matched: report.tally.matched,
+            mismatched: report.tally.mismatched,
+            unmatched: report.tally.unmatched,
+            waits: report.tally.waits,
             held: report.held as u64,
             pending: report.pending as u64,
+            difference: report.difference.as_ref().map(ToString::to_string),
         });
     }
+    let total = counters.total();
+    let seen = |kind: &Kind| {
+        let counts = [
+            kind.flows,
+            kind.matched,
+            kind.released_by_checkpoint,
+            kind.released_unprotected,
+        ];
+        counts.iter().any(|count| *count > 0)
+    };
     let mut flows = Flows {
         cards: comparators.count() as u64,
         protection: protection(protocol),
         totals: Totals {
-            matched: counters.matched,
+            matched: total.matched,
             lowered: counters.lowered,
-            released_by_checkpoint: counters.released_by_commit,
-            released_unprotected: counters.released_at_once,
+            released_by_checkpoint: total.committed,
+            released_unprotected: total.unprotected,
             held: held.frames as u64,
             held_bytes: held.bytes as u64,
-            mismatched: counters.mismatched,
-            unmatched: counters.unmatched,
+            mismatched: total.mismatched,
+            unmatched: total.unmatched,
             limited: counters.limited,
         },
         lag: protocol.protected().then(|| crate::status::lag(protocol)),
-        kinds: kinds.into_values().collect(),
+        kinds: kinds.into_iter().filter(seen).collect(),
         flows: all,
         left_out: 0,
         divergences: protocol
@@ -75,27 +94,26 @@ fn protection(protocol: &Primary) -> String {
 }
 
 /// The policy is written in `proxy`'s documentation.
-fn kind(class: Class) -> (&'static str, &'static str) {
+fn described(traffic: Traffic) -> (&'static str, &'static str) {
     const FRAME: &str = "the whole frame";
     const HEADERS: &str = "the whole frame but for TTL, TOS, IP identification and checksums";
     const NOTHING: &str = "nothing: its tags are random, so all of it waits for checkpoints";
-    match class {
-        Class::Arp => ("ARP", FRAME),
-        Class::Ethernet(_) => ("other", FRAME),
-        Class::Fragment(_) if !class.is_compared() => ("SCTP", NOTHING),
-        Class::Fragment(_) => (
+    match traffic {
+        Traffic::Arp => ("ARP", FRAME),
+        Traffic::Other => ("other", FRAME),
+        Traffic::Fragments => (
             "IP fragments",
             "the datagrams that they make; what makes none waits for checkpoints",
         ),
-        Class::Icmp => ("ICMP", HEADERS),
-        Class::Icmpv6 => ("ICMPv6", HEADERS),
-        Class::Ip(_) => ("other IP", HEADERS),
-        Class::Malformed => ("malformed", FRAME),
-        Class::Sctp => ("SCTP", NOTHING),
-        Class::Tcp => (
+        Traffic::Icmp => ("ICMP", HEADERS),
+        Traffic::Icmpv6 => ("ICMPv6", HEADERS),
+        Traffic::OtherIp => ("other IP", HEADERS),
+        Traffic::Malformed => ("malformed", FRAME),
+        Traffic::Sctp => ("SCTP", NOTHING),
+        Traffic::Tcp => (
             "TCP",
             "the bytes of the stream, SYN, FIN, RST; acknowledgements as upper bounds",
         ),
-        Class::Udp => ("UDP", HEADERS),
+        Traffic::Udp => ("UDP", HEADERS),
     }
 }

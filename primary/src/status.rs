@@ -119,12 +119,12 @@ pub(crate) fn status(protocol: &Primary, now: Instant, shell: &Shell<'_>) -> Sta
 fn cards(protocol: &Primary, taps: &[&str]) -> Vec<Card> {
     let comparators = protocol.comparators().iter().zip(taps);
     let card = |(comparator, tap): (&Comparator, &&str)| {
-        let (counters, held) = (comparator.counters(), comparator.held());
+        let (sums, held) = (comparator.counters().total(), comparator.held());
         Card {
             tap: (*tap).to_owned(),
-            matched: counters.matched,
-            released_by_checkpoint: counters.released_by_commit,
-            released_unprotected: counters.released_at_once,
+            matched: sums.matched,
+            released_by_checkpoint: sums.committed,
+            released_unprotected: sums.unprotected,
             held_frames: held.frames as u64,
             held_bytes: held.bytes as u64,
         }

@@ -272,17 +272,21 @@ impl Comparator {
         reason: Reason,
         verdicts: &mut Vec<Verdict>,
     ) {
-        self.counters.count(&reason);
-        if let Some(patience) = &self.limits.flow_patience
-            && !matches!(reason, Reason::Limit(_))
-            && let Some(id) = flow.as_ref().and_then(|key| self.flows.find(key))
-            && let Some(lane) = self.flows.get_mut(id)
-        {
-            lane.differed(now, epoch, &patience.of_flows());
-            if let Some(service) = lane.service()
-                && lane.is_news_to_service()
-            {
-                self.services.differed(now, epoch, service, &patience.of_services());
+        if let Reason::Limit(_) = reason {
+            self.counters.limited += 1;
+        } else if let Some(key) = &flow {
+            self.counters.of_mut(key.class.traffic()).diverged(&reason);
+            let lane = self.flows.find(key).and_then(|id| self.flows.get_mut(id));
+            if let Some(lane) = lane {
+                lane.diverged(&reason);
+                if let Some(patience) = &self.limits.flow_patience {
+                    lane.differed(now, epoch, &patience.of_flows());
+                    if let Some(service) = lane.service()
+                        && lane.is_news_to_service()
+                    {
+                        self.services.differed(now, epoch, service, &patience.of_services());
+                    }
+                }
             }
         }
         if self.uncommitted == Some(epoch) || self.diverged == Some(epoch) {
@@ -336,13 +340,14 @@ impl Comparator {
     }
 
     /// Keeps up with the primary's streams and unfinished datagrams while its output leaves at once.
-    fn follow(&mut self, now: Instant, parsed: &Frame) {
+    fn follow(&mut self, now: Instant, parsed: &Frame, why: Why) {
         if let Body::Whole(_) = &parsed.body {
             return;
         }
         if let Some(id) = self.lane(parsed)
             && let Some(lane) = self.flows.get_mut(id)
         {
+            lane.tally.left(why, false);
             match &parsed.body {
                 Body::Tcp(segment) => lane.follow(segment, None),
                 Body::Fragment(fragment) => lane.follow_fragment(now, fragment),
@@ -354,9 +359,10 @@ impl Comparator {
     fn take_primary(&mut self, now: Instant, frame: Bytes, parsed: &Frame, verdicts: &mut Vec<Verdict>) {
         self.catch_up_if_behind(now, verdicts);
         if self.mode != Mode::Comparing {
-            self.follow(now, parsed);
-            self.counters.released_at_once += 1;
-            verdicts.push(Verdict::Release(frame, Why::Unprotected));
+            let why = Why::Unprotected;
+            self.follow(now, parsed, why);
+            self.counters.of_mut(parsed.key.class.traffic()).left(why, false);
+            verdicts.push(Verdict::Release(frame, why));
             return;
         }
         let flow = self.lane(parsed);
@@ -454,15 +460,15 @@ impl Comparator {
             let Some(lane) = self.flows.get_mut(id) else { return };
             while let Some(next) = lane.next_to_leave() {
                 let Some(held) = self.hold.take(next.serial) else { break };
-                if held.arrived != now {
-                    lane.waits += 1;
-                }
+                let (why, has_waited) = (next.why(), held.arrived != now);
+                lane.tally.left(why, has_waited);
+                let traffic = lane.key().class.traffic();
+                self.counters.of_mut(traffic).left(why, has_waited);
                 if let Some(loaded) = self.loaded_at {
                     self.lag.matched(now, now.since(held.arrived.max(loaded)));
                 }
-                self.counters.matched += 1;
                 self.counters.lowered += u64::from(next.leave.is_lowered());
-                verdicts.push(Verdict::Release(lane.pass(&next, held.frame), next.why()));
+                verdicts.push(Verdict::Release(lane.pass(&next, held.frame), why));
             }
             verdicts.extend(lane.pay().map(|frame| Verdict::Release(frame, Why::Owed)));
             let before = lane.pending();
@@ -531,13 +537,15 @@ impl Comparator {
             self.touch(id);
         }
         let lane = held.flow.and_then(|id| self.flows.get_mut(id));
-        let frame = match lane {
+        let (class, frame) = match lane {
             Some(lane) => {
-                lane.waits += 1;
-                lane.pass_unequal(serial, held.arrived, held.frame, &mut self.shared.said)
+                lane.tally.left(why, true);
+                let frame = lane.pass_unequal(serial, held.arrived, held.frame, &mut self.shared.said);
+                (lane.key().class, frame)
             }
-            None => held.frame,
+            None => (frame::parse(&held.frame).key.class, held.frame),
         };
+        self.counters.of_mut(class.traffic()).left(why, true);
         verdicts.push(Verdict::Release(frame, why));
     }
 

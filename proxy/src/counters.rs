@@ -3,10 +3,10 @@
 use checkpoint::Instant;
 
 use crate::comparator::Comparator;
-use crate::flow::FlowKey;
+use crate::flow::{FlowKey, Traffic};
 use crate::lag::Lag;
 use crate::lane::Lane;
-use crate::verdict::Reason;
+use crate::verdict::{Difference, Reason, Why};
 
 /// What is held of the primary's output.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,71 +28,123 @@ pub struct Pending {
     pub bytes: usize,
 }
 
+/// What came of the primary's frames: on a flow, or of a kind of traffic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Frames released because the secondary sent the same.
+    pub matched: u64,
+    /// Frames released by a commit.
+    pub committed: u64,
+    /// Frames released at once, or on going alone.
+    pub unprotected: u64,
+    /// Those of them all that were not released the moment they came.
+    pub waits: u64,
+    /// Differences seen.
+    pub mismatched: u64,
+    /// Times that output of either side waited too long.
+    pub unmatched: u64,
+}
+
 /// Sums over all flows since the comparator was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Flows known now.
     pub flows: usize,
-    /// Frames released because the secondary sent the same.
-    pub matched: u64,
-    /// Those of them whose acknowledgement was lowered.
+    /// Frames that were released because the secondary sent the same, with an acknowledgement that was lowered.
     pub lowered: u64,
-    /// Frames released by a commit.
-    pub released_by_commit: u64,
-    /// Frames released at once, or on going alone.
-    pub released_at_once: u64,
     /// Frames of the secondary on flows that are not compared.
     pub unasked: u64,
     /// Frames of the secondary that came too late for their epoch.
     pub stale: u64,
-    /// Differences seen.
-    pub mismatched: u64,
-    /// Times that output waited too long.
-    pub unmatched: u64,
     /// Times that a bound was reached.
     pub limited: u64,
+    tallies: [Tally; Traffic::ALL.len()],
 }
 
 /// What is known of one flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlowReport {
     /// Its key.
     pub key: FlowKey,
-    /// Frames released because the secondary sent the same.
-    pub matched: u64,
-    /// Differences seen.
-    pub mismatched: u64,
-    /// Frames that were not released the moment they came.
-    pub waits: u64,
+    /// What came of its frames.
+    pub tally: Tally,
     /// Frames held now.
     pub held: usize,
     /// Whether they wait for a commit, uncompared.
     pub buffered: bool,
     /// Frames or pieces of the secondary kept now.
     pub pending: usize,
+    /// The latest difference.
+    pub difference: Option<Difference>,
+}
+
+impl Tally {
+    /// Adds those of another.
+    fn add(&mut self, other: &Self) {
+        self.matched += other.matched;
+        self.committed += other.committed;
+        self.unprotected += other.unprotected;
+        self.waits += other.waits;
+        self.mismatched += other.mismatched;
+        self.unmatched += other.unmatched;
+    }
+
+    /// Counts a frame that leaves, for this reason.
+    pub(crate) fn left(&mut self, why: Why, has_waited: bool) {
+        self.waits += u64::from(has_waited);
+        match why {
+            Why::Committed(_) => self.committed += 1,
+            Why::Unprotected => self.unprotected += 1,
+            Why::Equal | Why::Lowered | Why::Again => self.matched += 1,
+            // Parts of frames: these are counted as wholes.
+            Why::Begun | Why::Owed => {}
+        }
+    }
+
+    pub(crate) fn diverged(&mut self, reason: &Reason) {
+        match reason {
+            Reason::Mismatch(_) => self.mismatched += 1,
+            Reason::Unmatched { .. } => self.unmatched += 1,
+            Reason::Limit(_) => {}
+        }
+    }
+
+    /// Says whether there was anything to count.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Counters {
     /// Adds those of another card.
     pub(crate) fn add(&mut self, other: &Self) {
         self.flows += other.flows;
-        self.matched += other.matched;
         self.lowered += other.lowered;
-        self.released_by_commit += other.released_by_commit;
-        self.released_at_once += other.released_at_once;
         self.unasked += other.unasked;
         self.stale += other.stale;
-        self.mismatched += other.mismatched;
-        self.unmatched += other.unmatched;
         self.limited += other.limited;
+        for (mine, others) in self.tallies.iter_mut().zip(&other.tallies) {
+            mine.add(others);
+        }
     }
 
-    pub(crate) fn count(&mut self, reason: &Reason) {
-        match reason {
-            Reason::Mismatch(_) => self.mismatched += 1,
-            Reason::Unmatched { .. } => self.unmatched += 1,
-            Reason::Limit(_) => self.limited += 1,
-        }
+    /// Returns what came of this kind of traffic, on flows that are not known any more too.
+    #[must_use]
+    pub fn of(&self, traffic: Traffic) -> &Tally {
+        &self.tallies[traffic as usize]
+    }
+
+    pub(crate) fn of_mut(&mut self, traffic: Traffic) -> &mut Tally {
+        &mut self.tallies[traffic as usize]
+    }
+
+    /// Returns what came of all traffic.
+    #[must_use]
+    pub fn total(&self) -> Tally {
+        let mut sum = Tally::default();
+        self.tallies.iter().for_each(|one| sum.add(one));
+        sum
     }
 }
 

@@ -46,7 +46,6 @@ impl Comparator {
             if held.epoch > epoch && !mutants::on(Mutant::ReleaseNextEpoch) {
                 break;
             }
-            self.counters.released_by_commit += 1;
             self.release_unequal(serial, Why::Committed(epoch), verdicts);
         }
         // Which flows are compared changes here only: nothing of the next epoch has been compared yet.
@@ -104,7 +103,6 @@ impl Comparator {
     /// Runs alone from here on, as owner of the witness: releases everything held, in order.
     pub fn release_all(&mut self, verdicts: &mut Vec<Verdict>) {
         while let Some((serial, _)) = self.hold.oldest() {
-            self.counters.released_at_once += 1;
             self.release_unequal(serial, Why::Unprotected, verdicts);
         }
         for id in std::mem::take(&mut self.touched) {

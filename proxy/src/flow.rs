@@ -34,6 +34,31 @@ pub enum Class {
     Udp,
 }
 
+/// Kinds of traffic that sums tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Traffic {
+    /// ARP.
+    Arp,
+    /// Fragments of IP datagrams that are compared.
+    Fragments,
+    /// ICMP.
+    Icmp,
+    /// `ICMPv6`, neighbour discovery and MLD included.
+    Icmpv6,
+    /// Frames that do not parse.
+    Malformed,
+    /// Another EtherType.
+    Other,
+    /// Another IP protocol.
+    OtherIp,
+    /// SCTP, its fragments included.
+    Sctp,
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
 /// The VLAN tags of a frame, outermost first; priorities left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Vlans {
@@ -68,8 +93,41 @@ impl Class {
     /// so no two guests say the same.
     #[must_use]
     pub const fn is_compared(self) -> bool {
-        !matches!(self, Self::Sctp | Self::Fragment(132))
+        !matches!(self.traffic(), Traffic::Sctp)
     }
+
+    /// Returns the kind of traffic that it is counted as.
+    #[must_use]
+    pub const fn traffic(self) -> Traffic {
+        match self {
+            Self::Arp => Traffic::Arp,
+            Self::Ethernet(_) => Traffic::Other,
+            Self::Sctp | Self::Fragment(132) => Traffic::Sctp,
+            Self::Fragment(_) => Traffic::Fragments,
+            Self::Icmp => Traffic::Icmp,
+            Self::Icmpv6 => Traffic::Icmpv6,
+            Self::Ip(_) => Traffic::OtherIp,
+            Self::Malformed => Traffic::Malformed,
+            Self::Tcp => Traffic::Tcp,
+            Self::Udp => Traffic::Udp,
+        }
+    }
+}
+
+impl Traffic {
+    /// Each kind, in the order of their names.
+    pub const ALL: [Self; 10] = [
+        Self::Arp,
+        Self::Fragments,
+        Self::Icmp,
+        Self::Icmpv6,
+        Self::Malformed,
+        Self::Other,
+        Self::OtherIp,
+        Self::Sctp,
+        Self::Tcp,
+        Self::Udp,
+    ];
 }
 
 impl Vlans {

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use checkpoint::mutants::{self, Mutant};
 use checkpoint::{Epoch, Instant, Role};
 
-use crate::counters::FlowReport;
+use crate::counters::{FlowReport, Tally};
 use crate::crossing::has_ports;
 use crate::datagram::Whole;
 use crate::flow::FlowKey;
@@ -58,9 +58,9 @@ pub(crate) struct Lane {
     pub(crate) touched: bool,
     /// Whether it was used since the table of flows last asked.
     pub(crate) used: bool,
-    pub(crate) waits: u64,
-    matched: u64,
-    mismatched: u64,
+    pub(crate) tally: Tally,
+    /// The latest difference.
+    difference: Option<Box<Difference>>,
 }
 
 /// What came of an attempt to go on to a new connection.
@@ -115,9 +115,8 @@ impl Lane {
             begins: false,
             touched: false,
             used: true,
-            waits: 0,
-            matched: 0,
-            mismatched: 0,
+            tally: Tally::default(),
+            difference: None,
         }
     }
 
@@ -129,6 +128,14 @@ impl Lane {
     pub(crate) fn is_buffered(&self) -> bool {
         let is_wary = matches!(&self.kind, Kind::Fragments(fragments) if fragments.is_wary());
         self.temper.is_buffered() || is_wary || !self.key.class.is_compared()
+    }
+
+    /// Counts what made a checkpoint necessary.
+    pub(crate) fn diverged(&mut self, reason: &Reason) {
+        self.tally.diverged(reason);
+        if let Reason::Mismatch(difference) = reason {
+            self.difference = Some(Box::new(difference.clone()));
+        }
     }
 
     /// The sides differed on it in this epoch.
@@ -226,7 +233,7 @@ impl Lane {
             }
             _ => return None,
         };
-        Some(self.counted(result))
+        Some(result)
     }
 
     /// Compares a frame of the secondary.
@@ -238,7 +245,7 @@ impl Lane {
         hold: &Hold,
         shared: &mut Shared,
     ) -> Result<(), Reason> {
-        let result = match (&mut self.kind, &parsed.body) {
+        match (&mut self.kind, &parsed.body) {
             (Kind::Stream(stream, _), Body::Tcp(segment)) => {
                 if !self.deferred.is_empty() || stream.secondary_opens_another(segment) {
                     self.deferred_bytes += frame.len();
@@ -255,8 +262,7 @@ impl Lane {
                 Ok(())
             }
             _ => Ok(()),
-        };
-        self.counted(result)
+        }
     }
 
     /// Returns the oldest frame that may leave, and how.
@@ -275,7 +281,6 @@ impl Lane {
 
     /// Passes a frame that may leave, which the secondary has sent as well.
     pub(crate) fn pass(&mut self, next: &Next, frame: Bytes) -> Bytes {
-        self.matched += 1;
         let (stream, order) = match &mut self.kind {
             Kind::Stream(stream, order) => (stream, order),
             Kind::Fragments(fragments) => return fragments.leave(frame),
@@ -477,7 +482,6 @@ impl Lane {
             stream.poison();
             self.deferred.clear();
             self.deferred_bytes = 0;
-            self.mismatched += 1;
             let empty = Difference {
                 fact: Fact::Connection,
                 offset: 0,
@@ -565,14 +569,12 @@ impl Lane {
     }
 
     /// Returns the difference that makes it suspect.
-    pub(crate) fn difference(&mut self, hold: &Hold) -> Option<Reason> {
-        let difference = match &self.kind {
+    pub(crate) fn difference(&self, hold: &Hold) -> Option<Reason> {
+        match &self.kind {
             Kind::Stream(..) => None,
             Kind::Fragments(fragments) => fragments.difference(),
             Kind::Whole(whole) => whole.difference(hold),
-        }?;
-        self.mismatched += 1;
-        Some(difference)
+        }
     }
 
     /// Says whether this side has opened it and the other has said nothing on it yet.
@@ -580,7 +582,7 @@ impl Lane {
         match &self.kind {
             _ if !has_ports(self.key.class) => false,
             Kind::Stream(stream, _) => stream.opened_by() == Some(side),
-            Kind::Whole(whole) => self.matched == 0 && whole.is_of_one_side() == Some(side),
+            Kind::Whole(whole) => self.tally.matched == 0 && whole.is_of_one_side() == Some(side),
             Kind::Fragments(_) => false,
         }
     }
@@ -588,12 +590,11 @@ impl Lane {
     pub(crate) fn report(&self) -> FlowReport {
         FlowReport {
             key: self.key,
-            matched: self.matched,
-            mismatched: self.mismatched,
-            waits: self.waits,
+            tally: self.tally,
             held: self.held(),
             buffered: self.is_buffered(),
             pending: self.pending().0,
+            difference: self.difference.as_deref().cloned(),
         }
     }
 
@@ -605,11 +606,6 @@ impl Lane {
             Kind::Whole(whole) => whole.len(),
         };
         compared + self.raw.len()
-    }
-
-    fn counted(&mut self, result: Result<(), Reason>) -> Result<(), Reason> {
-        self.mismatched += u64::from(result.is_err());
-        result
     }
 }
 

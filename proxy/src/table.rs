@@ -177,9 +177,9 @@ impl<T: Flow> FlowTable<T> {
     fn digest(&self, key: &FlowKey) -> u32 {
         let mut hasher = DefaultHasher::new();
         hasher.write_u64(self.secret);
-        let (kind, number) = kind(key.class);
+        let (kind, number) = (key.class.traffic() as u32, u32::from(number(key.class)));
         let tags = key.vlans.tags();
-        hasher.write_u32(u32::from(kind) | u32::from(number) << 8 | u32::try_from(tags.len()).unwrap_or(0) << 24);
+        hasher.write_u32(kind | number << 8 | u32::try_from(tags.len()).unwrap_or(0) << 24);
         hasher.write_u32(u32::from(key.source.port) << 16 | u32::from(key.destination.port));
         for (protocol, vlan) in tags {
             hasher.write_u32(u32::from(*protocol) << 16 | u32::from(*vlan));
@@ -196,19 +196,12 @@ impl<T: Flow> FlowTable<T> {
     }
 }
 
-/// Returns a number for each kind of traffic, and what distinguishes those of one kind.
-fn kind(class: Class) -> (u8, u16) {
+/// Returns what distinguishes flows of one kind of traffic.
+fn number(class: Class) -> u16 {
     match class {
-        Class::Arp => (0, 0),
-        Class::Ethernet(number) => (1, number),
-        Class::Fragment(protocol) => (2, u16::from(protocol)),
-        Class::Icmp => (3, 0),
-        Class::Icmpv6 => (4, 0),
-        Class::Ip(protocol) => (5, u16::from(protocol)),
-        Class::Malformed => (6, 0),
-        Class::Sctp => (7, 0),
-        Class::Tcp => (8, 0),
-        Class::Udp => (9, 0),
+        Class::Ethernet(number) => number,
+        Class::Fragment(protocol) | Class::Ip(protocol) => u16::from(protocol),
+        _ => 0,
     }
 }
 

@@ -144,8 +144,9 @@ impl Comparator {
         if let Some((due, held)) = self.primary_due(loaded)
             && due <= now
         {
+            let unknown = || crate::frame::parse(&held.frame).key;
             return Some((
-                held.flow.and_then(key),
+                Some(held.flow.and_then(key).unwrap_or_else(unknown)),
                 Reason::Unmatched {
                     side: Role::Primary,
                     waited: now.since(held.arrived.max(loaded)),

@@ -1,7 +1,7 @@
 //! What the operator is told of the VM's traffic.
 
 use link::control::Command;
-use link::flows::Flows;
+use link::flows::{Flow, Flows};
 use tandem::lab::Host;
 
 use crate::load::Work;
@@ -26,7 +26,10 @@ fn every_kind_of_traffic_is_told_and_where_the_guests_differ() {
     assert_eq!(told.0, 200, "{told:?}");
     let differs = |flows: &Flows| {
         let shown = |what: &str| what.contains("primary") && what.contains("secondary");
-        flows.totals.mismatched > 0 && flows.divergences.iter().any(|divergence| shown(&divergence.what))
+        let of_flow = |flow: &Flow| flow.mismatched > 0 && flow.difference.as_deref().is_some_and(shown);
+        flows.totals.mismatched > 0
+            && flows.divergences.iter().any(|divergence| shown(&divergence.what))
+            && flows.flows.iter().any(of_flow)
     };
     let flows = await_flows(&mut stage, "the guests differ", differs);
     assert!(
@@ -46,6 +49,15 @@ fn every_kind_of_traffic_is_told_and_where_the_guests_differ() {
     let (status, text) = stage.operate(Host::A, &["flows", "--json"]);
     let told: Flows = serde_json::from_str(&text).expect("flows");
     assert!(status.success() && told.totals.mismatched > 0, "{text}");
+    let tcp = told
+        .kinds
+        .iter()
+        .find(|kind| kind.kind == "TCP")
+        .expect("there was some");
+    assert!(
+        tcp.released_by_checkpoint > 0 && tcp.waits > 0 && tcp.mismatched > 0,
+        "{tcp:?}"
+    );
     let control = stage.control(Host::A).display().to_string();
     let words = ["flows", "--json", "--watch", "--control", &control];
     let words = words.map(str::to_owned).to_vec();

@@ -76,10 +76,10 @@ impl Primary {
             Mode::Buffered => return EpochMode::Buffered,
             Mode::Auto => {}
         }
-        let counters = self.comparators.counters();
+        let sums = self.comparators.counters().total();
         let left = Left {
-            equal: counters.matched,
-            committed: counters.released_by_commit,
+            equal: sums.matched,
+            committed: sums.committed,
         };
         if trigger == Trigger::Sync {
             self.policy.restart(now, left);

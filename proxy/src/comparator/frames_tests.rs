@@ -1,9 +1,11 @@
 //! The comparator case by case: kinds of frames, openings and ends of connections, going alone.
 
-use checkpoint::{Duration, Epoch, EpochMode};
+use checkpoint::{Duration, Epoch, EpochMode, limits};
 
 use super::tests::{connected, difference, is_held};
 use crate::comparator::{Comparator, ComparatorLimits, Mode};
+use crate::counters::{FlowReport, Tally};
+use crate::flow::{Class, Traffic};
 use crate::testkit::*;
 use crate::verdict::Fact;
 
@@ -334,12 +336,68 @@ fn flows_and_counters_tell_what_happened() {
     bench.primary(udp(1, b"b"));
     let report = bench.comparator.flows().next().unwrap();
     assert_eq!(
-        (report.matched, report.waits, report.held, report.key.destination.port),
+        (
+            report.tally.matched,
+            report.tally.waits,
+            report.held,
+            report.key.destination.port
+        ),
         (1, 0, 1, 1)
     );
     assert_eq!(report.key.to_string(), "UDP 10.0.0.1:53 -> 10.0.0.9:1");
-    assert_eq!(bench.comparator.counters().matched, 1);
+    assert_eq!(bench.comparator.counters().total().matched, 1);
     assert_eq!(bench.comparator.held().oldest, Some(bench.now));
+}
+
+#[test]
+fn what_made_a_checkpoint_necessary_is_told_of_its_flow_and_of_its_kind() {
+    let reports = |bench: &Bench| -> Vec<FlowReport> { bench.comparator.flows().collect() };
+    // Bytes, the port that it is opened from, and output that waits: by none of the three the other flows are touched.
+    let mut bench = Bench::new();
+    bench.primary(udp(1, b"one"));
+    bench.secondary(udp(1, b"two"));
+    bench.wait(Duration::from_millis(1));
+    let told = &reports(&bench)[0];
+    assert_eq!((told.tally.mismatched, told.tally.unmatched), (1, 0));
+    assert_eq!(told.difference.as_ref().unwrap().primary, b"one");
+    bench.checkpoint();
+    let told = &reports(&bench)[0];
+    assert_eq!((told.tally.committed, told.tally.waits), (1, 1));
+
+    let mut syn = Tcp::new(7, 0, SYN, &[]);
+    bench.primary(syn.frame());
+    syn.ports.0 += 1;
+    bench.secondary(syn.frame());
+    bench.wait(Duration::from_millis(1));
+    let told = reports(&bench).into_iter().find(|told| told.key.class == Class::Tcp);
+    let told = told.expect("the flow is known");
+    assert_eq!(told.tally.mismatched, 1);
+    assert_eq!(told.difference.unwrap().fact, Fact::Port);
+    bench.checkpoint();
+
+    bench.primary(udp(2, b"late"));
+    bench.wait(limits::UNMATCHED_MAX);
+    let told = reports(&bench).into_iter().find(|told| told.key.destination.port == 2);
+    assert_eq!(told.expect("the flow is known").tally.unmatched, 1);
+    bench.checkpoint();
+    bench.comparator.release_all(&mut Vec::new());
+    bench.primary(udp(3, b"alone"));
+
+    let counters = bench.comparator.counters();
+    let of_udp = Tally {
+        committed: 2,
+        unprotected: 1,
+        waits: 2,
+        mismatched: 1,
+        unmatched: 1,
+        ..Tally::default()
+    };
+    assert_eq!(*counters.of(Traffic::Udp), of_udp);
+    assert_eq!(
+        (counters.of(Traffic::Tcp).mismatched, counters.total().mismatched),
+        (1, 2)
+    );
+    assert!(counters.of(Traffic::Arp).is_empty());
 }
 
 #[test]
