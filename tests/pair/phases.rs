@@ -8,6 +8,7 @@
 use std::fs;
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::thread;
 use std::time::Duration;
 
 use guest::content;
@@ -24,6 +25,8 @@ const ECHO: u16 = 7;
 const VLAN: u16 = 7;
 /// More than what the guest's and the client's buffers hold.
 const FILE_BYTES: usize = 1 << 20;
+/// What its own kernel takes of it at once.
+const SEND_BYTES: usize = 64 << 10;
 /// What a client reads of it before its host dies.
 const READ_BYTES: usize = 10_000;
 const TRIES: usize = 20;
@@ -38,11 +41,12 @@ type Rest = Box<dyn FnOnce() -> Result<()> + Send>;
 type Phase = (&'static str, fn(Guest) -> Result<Rest>);
 
 /// All phases: each opens a connection, brings it there, and tells how its client goes on.
-const PHASES: [Phase; 12] = [
+const PHASES: [Phase; 15] = [
     ("the guest has been asked (SYN received)", asked),
     ("open, and nothing said yet", idle),
     ("in the middle of a request", asking),
     ("in the middle of an answer", answered),
+    ("in the middle of an upload", uploading),
     ("closed by the client, in the middle of an answer", closed_by_client),
     ("closed by the guest", closed_by_guest),
     ("closed by both, the client first (last ACK)", last_acknowledgement),
@@ -51,6 +55,14 @@ const PHASES: [Phase; 12] = [
     ("the guest has asked (SYN sent)", asks),
     ("opened by the guest", opened_by_guest),
     ("opened and closed by the guest", opened_and_closed_by_guest),
+    (
+        "opened by the guest, closed by the client first",
+        opened_by_guest_and_ended,
+    ),
+    (
+        "opened by the guest, closed by both at once",
+        opened_by_guest_and_closing,
+    ),
 ];
 
 /// The guest and its client, at their addresses of one family.
@@ -68,6 +80,11 @@ fn case_22_every_phase_of_a_connection_outlives_its_host() {
 #[test]
 fn case_22_every_phase_of_a_connection_on_a_vlan_outlives_its_host() {
     outlives("isn_skew=1 vlan=7", Some(VLAN));
+}
+
+#[test]
+fn case_22_every_phase_of_a_connection_with_timestamps_on_a_vlan_outlives_its_host() {
+    outlives("isn_skew=1 timestamps=1 vlan=7", Some(VLAN));
 }
 
 fn outlives(settings: &'static str, vlan: Option<u16>) {
@@ -210,6 +227,36 @@ fn answered(guest: Guest) -> Result<Rest> {
     }))
 }
 
+/// Sends the rest, and gets all of it back. At first as much as its own kernel takes: it reads nothing of what comes back.
+fn uploading(guest: Guest) -> Result<Rest> {
+    let mut stream = connect(guest, ECHO)?;
+    SockRef::from(&stream).set_send_buffer_size(SEND_BYTES)?;
+    SockRef::from(&stream).set_recv_buffer_size(READ_BYTES)?;
+    let mut file = vec![0; FILE_BYTES];
+    content::fill(0, &mut file);
+    let mut sent = 0;
+    stream.set_nonblocking(true)?;
+    loop {
+        match stream.write(&file[sent..]) {
+            Ok(count) => sent += count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    stream.set_nonblocking(false)?;
+    expect(sent < FILE_BYTES, "all of the file is on its way")?;
+    Ok(Box::new(move || {
+        let mut reader = stream.try_clone()?;
+        let writer = thread::spawn(move || {
+            stream.write_all(&file[sent..])?;
+            stream.shutdown(Shutdown::Write)
+        });
+        read_file(&mut reader, 0, FILE_BYTES)?;
+        writer.join().expect("it does not panic")?;
+        expect(rest_of(&mut reader)?.is_empty(), "more than the file")
+    }))
+}
+
 /// Gets the rest of the file, and the end.
 fn closed_by_client(guest: Guest) -> Result<Rest> {
     let mut stream = download(guest)?;
@@ -297,6 +344,32 @@ fn opened_and_closed_by_guest(guest: Guest) -> Result<Rest> {
     stream.write_all(&line)?;
     expect(rest_of(&mut stream)?.is_empty(), "more than a line")?;
     Ok(Box::new(move || ends(&mut stream)))
+}
+
+/// Hears the guest's end, which answers its own, when it is repeated.
+fn opened_by_guest_and_ended(guest: Guest) -> Result<Rest> {
+    let mut stream = accept(&listen(guest, false)?)?;
+    line(&mut stream)?;
+    deaf(&SockRef::from(&stream))?;
+    stream.shutdown(Shutdown::Write)?;
+    Ok(Box::new(move || {
+        SockRef::from(&stream).detach_filter()?;
+        ends(&mut stream)
+    }))
+}
+
+/// Says its end while the guest, content, says its own.
+fn opened_by_guest_and_closing(guest: Guest) -> Result<Rest> {
+    let mut stream = accept(&listen(guest, false)?)?;
+    let line = line(&mut stream)?;
+    deaf(&SockRef::from(&stream))?;
+    stream.write_all(&line)?;
+    http_get(guest.at(HTTP), "/", LIMIT).map_err(Error::other)?;
+    stream.shutdown(Shutdown::Write)?;
+    Ok(Box::new(move || {
+        SockRef::from(&stream).detach_filter()?;
+        ends(&mut stream)
+    }))
 }
 
 impl Guest {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use guest::content;
 use rustix::net::sockopt;
 
-use crate::services::{CALL, DOWNLOAD, ECHO, RESET, UPLOAD};
+use crate::services::{CALL, DATAGRAM_MAX, DOWNLOAD, ECHO, RESET, UPLOAD};
 use crate::stage::{Ip, LIMIT};
 
 /// How long a datagram's answer is waited for, and how often it is asked for.
@@ -144,13 +144,13 @@ pub(crate) fn use_call(mut asks: TcpStream, mut stream: TcpStream) {
     close(asks);
 }
 
-/// Exchanges datagrams; each is asked for again until it is answered.
-pub(crate) fn datagrams(ip: Ip, count: u64) {
+/// Exchanges datagrams of up to so many bytes; each is asked for again until it is answered.
+pub(crate) fn datagrams(ip: Ip, count: u64, longest: u64) {
     let socket = UdpSocket::bind(ip.client(0)).expect("a port is free");
     socket.connect(ip.server(ECHO)).expect("the server's address");
     socket.set_read_timeout(Some(ANSWER)).expect("a socket's timeout");
     for number in 0..count {
-        let mut said = vec![0; 8 + usize::try_from(number * 37 % 1_400).expect("small")];
+        let mut said = vec![0; 8 + usize::try_from(number * 997 % (longest - 8)).expect("small")];
         content::fill(number, &mut said);
         said[..8].copy_from_slice(&number.to_be_bytes());
         let answered = (0..ASKED_MAX).any(|_| {
@@ -163,7 +163,7 @@ pub(crate) fn datagrams(ip: Ip, count: u64) {
 
 /// Waits for an answer; older ones, which came twice or late, are passed over.
 fn hears(socket: &UdpSocket, wanted: &[u8]) -> bool {
-    let mut heard = [0; 2_048];
+    let mut heard = [0; DATAGRAM_MAX];
     while let Ok(length) = socket.recv(&mut heard) {
         if heard[..length] == *wanted {
             return true;

@@ -32,6 +32,9 @@ pub(crate) const HTTP: u16 = 80;
 /// As [`ECHO`], and asks every second whether the client is still there.
 pub(crate) const PATIENT: u16 = 21;
 
+/// No datagram that is asked for is longer.
+pub(crate) const DATAGRAM_MAX: usize = 16 << 10;
+
 /// How often a thread that waits looks whether it is to end.
 const LOOK_EVERY: Timespec = Timespec {
     tv_sec: 0,
@@ -131,7 +134,7 @@ fn serve(listener: &TcpListener, service: Service, style: Style, stop: &Arc<Atom
 
 fn datagrams(socket: &UdpSocket, stop: &AtomicBool) {
     socket.set_read_timeout(Some(TIMEOUT)).expect("a socket's timeout");
-    let mut datagram = [0; 2_048];
+    let mut datagram = [0; DATAGRAM_MAX];
     while !stop.load(Ordering::Relaxed) {
         if let Ok((length, from)) = socket.recv_from(&mut datagram) {
             // What is lost is asked for again.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use checkpoint::Duration as Span;
 use machine::offload::Offloads;
+use proxy::Traffic;
 
 use crate::clients;
 use crate::services::{ECHO, PATIENT, Style};
@@ -54,7 +55,7 @@ fn kinds_that_outlive_loss(ip: Ip, bulk: u64) {
     clients::upload(ip, bulk);
     clients::echo_flood(ip, bulk);
     clients::download_half_closed(ip, bulk / 4, |_| {});
-    clients::datagrams(ip, 50);
+    clients::datagrams(ip, 50, 1_400);
     clients::resets(ip);
     clients::is_refused(ip);
     let (asks, stream) = clients::called(ip, 30_001, 40_001);
@@ -102,6 +103,28 @@ fn lost_repeated_and_overtaking_frames_are_no_difference() {
         stage.client(|| BOTH.map(|ip| kinds_that_outlive_loss(ip, MEBI / 4)));
         let told = stage.agreed();
         assert!(told.harmed > 20, "the wire does what it is told to");
+    }
+}
+
+#[test]
+fn datagrams_in_fragments_are_compared_as_wholes() {
+    for vlans in [&[][..], &[7]] {
+        for (lost, longest) in [(0, 9_000), (20, 4_000)] {
+            let conditions = Conditions {
+                seed: 3,
+                lost,
+                overtaken: lost,
+                vlans,
+                ..delayed(2)
+            };
+            let Some(stage) = stage(Timestamps::Off, conditions) else {
+                return;
+            };
+            stage.client(move || BOTH.map(|ip| clients::datagrams(ip, 60, longest)));
+            let told = stage.agreed();
+            let fragments = told.counters.of(Traffic::Fragments);
+            assert!(fragments.matched > 100 && fragments.mismatched == 0, "{fragments:?}");
+        }
     }
 }
 

@@ -10,28 +10,46 @@ use std::time::{Duration, Instant};
 
 use checkpoint::Duration as Span;
 use guest::content;
+use link::pcapng;
 
 use crate::clients;
+use crate::segment::Kind;
 use crate::services::HTTP;
 use crate::stage::{Ip, LIMIT, Setup, Stage, Timestamps};
-use crate::switch::Conditions;
+use crate::switch::{Conditions, Moment};
+
+const CONDITIONS: Conditions = Conditions {
+    seed: 5,
+    lost: 0,
+    repeated: 0,
+    overtaken: 0,
+    delay: Span::from_millis(5),
+    vlans: &[],
+};
 
 /// What a client of theirs does against both hosts' servers.
 fn stage(captures: Option<&Path>) -> Option<Stage> {
-    if std::env::var_os("STACKS_TOOLS").is_none() {
-        eprintln!("LEFT OUT: set STACKS_TOOLS, or call tests/stacks/run, which installs the programs that it needs");
+    stage_of(CONDITIONS, captures)
+}
+
+fn stage_of(conditions: Conditions, captures: Option<&Path>) -> Option<Stage> {
+    if !are_installed() {
         return None;
     }
     Stage::new(&Setup {
-        conditions: Conditions {
-            seed: 5,
-            delay: Span::from_millis(5),
-            ..Conditions::default()
-        },
+        conditions,
         timestamps: Timestamps::Apart,
         captures: captures.map(Path::to_owned),
         ..Setup::default()
     })
+}
+
+fn are_installed() -> bool {
+    let are = std::env::var_os("STACKS_TOOLS").is_some();
+    if !are {
+        eprintln!("LEFT OUT: set STACKS_TOOLS, or call tests/stacks/run, which installs the programs that it needs");
+    }
+    are
 }
 
 /// A server on each host; dropping it ends it.
@@ -245,53 +263,138 @@ fn what_differs_is_seen() {
     assert!(told.divergences[0].contains("10.77.0.2:5201"), "{:?}", told.divergences);
 }
 
+/// What is wrong with a frame by itself.
+const BROKEN: [&str; 2] = [
+    "tcp.checksum.status == 0 || udp.checksum.status == 0 || ip.checksum.status == 0",
+    "_ws.malformed",
+];
+
 #[test]
 fn wireshark_misses_nothing_and_finds_nothing_broken() {
+    // Whether something is said again or out of its order Wireshark guesses by the time, so where much is said again both are one.
+    let once: &[&str] = &["tcp.analysis.out_of_order", "tcp.analysis.retransmission"];
+    let again: &[&str] = &["tcp.analysis.out_of_order || tcp.analysis.retransmission"];
+    for (lost, repeats) in [(0, once), (20, again)] {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let conditions = Conditions {
+            lost,
+            overtaken: lost / 2,
+            ..CONDITIONS
+        };
+        {
+            let Some(stage) = stage_of(conditions, Some(folder.path())) else {
+                return;
+            };
+            stage.client(move || {
+                for ip in [Ip::V4, Ip::V6] {
+                    clients::echo(ip, 30);
+                    clients::download(ip, 1 << 20, |_| {});
+                    clients::upload(ip, 1 << 20);
+                    if lost == 0 {
+                        clients::is_reset(ip);
+                    }
+                    clients::datagrams(ip, 20, 1_400);
+                }
+            });
+            stage.agreed();
+        }
+        let streams = [
+            "tcp.analysis.lost_segment",
+            "tcp.analysis.ack_lost_segment",
+            "tcp.analysis.reused_ports",
+        ];
+        for anomaly in streams.iter().chain(repeats).chain(&BROKEN) {
+            let count = |file: &str| found(&folder.path().join(file), anomaly);
+            let (alone, released) = (count("alone.pcap"), count("released.pcap"));
+            let told = format!("{lost} ‰ lost, {anomaly}: {released} released, {alone} of the primary alone");
+            println!("{told}");
+            assert!(released <= alone, "{told}");
+        }
+    }
+}
+
+#[test]
+fn wireshark_finds_nothing_broken_in_what_leaves_over_a_takeover() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     {
         let Some(stage) = stage(Some(folder.path())) else {
             return;
         };
+        stage.switch.take_over(Moment::Left(Kind::Data));
         stage.client(|| {
             for ip in [Ip::V4, Ip::V6] {
-                clients::echo(ip, 30);
                 clients::download(ip, 1 << 20, |_| {});
                 clients::upload(ip, 1 << 20);
-                clients::is_reset(ip);
-                clients::datagrams(ip, 20);
+                clients::datagrams(ip, 20, 4_000);
             }
         });
-        stage.agreed();
+        assert!(stage.agreed().taken_over);
     }
-    for anomaly in [
-        "tcp.analysis.lost_segment",
-        "tcp.analysis.out_of_order",
-        "tcp.analysis.retransmission",
-        "tcp.analysis.ack_lost_segment",
-        "tcp.analysis.reused_ports",
-        "tcp.checksum.status == 0 || udp.checksum.status == 0 || ip.checksum.status == 0",
-        "_ws.malformed",
-    ] {
-        let count = |file: &str| {
-            let file = folder.path().join(file);
-            let mut tshark = Command::new("tshark");
-            tshark.arg("-r").arg(file).args(["-Y", anomaly]);
-            for check in [
-                "tcp.check_checksum:TRUE",
-                "udp.check_checksum:TRUE",
-                "ip.check_checksum:TRUE",
-            ] {
-                tshark.args(["-o", check]);
-            }
-            let ended = tshark.output().expect("tools.sh installs it");
-            assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
-            String::from_utf8_lossy(&ended.stdout).lines().count()
+    for anomaly in BROKEN
+        .iter()
+        .chain(&["tcp.analysis.ack_lost_segment", "tcp.analysis.reused_ports"])
+    {
+        let released = found(&folder.path().join("released.pcap"), anomaly);
+        assert_eq!(released, 0, "{anomaly}");
+    }
+}
+
+#[test]
+fn wireshark_shows_where_a_captured_packet_was_seen_and_why_it_left() {
+    if !are_installed() {
+        return;
+    }
+    let mut capture = Vec::new();
+    pcapng::section(&mut capture, "tandem");
+    for place in ["primary", "secondary", "released"] {
+        pcapng::interface(&mut capture, place, "what was seen there");
+    }
+    let frame = [&[0xff; 12][..], &[0x08, 0x06], &[7; 46]].concat();
+    for (interface, comment) in [(0, "epoch 7"), (1, "epoch 7, équal"), (2, "equal on both sides")] {
+        let packet = pcapng::Packet {
+            interface,
+            time: 1_700_000_000_123_456_789 + u64::from(interface),
+            frame: &frame,
+            comment,
+            lost: u64::from(interface),
         };
-        let (alone, released) = (count("alone.pcap"), count("released.pcap"));
-        println!("{anomaly}: {released} released, {alone} of the primary alone");
-        assert!(
-            released <= alone,
-            "{anomaly}: {released} released, {alone} of the primary alone"
-        );
+        pcapng::packet(&mut capture, &packet);
     }
+    pcapng::statistics(&mut capture, 2, 1_700_000_001_000_000_000, 3, 1, "1 packet is missing");
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let file = folder.path().join("capture.pcapng");
+    fs::write(&file, capture).expect("the disk has room");
+    let mut tshark = Command::new("tshark");
+    tshark.arg("-r").arg(&file).args(["-T", "fields"]);
+    for field in ["frame.interface_name", "frame.time_epoch", "frame.len", "frame.comment"] {
+        tshark.args(["-e", field]);
+    }
+    let ended = tshark.output().expect("tools.sh installs it");
+    let (told, trouble) = (
+        String::from_utf8_lossy(&ended.stdout),
+        String::from_utf8_lossy(&ended.stderr),
+    );
+    assert!(ended.status.success(), "{trouble}");
+    assert_eq!(
+        told,
+        "primary\t1700000000.123456789\t60\tepoch 7\n\
+         secondary\t1700000000.123456790\t60\tepoch 7, équal\n\
+         released\t1700000000.123456791\t60\tequal on both sides\n"
+    );
+}
+
+/// Returns how many frames of a capture Wireshark finds something about.
+fn found(capture: &Path, anomaly: &str) -> usize {
+    let mut tshark = Command::new("tshark");
+    tshark.arg("-r").arg(capture).args(["-Y", anomaly]);
+    for check in [
+        "tcp.check_checksum:TRUE",
+        "udp.check_checksum:TRUE",
+        "ip.check_checksum:TRUE",
+    ] {
+        tshark.args(["-o", check]);
+    }
+    let ended = tshark.output().expect("tools.sh installs it");
+    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    String::from_utf8_lossy(&ended.stdout).lines().count()
 }
