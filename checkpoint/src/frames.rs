@@ -10,11 +10,13 @@ use std::collections::VecDeque;
 
 use bytes::{Bytes, BytesMut};
 
-/// The sizes of buffers, and how many of each are used again; what is larger is not.
-const SIZES: [(usize, usize); 5] = [
-    (128, 512),
-    (512, 512),
-    (2 * 1024, 256),
+/// The sizes of buffers, and how many of each are used again; what is larger is not. Of usual ones, more than a secondary keeps of what
+/// has left for the primary (512), or none would be free when its turn comes.
+const SIZES: [(usize, usize); 6] = [
+    (128, 1024),
+    (512, 1024),
+    (2 * 1024, 1024),
+    (4 * 1024, 256),
     (16 * 1024, 128),
     (68 * 1024, 64),
 ];
@@ -102,10 +104,27 @@ mod tests {
     fn frames_that_are_kept_are_not_the_pools_for_long() {
         let mut pool = FramePool::new();
         let kept: Vec<Bytes> = (0..5_000).map(|_| pool.copy(&[7; 1_500])).collect();
-        assert_eq!(pool.rings.iter().map(VecDeque::len).sum::<usize>(), 256);
+        assert_eq!(pool.rings.iter().map(VecDeque::len).sum::<usize>(), 1024);
         drop(kept);
         let places: std::collections::BTreeSet<_> = (0..1_000).map(|_| pool.copy(&[7; 1_500]).as_ptr()).collect();
-        assert!(places.len() <= 256);
+        assert!(places.len() <= 1024);
+    }
+
+    #[test]
+    fn a_holder_of_the_last_frames_leaves_enough_to_be_used_again() {
+        let mut pool = FramePool::new();
+        let mut last = VecDeque::new();
+        let mut places = std::collections::BTreeSet::new();
+        let mut new = 0;
+        for number in 0..20_000 {
+            let frame = pool.copy(&[7; 1_500]);
+            new += usize::from(places.insert(frame.as_ptr()) && number >= 10_000);
+            last.push_back(frame);
+            if last.len() > 600 {
+                last.pop_front();
+            }
+        }
+        assert_eq!(new, 0, "once there are enough, none is made");
     }
 
     proptest! {

@@ -24,7 +24,7 @@ pub struct Flows {
     pub lag: Option<Lag>,
     /// The coverage: what came of each kind of traffic that there was.
     pub kinds: Vec<Kind>,
-    /// Those that hold output first, then those that differed, then the busiest.
+    /// Those that hold output first, then those that differed or came late, then the busiest.
     pub flows: Vec<Flow>,
     /// Flows that are known and not listed.
     pub left_out: u64,
@@ -98,6 +98,12 @@ pub struct Flow {
     pub buffered: bool,
     /// Frames released because the secondary's guest sent the same.
     pub matched: u64,
+    /// Frames released because a checkpoint covers them.
+    #[serde(default)]
+    pub released_by_checkpoint: u64,
+    /// Frames released unprotected since the flow is known: the VM ran alone.
+    #[serde(default)]
+    pub released_unprotected: u64,
     /// Differences seen.
     pub mismatched: u64,
     /// Times that one side's output waited too long for the other's.
@@ -207,15 +213,17 @@ impl Display for Flows {
         if !self.flows.is_empty() {
             writeln!(
                 f,
-                "\n{:>10} {:>7} {:>6} {:>8} {:>6} {:>7}  FLOW",
-                "EQUAL", "DIFFER", "LATE", "WAITED", "HELD", "PENDING"
+                "\n{:>10} {:>10} {:>8} {:>7} {:>6} {:>8} {:>6} {:>7}  FLOW",
+                "EQUAL", "CHECKPOINT", "ALONE", "DIFFER", "LATE", "WAITED", "HELD", "PENDING"
             )?;
         }
         for flow in &self.flows {
             writeln!(
                 f,
-                "{:>10} {:>7} {:>6} {:>8} {:>6} {:>7}  {}{}{}",
+                "{:>10} {:>10} {:>8} {:>7} {:>6} {:>8} {:>6} {:>7}  {}{}{}",
                 flow.matched,
+                flow.released_by_checkpoint,
+                flow.released_unprotected,
                 flow.mismatched,
                 flow.unmatched,
                 flow.waits,
@@ -226,11 +234,11 @@ impl Display for Flows {
                 if flow.buffered { ", waits for checkpoints" } else { "" }
             )?;
             if let Some(difference) = &flow.difference {
-                writeln!(f, "{:>50} {}", "", printable(difference))?;
+                writeln!(f, "{:>71}{}", "", printable(difference))?;
             }
         }
         if self.left_out > 0 {
-            writeln!(f, "{:>50} and {} more: --most lists them", "", self.left_out)?;
+            writeln!(f, "{:>70} and {} more: --most lists them", "", self.left_out)?;
         }
         if !self.divergences.is_empty() {
             write!(f, "\nWHAT MADE CHECKPOINTS NECESSARY")?;
@@ -304,6 +312,8 @@ mod tests {
                     card: 7,
                     flow: format!("TCP vlan 4094 vlan 4094 vlan 4094 [2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535 -> [2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:{number}"),
                     matched: u64::MAX,
+                    released_by_checkpoint: u64::MAX,
+                    released_unprotected: u64::MAX,
                     mismatched: u64::MAX / 2,
                     unmatched: u64::MAX / 2,
                     waits: u64::MAX,

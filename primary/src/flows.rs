@@ -35,6 +35,8 @@ pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
             flow: report.key.to_string(),
             buffered: report.buffered,
             matched: report.tally.matched,
+            released_by_checkpoint: report.tally.committed,
+            released_unprotected: report.tally.unprotected,
             mismatched: report.tally.mismatched,
             unmatched: report.tally.unmatched,
             waits: report.tally.waits,
@@ -44,15 +46,8 @@ pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
         });
     }
     let total = counters.total();
-    let seen = |kind: &Kind| {
-        let counts = [
-            kind.flows,
-            kind.matched,
-            kind.released_by_checkpoint,
-            kind.released_unprotected,
-        ];
-        counts.iter().any(|count| *count > 0)
-    };
+    let kinds = Traffic::ALL.into_iter().zip(kinds);
+    let kinds = kinds.filter(|(traffic, kind)| kind.flows > 0 || !counters.of(*traffic).is_empty());
     let mut flows = Flows {
         cards: comparators.count() as u64,
         protection: protection(protocol),
@@ -68,7 +63,7 @@ pub(crate) fn flows(protocol: &Primary, now: Instant, most: u32) -> Flows {
             limited: counters.limited,
         },
         lag: protocol.protected().then(|| crate::status::lag(protocol)),
-        kinds: kinds.into_iter().filter(seen).collect(),
+        kinds: kinds.map(|(_, kind)| kind).collect(),
         flows: all,
         left_out: 0,
         divergences: protocol

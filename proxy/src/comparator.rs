@@ -341,12 +341,12 @@ impl Comparator {
 
     /// Keeps up with the primary's streams and unfinished datagrams while its output leaves at once.
     fn follow(&mut self, now: Instant, parsed: &Frame, why: Why) {
-        if let Body::Whole(_) = &parsed.body {
-            return;
-        }
-        if let Some(id) = self.lane(parsed)
-            && let Some(lane) = self.flows.get_mut(id)
-        {
+        let id = match parsed.body {
+            // There is nothing to know of those; a flow that was known before counts them.
+            Body::Whole(_) => self.flows.find(&parsed.key),
+            _ => self.lane(parsed),
+        };
+        if let Some(lane) = id.and_then(|id| self.flows.get_mut(id)) {
             lane.tally.left(why, false);
             match &parsed.body {
                 Body::Tcp(segment) => lane.follow(segment, None),

@@ -229,11 +229,13 @@ impl FileImage {
     /// If another process has it, or there is no room.
     pub fn open_journal(path: impl AsRef<Path>, batch: u64) -> Result<(Self, Option<NewFile>), ImageError> {
         let path = path.as_ref();
-        let open = |make| {
+        let open = |new| {
             OpenOptions::new()
                 .read(true)
                 .write(true)
-                .create_new(make)
+                .create(true)
+                .truncate(false)
+                .create_new(new)
                 .mode(0o600)
                 .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
                 .open(path)

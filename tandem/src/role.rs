@@ -129,8 +129,8 @@ async fn primary(mut host: Host, stop: watch::Receiver<bool>) -> Result<Ending> 
         info!("the secondary's host lacks {}: so does the VM", cpu::listed(&left_out));
     }
     let (_server, control) = Server::start(&host.settings.vm.control)?;
-    host.keep_journal();
     let (generation, last_epoch) = host.contest()?;
+    host.keep_journal();
     let mut outside = Outside { control, stop };
     let ports = host.ports();
     let (mut vm, power) = host.machine(Mapping::Shared, &ports, &cpu)?;
@@ -281,7 +281,6 @@ impl Host {
         }
         let program = linux.map(|linux| linux.fingerprint(&settings.vm.cmdline)).transpose()?;
         let terminal = linux.map(|linux| Terminal::open(&linux.serial)).transpose()?;
-        // Only now: a refused start leaves no file behind.
         let batch = Limits::default().batch(image.size());
         let (journal, new_journal) = FileImage::open_journal(Record::journal_for(&settings.vm.image), batch)?;
         let host = Self {

@@ -464,5 +464,9 @@ fn assert_nothing_left(stage: &Stage, what: &str) {
         !Record::path_for(&stage.image(Host::A)).exists(),
         "{what}: a record is left"
     );
+    assert!(
+        !Record::journal_for(&stage.image(Host::A)).exists(),
+        "{what}: a journal is left"
+    );
     assert_eq!(stage.latest_term(), None, "{what}: a term was taken");
 }

@@ -381,7 +381,9 @@ fn what_made_a_checkpoint_necessary_is_told_of_its_flow_and_of_its_kind() {
     assert_eq!(told.expect("the flow is known").tally.unmatched, 1);
     bench.checkpoint();
     bench.comparator.release_all(&mut Vec::new());
-    bench.primary(udp(3, b"alone"));
+    bench.primary(udp(1, b"alone"));
+    let told = reports(&bench).into_iter().find(|told| told.key.destination.port == 1);
+    assert_eq!(told.expect("the flow is known").tally.unprotected, 1);
 
     let counters = bench.comparator.counters();
     let of_udp = Tally {
