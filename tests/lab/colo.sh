@@ -3,6 +3,7 @@
 # up, colo_receive on b, then colo_begin on a, which returns when the guest is protected; colo_takeover on b when a is dead.
 
 qemu() {
+    : >role.log
     # shellcheck disable=SC2154
     qemu-system-x86_64 -accel kvm -cpu host -M pc -m 192 -smp 1 -nodefaults -no-user-config -display none \
         -kernel linux/vmlinuz -initrd linux/initrd -append "$quiet unwatched ip=$address/24" -serial file:role.log \
@@ -12,16 +13,21 @@ qemu() {
 
 # Gives QEMU the orders on its input, a line each, and prints the last answer.
 qmp() {
-    local order answer
     exec {control}<>/dev/tcp/127.0.0.1/4444
-    read -r -t 60 answer <&"$control"
-    while read -r order; do
-        echo "$order" >&"$control"
-        while read -r -t 60 answer <&"$control"; do [[ $answer != '{"timestamp"'* ]] && break; done
-        [[ $answer == '{"return"'* ]] || { echo "$order: $answer"; tail -n 20 qemu.log; exit 1; }
-    done < <(echo '{"execute":"qmp_capabilities"}'; cat)
+    {
+        echo '{"execute":"qmp_capabilities"}'
+        cat
+    } | {
+        local order answer
+        read -r -t 60 answer <&"$control"
+        while read -r order; do
+            echo "$order" >&"$control"
+            while read -r -t 60 answer <&"$control"; do [[ $answer != '{"timestamp"'* ]] && break; done
+            [[ $answer == '{"return"'* ]] || { echo "$order: $answer" >&2; tail -n 20 qemu.log >&2; exit 1; }
+        done
+        echo "$answer"
+    }
     exec {control}>&-
-    echo "$answer"
 }
 
 colo_alone() {
@@ -52,7 +58,7 @@ colo_secondary() {
 }
 
 colo_receive() {
-    qmp <<'ORDERS'
+    qmp >/dev/null <<'ORDERS'
 {"execute":"nbd-server-start","arguments":{"addr":{"type":"inet","data":{"host":"192.0.2.3","port":"9999"}}}}
 {"execute":"nbd-server-add","arguments":{"device":"parent0","writable":true}}
 {"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"x-colo","state":true}]}}
@@ -61,16 +67,16 @@ ORDERS
 
 colo_begin() {
     local try
-    qmp <<'ORDERS'
+    qmp >/dev/null <<'ORDERS'
 {"execute":"drive-mirror","arguments":{"device":"colo-disk0","job-id":"resync","target":"nbd://192.0.2.3:9999/parent0","mode":"existing","format":"raw","sync":"full"}}
 ORDERS
     until qmp <<<'{"execute":"query-block-jobs"}' | grep -q '"ready": true'; do sleep 0.5; done
-    qmp <<'ORDERS'
+    qmp >/dev/null <<'ORDERS'
 {"execute":"stop"}
 {"execute":"block-job-cancel","arguments":{"device":"resync"}}
 ORDERS
     while qmp <<<'{"execute":"query-block-jobs"}' | grep -q resync; do sleep 0.2; done
-    qmp <<'ORDERS'
+    qmp >/dev/null <<'ORDERS'
 {"execute":"human-monitor-command","arguments":{"command-line":"drive_add -n buddy driver=replication,mode=primary,file.driver=nbd,file.host=192.0.2.3,file.port=9999,file.export=parent0,node-name=replication0"}}
 {"execute":"x-blockdev-change","arguments":{"parent":"colo-disk0","node":"replication0"}}
 {"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"x-colo","state":true}]}}
@@ -95,12 +101,12 @@ colo_runs() { qmp <<<'{"execute":"query-colo-status"}' | grep -q '"mode": "prima
 
 # Without the time that it takes to see that a is dead, which COLO leaves to others.
 colo_takeover() {
-    qmp <<'ORDERS'
+    qmp >/dev/null <<'ORDERS'
 {"execute":"nbd-server-stop"}
 {"execute":"x-colo-lost-heartbeat"}
 ORDERS
     ip link set tap0 master br0
-    qmp <<'ORDERS'
+    qmp >/dev/null <<'ORDERS'
 {"execute":"object-del","arguments":{"id":"f2"}}
 {"execute":"object-del","arguments":{"id":"f1"}}
 {"execute":"human-monitor-command","arguments":{"command-line":"announce_self"}}
