@@ -62,7 +62,7 @@ impl CpuModel {
             msrs: Vec::new(),
         };
         // A PC's; what the bundled guest's machine can't take of them is found when that is made.
-        let scratch = Scratch::new(&host, Chips::Pc, &[model.cpuid_for(0, 1, true)], None)?;
+        let scratch = Scratch::new(&host, Chips::Pc, &[model.cpuid_for(0, 1, true)])?;
         let usable = scratch.msrs(&host.msr_indexes()?);
         let mut msrs: Vec<_> = usable
             .indexes()

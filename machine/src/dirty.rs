@@ -50,7 +50,7 @@ impl DirtyLog {
         kvm::enable_manual_dirty_log(vm)?;
         let mut slots = Vec::new();
         for (part, slot) in ram.parts().zip(0..) {
-            add_memory(vm, slot, part, KVM_MEM_LOG_DIRTY_PAGES)?;
+            add_memory(vm, slot, part)?;
             let pages = part.bytes / PAGE_BYTES as u64;
             let words = vec![0; index(pages / 64)];
             slots.push(Slot {
@@ -163,11 +163,10 @@ impl Slot {
     }
 }
 
-/// Gives a machine a part of its memory.
-pub(crate) fn add_memory(vm: &VmFd, slot: u32, part: RamPart, flags: u32) -> Result<(), HostError> {
+fn add_memory(vm: &VmFd, slot: u32, part: RamPart) -> Result<(), HostError> {
     let region = kvm_userspace_memory_region {
         slot,
-        flags,
+        flags: KVM_MEM_LOG_DIRTY_PAGES,
         guest_phys_addr: part.address,
         memory_size: part.bytes,
         userspace_addr: part.host as u64,

@@ -250,7 +250,7 @@ impl KvmVm {
         let start = |fd| Vcpu::new(fd, ram.clone(), clock, &board, &config.on_power);
         let vcpus = fds.into_iter().map(start).collect::<Result<_, _>>();
         // The trials of MSRs may leave strange values, so they are not made on the vCPUs for the checks.
-        let msrs = Scratch::new(&host, chips, &cpuids, None)?.msrs(&config.cpu.msrs);
+        let msrs = Scratch::new(&host, chips, &cpuids)?.msrs(&config.cpu.msrs);
         let mut machine = Self {
             vcpus: vcpus.map_err(BuildError::Thread)?,
             devices,
@@ -384,7 +384,7 @@ impl KvmVm {
     fn try_registers(&mut self, decoded: &Decoded) -> Result<(), VmError> {
         let scratch = match self.scratch.take() {
             Some(scratch) => scratch,
-            None => Scratch::new(&self.host, self.kind.chips(), &self.cpuids, Some(&self.ram))?,
+            None => Scratch::new(&self.host, self.kind.chips(), &self.cpuids)?,
         };
         let registers = decoded.cpus.iter().map(|cpu| &cpu.registers);
         scratch.try_load(registers, decoded.chipset.as_ref())?;

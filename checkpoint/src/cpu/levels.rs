@@ -7,7 +7,7 @@ use super::names::WORDS;
 use super::{CpuError, CpuModel, SIZES};
 
 /// Part of every level where the host has it: what a kernel and its virtual platform use, no program's instructions.
-const PLATFORM: [&str; 26] = [
+const PLATFORM: [&str; 25] = [
     "vme",
     "de",
     "pse",
@@ -31,7 +31,6 @@ const PLATFORM: [&str; 26] = [
     "kvmclock",
     "kvmclock_stable",
     "kvm_nop_io_delay",
-    "kvm_pv_eoi",
     "kvm_pv_send_ipi",
     "mmxext",
 ];

@@ -6,15 +6,13 @@ use super::CpuLeaf;
 
 pub(super) const TSC_DEADLINE: u32 = 1 << 24;
 pub(super) const HYPERVISOR: u32 = 1 << 31;
-const PV_EOI: u32 = 1 << 6;
 const PV_SEND_IPI: u32 = 1 << 11;
 
-/// KVM's offers to the guest that are the same on every host and whose state comes along: nop-io-delay, clocksource2, PV
-/// end-of-interrupt, pv-send-ipi, clocksource-stable. Not the others: asynchronous page faults, steal time, PV unhalt
+/// KVM's offers to the guest that are the same on every host and have no state but the clock's: nop-io-delay, clocksource2,
+/// pv-send-ipi, clocksource-stable. Not the others: asynchronous page faults, steal time, PV end-of-interrupt, PV unhalt
 /// and PV TLB flush are a conversation of the guest with its host in the guest's memory, which the next host would not
-/// go on with; polling and yielding depend on the host's kernel. The end of interrupts is told by such a word too, but KVM
-/// takes it back whenever the guest is left: of a guest that stands, the APIC's state and the register say everything.
-const PARAVIRTUAL: u32 = 1 << 1 | 1 << 3 | PV_EOI | PV_SEND_IPI | 1 << 24;
+/// go on with; polling and yielding depend on the host's kernel.
+const PARAVIRTUAL: u32 = 1 << 1 | 1 << 3 | PV_SEND_IPI | 1 << 24;
 
 /// Bits taken from what KVM offers, by function, index, and eax, ebx, ecx, edx.
 #[rustfmt::skip]
@@ -43,7 +41,7 @@ const HIDDEN: [(u32, u32, [u32; 4]); 10] = [
 ];
 
 /// Ranges of MSRs that belong to what is hidden, or to the host, and would only make two hosts look different.
-const FOREIGN_MSRS: [(u32, u32); 19] = [
+const FOREIGN_MSRS: [(u32, u32); 18] = [
     (0x8c, 0x8f), // SGX
     (0xc1, 0xc8), // performance counters
     (0x186, 0x18d),
@@ -59,8 +57,7 @@ const FOREIGN_MSRS: [(u32, u32); 19] = [
     (0x6a0, 0x6a8),             // CET
     (0xd90, 0xd90),             // MPX
     (0x4000_0000, 0x4000_01ff), // Hyper-V
-    (0x4b56_4d02, 0x4b56_4d03), // KVM's, but for the clock and the end of interrupts
-    (0x4b56_4d05, 0x4b56_4dff),
+    (0x4b56_4d02, 0x4b56_4dff), // KVM's, but for the clock
     (0xc001_0000, 0xc001_0007),
     (0xc001_0200, 0xc001_020b),
 ];
@@ -138,7 +135,7 @@ pub(super) fn drop_irqchip(leaves: &mut [CpuLeaf]) {
     for leaf in leaves {
         match leaf.function {
             1 => leaf.ecx &= !TSC_DEADLINE,
-            0x4000_0001 => leaf.eax &= !(PV_EOI | PV_SEND_IPI),
+            0x4000_0001 => leaf.eax &= !PV_SEND_IPI,
             _ => {}
         }
     }

@@ -16,9 +16,7 @@ use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::clock;
-use crate::dirty::add_memory;
 use crate::kvm::{self, Chips, Host, HostError};
-use crate::memory::GuestRam;
 use crate::pc::chipset::ChipsetState;
 use crate::state::{Reader, StateError, Writer};
 
@@ -359,24 +357,18 @@ fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), RegisterEr
 pub(crate) struct Scratch {
     vcpus: Vec<VcpuFd>,
     vm: VmFd,
-    /// Some registers name a place in it.
-    _ram: Option<GuestRam>,
     chips: Chips,
 }
 
 impl Scratch {
-    /// Makes a vCPU for each of these CPUIDs, with this memory.
-    pub(crate) fn new(host: &Host, chips: Chips, cpuids: &[CpuId], ram: Option<&GuestRam>) -> Result<Self, HostError> {
+    /// Makes a vCPU for each of these CPUIDs.
+    pub(crate) fn new(host: &Host, chips: Chips, cpuids: &[CpuId]) -> Result<Self, HostError> {
         let vm = host.create_vm(chips)?;
-        for (slot, part) in (0..).zip(ram.into_iter().flat_map(GuestRam::parts)) {
-            add_memory(&vm, slot, part, 0)?;
-        }
         let vcpus = (0..).zip(cpuids);
         let vcpus = vcpus.map(|(number, cpuid)| host.create_vcpu(&vm, number, cpuid));
         Ok(Self {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm,
-            _ram: ram.cloned(),
             chips,
         })
     }

@@ -267,39 +267,6 @@ impl Machine {
 }
 
 #[test]
-fn where_ends_of_interrupts_are_told_moves_and_must_be_in_memory() {
-    const WORD: u32 = 0x4b56_4d04;
-    if kvm_is_missing() {
-        return;
-    }
-    let (mut machine, _) = pc(&[], Mapping::Shared, 1);
-    let (mut copy, _) = pc(&[], Mapping::Shared, 1);
-    machine.vm.start_pc().unwrap();
-    let msrs = machine.vm.msrs.clone();
-    let mut saved = |value: u64| {
-        let mut state = machine.vm.save().unwrap();
-        let mut cpu = machine.vm.decode(&state).unwrap().cpus.remove(0);
-        let word = cpu.registers.msrs.iter_mut().find(|msr| msr.index == WORD);
-        word.expect("it is saved").data = value;
-        let mut writer = Writer::new();
-        cpu.encode(&mut writer);
-        state.0[0] = writer.finish(vcpu_name(0), VCPU_VERSION);
-        state
-    };
-    let inside = saved((PC_MEMORY - 64) | 1);
-    copy.vm.check(&inside).unwrap();
-    copy.vm.restore(&inside).unwrap();
-    let registers = copy.vm.vcpus[0].cpu().save(&msrs, 0).unwrap().registers;
-    let word = registers.msrs.iter().find(|msr| msr.index == WORD).unwrap();
-    assert_eq!(word.data, (PC_MEMORY - 64) | 1);
-    let outside = saved(PC_MEMORY | 1);
-    assert!(matches!(
-        copy.vm.check(&outside),
-        Err(VmError::Registers(RegisterError::Msr { index: WORD, .. }))
-    ));
-}
-
-#[test]
 fn a_pc_starts_again_when_it_is_reset_and_ends_when_it_powers_off() {
     if kvm_is_missing() {
         return;
