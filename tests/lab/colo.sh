@@ -66,16 +66,15 @@ ORDERS
 }
 
 colo_begin() {
-    local try
     qmp >/dev/null <<'ORDERS'
 {"execute":"drive-mirror","arguments":{"device":"colo-disk0","job-id":"resync","target":"nbd://192.0.2.3:9999/parent0","mode":"existing","format":"raw","sync":"full"}}
 ORDERS
-    until qmp <<<'{"execute":"query-block-jobs"}' | grep -q '"ready": true'; do sleep 0.5; done
+    within 120 'disk_jobs | grep -q "\"ready\": true"' "the disk's copy is not ready"
     qmp >/dev/null <<'ORDERS'
 {"execute":"stop"}
 {"execute":"block-job-cancel","arguments":{"device":"resync"}}
 ORDERS
-    while qmp <<<'{"execute":"query-block-jobs"}' | grep -q resync; do sleep 0.2; done
+    within 60 '! disk_jobs | grep -q resync' "the disk's copy does not end"
     qmp >/dev/null <<'ORDERS'
 {"execute":"human-monitor-command","arguments":{"command-line":"drive_add -n buddy driver=replication,mode=primary,file.driver=nbd,file.host=192.0.2.3,file.port=9999,file.export=parent0,node-name=replication0"}}
 {"execute":"x-blockdev-change","arguments":{"parent":"colo-disk0","node":"replication0"}}
@@ -88,13 +87,18 @@ ORDERS
 {"execute":"object-add","arguments":{"qom-type":"colo-compare","id":"comp0","primary_in":"compare0-0","secondary_in":"compare1","outdev":"compare_out0","iothread":"iothread1","vnet_hdr_support":true}}
 {"execute":"migrate","arguments":{"uri":"tcp:192.0.2.3:9998"}}
 ORDERS
-    for try in {1..240}; do
-        colo_runs && return
+    within 120 colo_runs "the guest is not protected"
+}
+
+disk_jobs() { qmp <<<'{"execute":"query-block-jobs"}'; }
+
+# Tries a command for so many seconds, or says that of it and what QEMU has to say.
+within() {
+    local end=$((SECONDS + $1))
+    until eval "$2"; do
+        [ $SECONDS -lt $end ] || { echo "$3: $(qmp <<<'{"execute":"query-migrate"}')" >&2; tail -n 20 qemu.log >&2; return 1; }
         sleep 0.5
     done
-    qmp <<<'{"execute":"query-migrate"}'
-    tail -n 20 qemu.log
-    return 1
 }
 
 colo_runs() { qmp <<<'{"execute":"query-colo-status"}' | grep -q '"mode": "primary"'; }

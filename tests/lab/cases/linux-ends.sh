@@ -18,8 +18,17 @@ check() {
 
 # Makes a record, which is on the disk before it is told, and must be the next.
 recorded() {
-    local answer
-    answer=$(ask record)
+    local answer side
+    answer=$(ask record) || {
+        echo "no record, but '$answer', after $(cat acknowledged)"
+        for side in a b; do
+            tandem status --control /run/tandem/lab-$side.sock
+            tandem flows --control /run/tandem/lab-$side.sock
+            grep -v 'guest: ' $side.log | tail -n 30
+        done
+        ask report
+        return 1
+    }
     [ "$answer" = "record $(cat acknowledged 2>/dev/null || echo 0)" ] || { echo "the next record is '$answer', after $(cat acknowledged)"; return 1; }
     echo $((${answer#record } + 1)) >acknowledged
 }
